@@ -1,0 +1,45 @@
+"""One copy of every large value per node, for Dask.
+
+>>> from dask_shm_plugin import SharedMemoryPlugin
+>>> client.register_plugin(SharedMemoryPlugin())  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dask_shm_plugin.nanny import SharedMemoryNanny
+    from dask_shm_plugin.plugin import SharedMemoryPlugin, is_shared, stats, unregister
+    from dask_shm_plugin.preload import dask_setup
+    from dask_shm_plugin.worker import SharedMemoryWorker
+
+__version__ = "0.1.0"
+__all__ = [
+    "SharedMemoryNanny",
+    "SharedMemoryPlugin",
+    "SharedMemoryWorker",
+    "dask_setup",
+    "is_shared",
+    "stats",
+    "unregister",
+]
+
+_HOMES = {
+    "SharedMemoryNanny": "nanny",
+    "SharedMemoryPlugin": "plugin",
+    "SharedMemoryWorker": "worker",
+    "dask_setup": "preload",
+    "is_shared": "plugin",
+    "stats": "plugin",
+    "unregister": "plugin",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for, and nothing before."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

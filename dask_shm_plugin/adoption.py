@@ -1,0 +1,93 @@
+"""Whether the publisher of a value may give its private copy up for the shared one.
+
+Only where nobody could tell the difference: types that are rebuilt exactly, in the same layout, and truly from the
+block. A class of the user's may drop a cache when it is pickled; it is shared for the transport only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dask_shm_plugin import codec
+
+_CONTAINERS = (list, tuple, dict)
+_MANY, _MANY_COLUMNS = 10_000, 256
+_EXACT = {
+    ("numpy", "ndarray"),
+    ("pandas", "DataFrame"),
+    ("pandas", "Series"),
+    ("pandas.core.frame", "DataFrame"),
+    ("pandas.core.series", "Series"),
+    ("pyarrow.lib", "Table"),
+    ("pyarrow.lib", "RecordBatch"),
+}
+_SCALARS = (int, float, complex, bool, str, bytes, type(None), np.generic)
+
+
+def may_adopt(value: object) -> bool:
+    """Tell whether a value is of a kind that is rebuilt exactly."""
+    if type(value) in _SCALARS:
+        return False
+    seen: set[int] = set()
+    return _is_exact(value, seen) and len(seen) > (type(value) in _CONTAINERS)
+
+
+def is_faithful(rebuilt: object, value: object) -> bool:
+    """Tell whether a rebuilt value lies in shared memory and is laid out as the private one."""
+    return codec.is_shared(rebuilt) and _same_layout(rebuilt, value) and not codec.has_overlaps(value)
+
+
+def _is_exact(value: object, seen: set[int]) -> bool:
+    kind = type(value)
+    if kind in _SCALARS or isinstance(value, np.generic):
+        return True
+    # The same object twice in a container would become two objects.
+    if id(value) in seen:
+        return False
+    seen.add(id(value))
+    if kind in _CONTAINERS and len(value) > _MANY:  # type: ignore[arg-type]
+        return False
+    if kind is dict:
+        return all(type(k) in _SCALARS and _is_exact(v, seen) for k, v in value.items())  # type: ignore[attr-defined]
+    if kind in _CONTAINERS:
+        return all(_is_exact(item, seen) for item in value)  # type: ignore[attr-defined]
+    if isinstance(value, np.ndarray) and (value.dtype.hasobject or value.dtype.metadata):
+        return False
+    if kind.__module__.startswith("scipy.sparse."):
+        return True
+    if kind.__module__.startswith("pandas."):
+        return (kind.__module__, kind.__name__) in _EXACT and _has_no_objects(value)
+    return (kind.__module__, kind.__name__) in _EXACT
+
+
+def _has_no_objects(frame: Any) -> bool:
+    """Tell whether a DataFrame or Series keeps no Python objects, whose identity would be lost."""
+    kinds = list(frame.dtypes) if frame.ndim == 2 else [frame.dtype]
+    return (
+        len(kinds) <= _MANY_COLUMNS
+        and all(kind.kind != "O" for kind in kinds if isinstance(kind, np.dtype))
+        and not frame.attrs
+    )
+
+
+def _same_layout(rebuilt: Any, value: Any) -> bool:
+    if type(value) is dict:
+        return all(_same_layout(rebuilt[key], item) for key, item in value.items())
+    if type(value) in _CONTAINERS:
+        return all(_same_layout(one, other) for one, other in zip(rebuilt, value, strict=True))
+    return bool(_layout(rebuilt) == _layout(value))
+
+
+def _layout(value: Any) -> Any:
+    """Describe how a value lies in memory, as far as its user can see it."""
+    if isinstance(value, np.ndarray):
+        return value.dtype, value.shape, value.strides, value.flags.writeable
+    library = type(value).__module__.partition(".")[0]
+    if library == "pandas":
+        columns = [value.iloc[:, n] for n in range(value.shape[1])] if value.ndim == 2 else [value]
+        return [_layout(column._values) for column in columns if isinstance(column._values, np.ndarray)]
+    if library == "pyarrow":
+        return [[(chunk.offset, len(chunk)) for chunk in getattr(c, "chunks", [c])] for c in value.columns]
+    return None

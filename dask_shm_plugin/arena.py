@@ -1,0 +1,414 @@
+"""Segment + table + placement: reserve, seal, attach, release, reclaim."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import secrets
+import threading
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dask_shm_plugin import liveness, placement, syscalls, tidying, views
+from dask_shm_plugin import table as tables
+from dask_shm_plugin.block import Block, Descriptor, Draft
+from dask_shm_plugin.exceptions import (
+    ArenaBusy,
+    ArenaFull,
+    ArenaUnavailable,
+    MembersFull,
+    StaleBlock,
+)
+from dask_shm_plugin.forks import Pins
+from dask_shm_plugin.rolebook import Member, Role
+from dask_shm_plugin.segment import PAGE, Segment, Whereabouts, round_up
+from dask_shm_plugin.table import Extent, Row, Table
+from dask_shm_plugin.views import Dropped, Place
+
+_BLOCKS_FROM = round_up(tables.TABLE_BYTES)
+_TIDY_STEP = 64 << 20
+
+
+class ArenaStats(NamedTuple):
+    """What an arena holds at a moment; sizes in bytes."""
+
+    capacity: int
+    used: int
+    resident: int
+    blocks: int
+    members: int
+
+
+class Arena:
+    """One process's membership in the shared memory of a node.
+
+    Parameters
+    ----------
+    segment
+        The open segment; the arena closes it.
+    warm
+        Bytes of freed memory that stay resident, to be written again quickly.
+
+    Raises
+    ------
+    TableCorrupt
+        The segment holds no table of this version.
+    MembersFull
+        No slot is left.
+
+    Notes
+    -----
+    Thread-safe. Every change of the table happens under one mutex for all threads of all members. Finalizers never
+    come here: they append to a list that the tidying thread works off. There must never be a moment when a view is
+    mapped and its block is not claimed: a claim comes before its mapping and goes after it.
+    """
+
+    def __init__(self, segment: Segment, warm: int = 0) -> None:
+        self.segment = segment
+        self.warm = warm
+        self._pid = os.getpid()
+        self._mutex = liveness.Mutex(segment.fd)
+        self._mapped: Table | None = Table(_map_table(segment))
+        self.arena_id = self._table.arena_id
+        self._references: dict[Row, int] = {}
+        self._dropped = tidying.Bin()
+        self._tidying = threading.Lock()
+        self._trimming = threading.Lock()
+        self._pins: list[Pins] = []
+        self._leaving = False
+        self.member = self._join()
+        tidying.start(self, self._dropped)
+
+    @classmethod
+    def create(cls, capacity: int, warm: int = 0) -> Arena:
+        """Create an arena for ``capacity`` bytes of blocks and become its first member."""
+        capacity = capacity // PAGE * PAGE
+        if capacity <= 0:
+            raise ArenaUnavailable("shm.capacity is zero: sharing is off")
+        segment = Segment.create(_BLOCKS_FROM + capacity)
+        try:
+            segment.reserve(0, tables.SHARED_BYTES)
+            Table.format(_map_table(segment), secrets.token_bytes(16), capacity)
+            return cls(segment, warm)
+        except BaseException:
+            segment.close()
+            raise
+
+    @classmethod
+    def attach(cls, at: Whereabouts, arena_id: bytes, warm: int = 0) -> Arena:
+        """Join the arena that another process has.
+
+        Raises
+        ------
+        ArenaUnavailable
+            It cannot be opened, or is another arena than the one looked for.
+        """
+        segment = Segment.open(at)
+        try:
+            if segment.size < _BLOCKS_FROM or Table(_map_table(segment)).arena_id != arena_id:
+                raise ArenaUnavailable("another arena was found in the place of the one looked for")
+            return cls(segment, warm)
+        except BaseException:
+            segment.close()
+            raise
+
+    # -- blocks
+
+    def draft(self, size: int) -> Draft:
+        """Take space for ``size`` bytes.
+
+        Raises
+        ------
+        ArenaFull
+            Not even after taking back what dead members held.
+        ArenaBusy
+            The table could not be locked in time.
+        """
+        extent_length = round_up(max(size, 1))
+        row = self._reserve(extent_length, size)
+        for find_more in (self.tidy, self.reclaim_dead, self._wait_for_trimming):
+            if row is None:
+                # Whether it found anything does not matter: another thread may have been quicker.
+                find_more()
+                row = self._reserve(extent_length, size)
+        if row is None:
+            raise ArenaFull(f"no room for {size} bytes in an arena of {self._table.capacity}; raise shm.capacity")
+        return Draft(self, row, self._table.extent(row.index))
+
+    def attach_block(self, descriptor: Descriptor) -> Block:
+        """Refer to a block that another member named.
+
+        Raises
+        ------
+        StaleBlock
+            It has been released since, or belongs to another arena.
+        """
+        if descriptor.arena_id != self.arena_id:
+            raise StaleBlock("the block belongs to another arena")
+        return Block(self, descriptor.row, self._refer(descriptor.row))
+
+    def write(self, extent: Extent, offset: int, data: memoryview) -> None:
+        """Copy bytes into a draft of this process."""
+        self.segment.write(_BLOCKS_FROM + extent.offset + offset, data)
+
+    def seal(self, row: Row) -> None:
+        """Seal a draft of this process and refer to it."""
+        with self._mutex:
+            self._table.seal(row, self.member)
+
+    def abandon(self, row: Row) -> None:
+        """Give a draft of this process up, now or, when the table is busy, soon."""
+        self._dropped.put(Dropped(row))
+        self.tidy()
+
+    def map(self, place: Place, extent: Extent) -> memoryview:
+        """Map a part of a block that this process refers to, copy-on-write."""
+        first, last = place.offset // PAGE * PAGE, round_up(place.offset + place.length)
+        self._refer(place.row)
+        try:
+            address = self.segment.map_private(_BLOCKS_FROM + extent.offset + first, last - first)
+        except BaseException:
+            self.drop(place.row)
+            raise
+        views.ATLAS.add(address, last - first, place._replace(offset=first))
+        give_back = functools.partial(self._dropped.put, Dropped(place.row, address, last - first))
+        return views.Exporter(address, last - first, give_back).bytes()[
+            place.offset - first : place.offset - first + place.length
+        ]
+
+    def drop(self, row: Row) -> None:
+        """Drop one reference of this process, soon."""
+        self._dropped.put(Dropped(row))
+
+    def pin(self) -> Pins | None:
+        """Keep what this process refers to now for a child about to be forked."""
+        with contextlib.suppress(ArenaBusy, ArenaUnavailable), self._mutex:
+            rows = list(self._references)
+            for row in rows:
+                self._references[row] += 1
+            return Pins.take(rows) if rows else None
+        return None
+
+    def keep(self, pins: Pins) -> None:
+        """Give pinned references back when their child has ended."""
+        self._pins.append(pins)
+
+    # -- members
+
+    def is_live(self, member: Member) -> bool:
+        """Tell whether a member, this very incarnation of it, has not left and was not reclaimed."""
+        table = self._mapped
+        return table is not None and table.is_live(member)
+
+    def add_role(self, kind: str, address: str) -> None:
+        """Let the others know that this process plays a role at an address."""
+        with self._mutex:
+            self._table.add_role(self.member, kind, address)
+
+    def remove_role(self, kind: str, address: str) -> None:
+        """Undo :meth:`add_role`."""
+        with self._mutex:
+            self._table.remove_role(self.member, kind, address)
+
+    def roles(self) -> list[Role]:
+        """Return the roles of all members, as they stand; an entry that is being written is not among them."""
+        return self._table.roles()
+
+    def reclaim_dead(self) -> bool:
+        """Take back what members hold whose death is proved; return whether any space became free."""
+        # Looked for without the mutex: an incarnation that is proved dead stays dead.
+        others = [member for member in self._table.members() if member != self.member]
+        dead = [member for member in others if not liveness.is_held(self.segment.fd, member.slot)]
+        if not dead:
+            return False
+        with self._mutex:
+            freed = [extent for member in dead for extent in self._table.reclaim(member)]
+        return bool(freed)
+
+    def holders(self, row: Row) -> int:
+        """Count the members that refer to a block now."""
+        return self._table.holders(row.index)
+
+    def stats(self) -> ArenaStats:
+        """Count what the arena holds now."""
+        with self._mutex:
+            used = int(np.sum(self._table.taken()[:, 1]))
+            blocks, members = self._table.count(), len(self._table.members())
+        return ArenaStats(self._table.capacity, used, self.segment.resident, blocks, members)
+
+    def validate(self) -> None:
+        """Check the invariants of the table; see :meth:`Table.validate`."""
+        with self._mutex:
+            self._table.validate()
+
+    # -- tidying up
+
+    def tidy(self) -> bool:
+        """Give back what was dropped, or leave it for later where the table is busy; return whether anything went."""
+        if os.getpid() != self._pid:
+            return False
+        # Two threads at it would each see the list empty while the other has not given back yet.
+        with self._tidying:
+            dropped = self._dropped.empty()
+            if not dropped:
+                return False
+            for item in dropped:
+                views.unmap(item)
+            try:
+                with self._mutex:
+                    for item in dropped:
+                        self._drop_reference(item.row)
+            except ArenaBusy:
+                for item in dropped:
+                    self._dropped.put(Dropped(item.row))
+                return False
+            return True
+
+    def unpin(self) -> None:
+        """Drop what was kept for forked children that have ended."""
+        over = [pins for pins in self._pins if pins.are_over()]
+        self._pins = [pins for pins in self._pins if pins not in over]
+        for row in itertools.chain.from_iterable(pins.rows for pins in over):
+            self.drop(row)
+
+    def trim(self) -> None:
+        """Return freed memory beyond ``warm`` to the operating system."""
+        is_more = True
+        while is_more:
+            with self._trimming:
+                is_more = self._trim_a_part()
+
+    def _trim_a_part(self) -> bool:
+        row = self._take_something_warm()
+        if row is None:
+            return False
+        extent = self._table.extent(row.index)
+        try:
+            self.segment.give_back(_BLOCKS_FROM + extent.offset, extent.length)
+        finally:
+            self.abandon(row)
+        return True
+
+    def _wait_for_trimming(self) -> None:
+        with self._trimming:
+            pass
+
+    @property
+    def has_left(self) -> bool:
+        """Whether this process is no member any more."""
+        return self._mutex.retired
+
+    def close(self) -> None:
+        """Leave. Views that live on stay valid: the process remains a member until the last of them is gone."""
+        if os.getpid() != self._pid or self._leaving:
+            return
+        self._leaving = True
+        self.tidy()
+        self.finish_leaving()
+
+    def stay(self) -> bool:
+        """Take :meth:`close` back; return whether that was in time."""
+        try:
+            with self._mutex:
+                self._leaving = False
+        except ArenaUnavailable:
+            return False
+        return True
+
+    def finish_leaving(self) -> None:
+        """Leave now, if that is wanted and nothing of this process refers to a block; otherwise later."""
+        if not self._leaving:
+            return
+        # Where the table is busy, the tidying thread tries again.
+        with contextlib.suppress(ArenaBusy, ArenaUnavailable):
+            with self._mutex:
+                if self._references or not self._leaving:
+                    return
+                self._table.reclaim(self.member)
+                liveness.let_go(self.segment.fd, self.member.slot)
+                self._mutex.retire(self.segment.close)
+                # Somebody may still keep this object; what it has mapped must go.
+                self._mapped = None
+            self._dropped.wake()
+
+    # -- inside
+
+    @property
+    def _table(self) -> Table:
+        table = self._mapped
+        if table is None:
+            raise ArenaUnavailable("this process has left the arena")
+        return table
+
+    def _join(self) -> Member:
+        with self._mutex:
+            for slot in self._table.vacant():
+                # The lock comes first, or there would be a moment when a living member looks dead. A slot whose lock
+                # is still held belonged to a process whose forked child lives on.
+                if liveness.hold(self.segment.fd, slot):
+                    self.segment.reserve(tables.claims_offset(slot), tables.CLAIM_BYTES)
+                    return self._table.join(slot, self._pid, liveness.start_time(self._pid))
+        raise MembersFull(f"all {tables.MEMBERS} places for members are taken")
+
+    def _reserve(self, length: int, size: int) -> Row | None:
+        with self._mutex:
+            if self._leaving:
+                raise ArenaUnavailable("this process is leaving the arena")
+            offset = placement.place(self._table.taken(), self._table.capacity, length)
+            return None if offset is None else self._take(Extent(offset, length), size)
+
+    def _take(self, extent: Extent, size: int) -> Row:
+        row = self._table.reserve(extent, size, self.member)
+        # A draft counts as a reference: the process must not leave while a thread of it still writes there.
+        self._references[row] = 1
+        return row
+
+    def _refer(self, row: Row) -> Extent:
+        with self._mutex:
+            extent = self._table.acquire(row, self.member)
+            self._references[row] = self._references.get(row, 0) + 1
+            return extent
+
+    def _drop_reference(self, row: Row) -> None:
+        if self._references[row] > 1:
+            self._references[row] -= 1
+        else:
+            del self._references[row]
+            self._table.release(row, self.member)
+
+    def _take_something_warm(self) -> Row | None:
+        # Without the mutex, for asking the kernel may have to wait for those who write. What is found is looked at again.
+        taken = self._table.taken()
+        free = self.segment.resident - self._table.reserved_bytes() - int(np.sum(taken[:, 1]))
+        if free <= self.warm:
+            return None
+        for offset, length in placement.gaps(taken, self._table.capacity)[::-1]:
+            warm = self.segment.first_page(_BLOCKS_FROM + int(offset), int(length))
+            if warm is not None:
+                start = warm - _BLOCKS_FROM
+                size = min(int(offset + length) - start, _TIDY_STEP, round_up(free - self.warm))
+                return self._take_if_free(Extent(start, size))
+        return None
+
+    def _take_if_free(self, extent: Extent) -> Row | None:
+        with self._mutex:
+            gaps = placement.gaps(self._table.taken(), self._table.capacity)
+            around = (gaps[:, 0] <= extent.offset) & (extent.offset + extent.length <= gaps[:, 0] + gaps[:, 1])
+            return self._take(extent, 0) if np.any(around) else None
+
+    def __repr__(self) -> str:
+        if self.has_left:
+            return f"<Arena {self.arena_id.hex()[:4]}, left>"
+        return f"<Arena {self.arena_id.hex()[:4]} {self._table.capacity} bytes, {len(self._references)} references>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an Arena cannot be pickled; send its segment's Whereabouts")
+
+
+def _map_table(segment: Segment) -> memoryview:
+    """Map the table of a segment for as long as anything refers to it."""
+    address = segment.map_shared(0, _BLOCKS_FROM)
+    return views.Exporter(address, _BLOCKS_FROM, functools.partial(syscalls.unmap, address, _BLOCKS_FROM)).bytes()

@@ -1,0 +1,182 @@
+"""``Draft`` (being written) → ``seal`` → ``Block`` (never written again); ``Descriptor`` (plain data, owns nothing)."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+from dask_shm_plugin.table import Extent, Row
+from dask_shm_plugin.views import Place
+
+
+class Home(Protocol):
+    """What drafts and blocks want of the arena in which they lie."""
+
+    arena_id: bytes
+
+    def write(self, extent: Extent, offset: int, data: memoryview) -> None:
+        """Copy bytes into a draft."""
+
+    def seal(self, row: Row) -> None:
+        """Make a draft a block."""
+
+    def abandon(self, row: Row) -> None:
+        """Give a draft up."""
+
+    def map(self, place: Place, extent: Extent) -> memoryview:
+        """Map a part of a block."""
+
+    def drop(self, row: Row) -> None:
+        """Drop a reference to a block."""
+
+    def holders(self, row: Row) -> int:
+        """Count who refers to a block."""
+
+
+class Descriptor(NamedTuple):
+    """The name of a block, for other processes: whoever receives it may find the block gone."""
+
+    arena_id: bytes
+    row: Row
+
+
+class Draft:
+    """Space in the arena that only this process writes.
+
+    Leaving it as a context manager without having called :meth:`seal` gives the space back.
+
+    Notes
+    -----
+    Belongs to one thread at a time.
+    """
+
+    def __init__(self, arena: Home, row: Row, extent: Extent) -> None:
+        self._arena = arena
+        self._row: Row | None = row
+        self._extent = extent
+        self._pid = os.getpid()
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Copy flat bytes to a place in the draft.
+
+        Raises
+        ------
+        MemoryExhausted
+            The operating system has no pages left.
+        """
+        data = data.cast("B")
+        if self._row is None or offset < 0 or offset + len(data) > self._extent.length:
+            raise ValueError("write goes beyond the draft" if self._row else "the draft is sealed or given up")
+        self._arena.write(self._extent, offset, data)
+
+    def seal(self) -> Block:
+        """Make it a block that this process refers to. Nothing may be written after this."""
+        if self._row is None:
+            raise ValueError("the draft is sealed or given up")
+        row, self._row = self._row, None
+        try:
+            self._arena.seal(row)
+        except BaseException:
+            self._arena.abandon(row)
+            raise
+        return Block(self._arena, row, self._extent)
+
+    def __enter__(self) -> Draft:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._row is not None:
+            row, self._row = self._row, None
+            self._arena.abandon(row)
+
+    def __del__(self) -> None:
+        if getattr(self, "_row", None) is not None and os.getpid() == self._pid:
+            warnings.warn(f"{self!r} was neither sealed nor given up", ResourceWarning, stacklevel=2)
+            row, self._row = self._row, None
+            if row is not None:
+                self._arena.drop(row)
+
+    def __repr__(self) -> str:
+        return f"<Draft {self._row or 'closed'} {self._extent.length} bytes>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Draft cannot be pickled; seal it and send the Block's descriptor")
+
+
+class Block:
+    """One reference of this process to a sealed block; :meth:`close` drops it.
+
+    Notes
+    -----
+    Thread-safe. Views keep references of their own and outlive the block they were taken from.
+    """
+
+    def __init__(self, arena: Home, row: Row, extent: Extent) -> None:
+        self._arena = arena
+        self._extent = extent
+        self._pid = os.getpid()
+        self._drop: Callable[[Row], None] | None = arena.drop
+        self.row = row
+
+    @property
+    def descriptor(self) -> Descriptor:
+        """The block's name."""
+        return Descriptor(self._arena.arena_id, self.row)
+
+    @property
+    def holders(self) -> int:
+        """How many members refer to the block now."""
+        return self._arena.holders(self.row)
+
+    @property
+    def size(self) -> int:
+        """Bytes that the block takes in the arena, a multiple of the page size."""
+        return self._extent.length
+
+    def view(self, offset: int, length: int) -> memoryview:
+        """Map a part of the block copy-on-write.
+
+        Returns
+        -------
+        memoryview
+            ``length`` writeable bytes, flat. Writes stay in this view; the mapping lives as long as anything made
+            from it.
+
+        Raises
+        ------
+        MappingRefused
+            The process has too many mappings or too little address space.
+        """
+        if offset < 0 or length <= 0 or offset + length > self._extent.length:
+            raise ValueError(f"{length} bytes at {offset} are not in a block of {self._extent.length}")
+        return self._arena.map(Place(self._arena.arena_id, self.row, offset, length), self._extent)
+
+    def close(self) -> None:
+        """Drop the reference; the space is free when the last one of all processes goes."""
+        drop, self._drop = self._drop, None
+        if drop is not None and os.getpid() == self._pid:
+            drop(self.row)
+
+    def __enter__(self) -> Block:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_drop", None) is not None and os.getpid() == self._pid:
+            warnings.warn(f"{self!r} was not closed", ResourceWarning, stacklevel=2)
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<Block {self.row.index} generation {self.row.generation}, {self.size} bytes>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Block cannot be pickled; send its descriptor")

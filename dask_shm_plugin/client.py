@@ -1,0 +1,295 @@
+"""The client's half: ``scatter`` writes into the arena of the node, ``gather`` maps from it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import distributed.client
+from dask.sizeof import sizeof
+from distributed import Client
+
+from dask_shm_plugin import codec, fetch, membership, metrics, notices, rendezvous, seams
+from dask_shm_plugin.arena import Arena
+from dask_shm_plugin.codec import Published, Serialized
+from dask_shm_plugin.config import Options
+from dask_shm_plugin.exceptions import SharedMemoryError
+from dask_shm_plugin.metrics import COUNTERS
+from dask_shm_plugin.role import Role
+
+logger = logging.getLogger("dask_shm_plugin")
+
+Data = dict[Any, Any]
+
+
+class _Targets(NamedTuple):
+    """The running workers that a scatter may use: those who can map, and those who need bytes."""
+
+    members: list[str]
+    others: list[str]
+
+
+class SharedMemoryClient:
+    """What makes a client take part, from :meth:`start` to :meth:`stop`.
+
+    Parameters
+    ----------
+    client
+        A running client.
+    options
+        The settings.
+
+    Notes
+    -----
+    Lives on the client's event loop. While there is no arena on this node, everything goes the usual way; it is looked
+    for again at each ``scatter`` and ``gather``, which costs a look for a file.
+    """
+
+    def __init__(self, client: Client, options: Options) -> None:
+        self.client, self._options = client, options
+        self._scheduler: Any = client.scheduler
+        self._role = Role("client", client.scheduler, client.id, options)
+        self._arena: Arena | None = None
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="dask-shm-scatter")
+        self._turns = itertools.count()
+        self._counted_before = COUNTERS.snapshot()
+
+    async def start(self) -> None:
+        """Join the arena if there is one, and step in front of the client's calls."""
+        self._scatter_before = seams.Replacement(self._scheduler, "scatter", self._scatter)
+        self._gather_before = seams.Replacement(self._scheduler, "gather", self._gather)
+        self._close_before = seams.Replacement(self.client, "_close", self._close)
+        _HALVES.add(self)
+        fetch.REQUESTS.begin()
+        DIRECT_SCATTERS.begin()
+        await self._find_arena()
+
+    async def stop(self) -> None:
+        """Put everything back and leave the arena; values that live on stay valid."""
+        if self not in _HALVES:
+            return
+        _HALVES.discard(self)
+        DIRECT_SCATTERS.end()
+        fetch.REQUESTS.end()
+        for replacement in (self._scatter_before, self._gather_before, self._close_before):
+            replacement.undo()
+        self._threads.shutdown(wait=False)
+        self._arena = None
+        await self._role.leave()
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether messages to the scheduler are serialized, and in the usual way."""
+        return not str(self._scheduler.address).startswith("inproc://") and not self.client.rpc.serializers
+
+    def report(self) -> dict[str, Any] | None:
+        """Return what the arena holds and what this process did, or None where there is no arena."""
+        if self._arena is None:
+            return None
+        return {
+            "arena": self._arena.arena_id.hex(),
+            "process": f"{self._arena.member.slot}:{self._arena.member.incarnation}",
+            "counters": metrics.since(self._counted_before),
+            **self._arena.stats()._asdict(),
+        }
+
+    async def _find_arena(self) -> Arena | None:
+        if self._arena is None and self.is_remote:
+            cluster = self._role.cluster
+            if cluster is None or membership.of_cluster(cluster) or rendezvous.exists(rendezvous.name_for(cluster)):
+                self._arena = await self._role.join(create=False)
+        return self._arena
+
+    async def _close(self, *args: Any, **kwargs: Any) -> Any:
+        before = self._close_before.old
+        await self.stop()
+        return await before(*args, **kwargs)
+
+    # -- gather
+
+    async def _gather(self, keys: Any, **kwargs: Any) -> Any:
+        gather = self._gather_before.old
+        if kwargs.get("serializers") or await self._find_arena() is None:
+            return await gather(keys=keys, **kwargs)
+        response = await gather(keys=keys, **{**kwargs, "serializers": seams.tagged(fetch.askers())})
+        if response["status"] != "OK":
+            return response
+        response = {**response, "data": await fetch.finish(response["data"])}
+        missing = fetch.unusable(response["data"])
+        if missing:
+            again = await gather(keys=missing, **kwargs)
+            if again["status"] != "OK":
+                return again
+            response["data"].update(again["data"])
+        return response
+
+    # -- scatter
+
+    async def _scatter(self, data: Data, workers: Any = None, broadcast: bool | int = False, **kwargs: Any) -> Any:
+        scatter = self._scatter_before.old
+        may_share = await self._find_arena() is not None and self._has_large(data)
+        targets = await self._targets(workers) if may_share else _Targets([], [])
+        published = await self._publish(data) if targets.members else {}
+        if published:
+            attempt = asyncio.create_task(self._hand_over(data, published, targets, broadcast, kwargs))
+            attempt.add_done_callback(_consume)
+            try:
+                # The scheduler goes on with a scatter whose client has lost patience: until it has answered, the
+                # blocks must stay, so the attempt, which holds them, is not cancelled.
+                return await asyncio.shield(attempt)
+            except Exception:
+                logger.debug("a scatter is repeated with bytes", exc_info=True)
+        return await scatter(data=data, workers=workers, broadcast=broadcast, **kwargs)
+
+    async def _hand_over(
+        self, data: Data, published: dict[Any, Published], targets: _Targets, broadcast: bool | int, kwargs: Any
+    ) -> Any:
+        scatter = self._scatter_before.old
+        handles = _with_handles(data, published)
+        members, others = targets
+        if not others:
+            return await scatter(data=handles, workers=members, broadcast=broadcast, **kwargs)
+        if broadcast:
+            everyone, among_members = broadcast is True, min(int(broadcast), len(members))
+            await scatter(data=handles, workers=members, broadcast=everyone or among_members, **kwargs)
+            if everyone or broadcast > len(members):
+                n = None if everyone else broadcast
+                await self._scheduler.replicate(keys=list(data), n=n, workers=members + others, branching_factor=2)
+            return list(data)
+        # Like Dask, one worker after the other; who cannot map gets bytes.
+        turn = {key: (members + others)[next(self._turns) % len(members + others)] for key in data}
+        to_members = {key: handles[key] for key in data if turn[key] in members}
+        to_others = {key: data[key] for key in data if turn[key] in others}
+        if to_members:
+            await scatter(data=to_members, workers=members, broadcast=False, **kwargs)
+        if to_others:
+            await scatter(data=to_others, workers=others, broadcast=False, **kwargs)
+        return list(data)
+
+    async def scatter_directly(self, workers: Any, data: Data, rpc: Any) -> Any:
+        """Stand in for ``scatter_to_workers``, which sends from the client to each worker."""
+        arena = await self._find_arena()
+        published = await self._publish(data) if arena and self._members() and self._has_large(data) else {}
+        if published:
+            rpc = _DirectRpc(rpc, self._members(), published)
+        return await DIRECT_SCATTERS.old(workers, data, rpc)
+
+    async def _publish(self, data: Data) -> dict[Any, Published]:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._threads, _publish_large, data, self._arena, self._options.threshold)
+        except Exception:
+            # Whatever is wrong with the data shall be said where Dask says it.
+            logger.debug("a scatter goes as bytes", exc_info=True)
+            return {}
+
+    def _has_large(self, data: Data) -> bool:
+        threshold = self._options.threshold
+        return any(codec.may_be_large(wrapped.data, sizeof(wrapped.data), threshold) for wrapped in data.values())
+
+    def _members(self) -> set[str]:
+        """Return the addresses of the workers that can map what this client has published."""
+        try:
+            roles = self._arena.roles() if self._arena else []
+        except SharedMemoryError:
+            return set()
+        return {role.address for role in roles if role.kind == "worker" and not role.address.startswith("inproc://")}
+
+    async def _targets(self, workers: Any) -> _Targets:
+        running = await self._scheduler.ncores_running(workers=workers)
+        if workers is not None and len(running) < len(set(workers)):
+            # Some of those named are not there, or are paused: what is to be done then is Dask's to say.
+            return _Targets([], [])
+        members = self._members()
+        return _Targets([w for w in running if w in members], [w for w in running if w not in members])
+
+
+class _DirectRpc:
+    """The client's rpc, for one scatter: members get handles, and bytes if these are of no use to them."""
+
+    def __init__(self, rpc: Any, members: set[str], published: dict[Any, Published]) -> None:
+        self._rpc, self._members, self._published = rpc, members, published
+
+    def __call__(self, address: str) -> Any:
+        call = self._rpc(address)
+        return _DirectCall(call, self._published) if address in self._members else call
+
+
+class _DirectCall:
+    def __init__(self, call: Any, published: dict[Any, Published]) -> None:
+        self._call, self._published = call, published
+
+    async def update_data(self, data: Data) -> Any:
+        try:
+            return await self._call.update_data(data=_with_handles(data, self._published))
+        except Exception:
+            logger.debug("a direct scatter is repeated with bytes", exc_info=True)
+        return await self._call.update_data(data=data)
+
+    async def close_rpc(self) -> None:
+        await self._call.close_rpc()
+
+
+def _with_handles(data: Data, published: dict[Any, Published]) -> Data:
+    return {key: published[key].message if key in published else value for key, value in data.items()}
+
+
+def _publish_large(data: Data, arena: Arena | None, threshold: int) -> dict[Any, Published]:
+    published: dict[Any, Published] = {}
+    if arena is None:
+        return published
+    for key, wrapped in data.items():
+        if not codec.may_be_large(wrapped.data, sizeof(wrapped.data), threshold):
+            continue
+        serialized = Serialized.of(wrapped.data)
+        if serialized.size < threshold:
+            continue
+        try:
+            published[key] = codec.publish(serialized, arena)
+        except SharedMemoryError as error:
+            notices.refused(error, serialized.size)
+        else:
+            if published[key].copied:
+                COUNTERS.count("published", published[key].copied)
+    return published
+
+
+def _consume(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled():
+        task.exception()
+
+
+async def take_part(client: Client, options: Options) -> None:
+    """Let a client take part, with these settings from now on."""
+    await stop_taking_part(client)
+    await SharedMemoryClient(client, options).start()
+
+
+async def stop_taking_part(client: Client) -> None:
+    """Undo :func:`take_part`."""
+    half = half_of(client)
+    if half is not None:
+        await half.stop()
+
+
+def half_of(client: Client) -> SharedMemoryClient | None:
+    """Return what makes a client take part, if it does."""
+    return next((half for half in list(_HALVES) if half.client is client), None)
+
+
+async def _scatter_to_workers(workers: Any, data: Data, rpc: Any) -> Any:
+    half = next((half for half in list(_HALVES) if half.client.rpc is rpc), None)
+    if half is None:
+        return await DIRECT_SCATTERS.old(workers, data, rpc)
+    return await half.scatter_directly(workers, data, rpc)
+
+
+_HALVES: weakref.WeakSet[SharedMemoryClient] = weakref.WeakSet()
+"""Those that are on. Each is kept by its client, in whose calls it stands; a client that is dropped takes it along."""
+
+DIRECT_SCATTERS = seams.SharedReplacement(distributed.client, "scatter_to_workers", _scatter_to_workers)
+"""In place while any client of this process takes part."""

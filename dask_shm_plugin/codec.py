@@ -1,0 +1,382 @@
+"""A value as Dask's own serialized frames, placed in blocks, and back.
+
+Whatever Dask can send, we can share, and what is rebuilt is what Dask would have rebuilt: the same functions see the
+same frames, only that large ones are mapped instead of received.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import pickle
+from collections import defaultdict
+from collections.abc import Callable, Container
+from typing import Any, NamedTuple
+
+import numpy as np
+from distributed.protocol.serialize import Serialized as DaskSerialized
+from distributed.protocol.serialize import deserialize, serialize, to_serialize
+from distributed.utils import ensure_memoryview
+
+from dask_shm_plugin import arrow, membership, views
+from dask_shm_plugin.arena import Arena
+from dask_shm_plugin.block import Block, Descriptor
+from dask_shm_plugin.exceptions import ArenaUnavailable, SharedMemoryError, Unshareable
+from dask_shm_plugin.metrics import COUNTERS
+from dask_shm_plugin.segment import round_up
+from dask_shm_plugin.table import Row
+
+_ALIGNMENT = 64
+_INLINE_FRAME = arrow.SMALL
+_INLINE_TOTAL = 64 << 10
+_AT_ONCE = 4 << 20
+"""Bytes that may be copied on an event loop."""
+
+Header = dict[str, Any]
+Frame = Any  # bytes, bytearray or memoryview: whatever a serializer gave
+
+
+class Span(NamedTuple):
+    """A frame that lies in a block."""
+
+    row: Row
+    offset: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Handle:
+    """What travels instead of a value: it *becomes* the value when it is unpickled.
+
+    Attributes
+    ----------
+    arena_id
+        The arena in which the spans lie.
+    header
+        Dask's header of the serialized value, pickled: some of its deserializers take a header apart.
+    parts
+        The frames, in order: the bytes of a small one, the place of a large one.
+    size
+        Bytes of all frames.
+    in_band
+        Bytes of frames that rebuilding copies: pickle streams, ``bytes``.
+
+    Notes
+    -----
+    Plain data that owns nothing. Whoever sends it must hold references to its blocks until the receiver has
+    unpickled it; otherwise the receiver gets an :class:`Unresolved`.
+    """
+
+    arena_id: bytes
+    header: bytes
+    parts: tuple[bytes | Span, ...]
+    size: int
+    in_band: int
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _receive, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Unresolved:
+    """What a handle becomes when it cannot become its value; whoever made the request asks again for bytes."""
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+    """What a handle becomes on an event loop when rebuilding takes time; whoever made the request does that elsewhere."""
+
+    handle: Handle
+
+
+class Published:
+    """A value in the arena: its handle, and the references that keep its blocks.
+
+    Notes
+    -----
+    The references last as long as this object; whoever hands the handle over keeps it until the other side has
+    resolved it. Its finalizer only appends to the arena's queue.
+    """
+
+    def __init__(self, handle: Handle, blocks: list[Block], copied: int) -> None:
+        self.handle = handle
+        self.copied = copied
+        self._blocks = blocks
+        self._pickled = pickle.dumps(handle)
+
+    @property
+    def message(self) -> DaskSerialized:
+        """What is sent: the handle, pickled whatever serializers the connection prefers."""
+        return DaskSerialized({"serializer": "pickle", "writeable": ()}, [self._pickled])
+
+    @property
+    def is_used_elsewhere(self) -> bool:
+        """Whether any other member refers to one of its blocks."""
+        return any(block.holders > 1 for block in self._blocks)
+
+    def __del__(self) -> None:
+        for block in self._blocks:
+            block.close()
+
+    def __repr__(self) -> str:
+        return f"<Published {self.handle.size} bytes, {len(self._blocks)} blocks>"
+
+
+class Serialized(NamedTuple):
+    """A value as Dask serializes it."""
+
+    header: Header
+    frames: list[Frame]
+    size: int
+
+    @classmethod
+    def of(cls, value: object) -> Serialized:
+        """Serialize a value. Like Dask, it does not raise: what cannot be serialized becomes an error message."""
+        in_place = arrow.keep_in_place(value, _is_mapped) if len(views.ATLAS) else value
+        header, frames = serialize(to_serialize(in_place))
+        return cls(header, list(frames), sum(memoryview(frame).nbytes for frame in frames))
+
+
+_WELL_MEASURED = (int, float, complex, bool, str, bytes, bytearray, type(None))
+
+
+def may_be_large(value: object, size: int, threshold: int) -> bool:
+    """Tell, without serializing it, whether a value may reach the threshold; ``size`` is Dask's estimate."""
+    return size >= threshold or not _is_well_measured(value)
+
+
+def _is_well_measured(value: object) -> bool:
+    if isinstance(value, (np.ndarray, np.generic)):
+        return not value.dtype.hasobject
+    kind = type(value)
+    return kind in _WELL_MEASURED or kind.__module__.partition(".")[0] in ("pandas", "pyarrow")
+
+
+def publish(serialized: Serialized, arena: Arena) -> Published:
+    """Put the large frames of a value into the arena, those that are not there yet.
+
+    Raises
+    ------
+    SharedMemoryError
+        With the reason why it cannot be shared; nothing is left behind.
+    """
+    if any(serialized.header.get("compression") or ()):
+        raise Unshareable("the value's own serializer has compressed it")
+    flat = [ensure_memoryview(frame) for frame in serialized.frames]
+    blocks: dict[Row, Block] = {}
+    with contextlib.ExitStack() as undo:
+        parts: dict[int, bytes | Span] = {}
+        for number, frame in enumerate(flat):
+            span = _already_there(frame, arena, blocks, undo)
+            if span is not None:
+                parts[number] = span
+        parts |= _small_ones(flat, parts)
+        missing = [number for number in range(len(flat)) if number not in parts]
+        copied = sum(flat[number].nbytes for number in missing)
+        if missing:
+            parts |= _copy(flat, missing, arena, blocks, undo)
+        undo.pop_all()
+    ordered = tuple(parts[number] for number in range(len(flat)))
+    in_band = sum(len(frame) for frame in serialized.frames if isinstance(frame, (bytes, bytearray)))
+    handle = Handle(arena.arena_id, pickle.dumps(serialized.header), ordered, serialized.size, in_band)
+    return Published(handle, list(blocks.values()), copied)
+
+
+def still_holds(published: Published, value: object, arena: Arena) -> bool:
+    """Tell whether what was published is what Dask would send now: a task may have changed its input in place.
+
+    A frame that lies in the arena must be unwritten; any other is compared with the shared copy, byte by byte.
+    """
+    serialized = Serialized.of(value)
+    handle = published.handle
+    if len(serialized.frames) != len(handle.parts) or pickle.dumps(serialized.header) != handle.header:
+        return False
+    flat = [ensure_memoryview(frame) for frame in serialized.frames]
+    spans = [part for part in handle.parts if isinstance(part, Span)]
+    mapped = _map_spans(spans, arena)
+    return all(
+        _is_same(frame, mapped[part].pop(), part) if isinstance(part, Span) else frame == part
+        for frame, part in zip(flat, handle.parts, strict=True)
+    )
+
+
+def _is_same(frame: memoryview, shared: memoryview, span: Span) -> bool:
+    if frame.nbytes != span.length:
+        return False
+    address = _address(frame)
+    place = views.ATLAS.locate(address, frame.nbytes)
+    if place is not None and (place.row, place.offset) == (span.row, span.offset):
+        return not views.is_written(address, frame.nbytes)
+    return bool(np.array_equal(np.frombuffer(frame, np.uint8), np.frombuffer(shared, np.uint8)))
+
+
+def _already_there(
+    frame: memoryview, arena: Arena, blocks: dict[Row, Block], undo: contextlib.ExitStack
+) -> Span | None:
+    """Recognise a frame that lies in the arena and still holds there what it holds here."""
+    if frame.nbytes <= _INLINE_FRAME:
+        return None
+    address = _address(frame)
+    place = views.ATLAS.locate(address, frame.nbytes)
+    if place is None or place.arena_id != arena.arena_id or views.is_written(address, frame.nbytes):
+        return None
+    if place.row not in blocks:
+        blocks[place.row] = undo.enter_context(arena.attach_block(Descriptor(arena.arena_id, place.row)))
+    return Span(place.row, place.offset, place.length)
+
+
+def _small_ones(frames: list[memoryview], placed: Container[int]) -> dict[int, bytes]:
+    """Choose the frames that travel in the handle: the smallest, or all that are left when only little is."""
+    candidates = [number for number in range(len(frames)) if number not in placed]
+    total = sum(frames[number].nbytes for number in candidates)
+    if total > _INLINE_TOTAL or len(candidates) == len(frames):
+        candidates = [number for number in candidates if frames[number].nbytes <= _INLINE_FRAME]
+        empty = [number for number in candidates if not frames[number].nbytes]
+        candidates = [*empty, *candidates[: _INLINE_TOTAL // _INLINE_FRAME]]
+    return {number: bytes(frames[number]) for number in candidates}
+
+
+def _copy(
+    frames: list[memoryview],
+    numbers: list[int],
+    arena: Arena,
+    blocks: dict[Row, Block],
+    undo: contextlib.ExitStack,
+) -> dict[int, Span]:
+    """Copy frames into one new block."""
+    ends = itertools.accumulate(round_up(frames[number].nbytes, _ALIGNMENT) for number in numbers)
+    offsets = [0, *ends]
+    with arena.draft(offsets.pop()) as draft:
+        for number, offset in zip(numbers, offsets, strict=True):
+            draft.write(offset, frames[number])
+        block = undo.enter_context(draft.seal())
+    blocks[block.row] = block
+    return {
+        number: Span(block.row, offset, frames[number].nbytes) for number, offset in zip(numbers, offsets, strict=True)
+    }
+
+
+def resolve(handle: Handle, *, writeable: bool = True) -> Any:
+    """Rebuild the value of a handle over mappings of its own.
+
+    Raises
+    ------
+    SharedMemoryError
+        A block is gone, or cannot be mapped, or this process is not in that arena.
+    """
+    arena = membership.find(handle.arena_id)
+    if arena is None:
+        raise ArenaUnavailable("this process is not a member of the arena")
+    mapped = _map_spans([part for part in handle.parts if isinstance(part, Span)], arena)
+    frames = [mapped[part].pop() if isinstance(part, Span) else memoryview(bytearray(part)) for part in handle.parts]
+    header = pickle.loads(handle.header)
+    if not writeable:
+        header, frames = _read_only(header), [frame.toreadonly() for frame in frames]
+    return deserialize(header, frames)
+
+
+def _map_spans(spans: list[Span], arena: Arena) -> dict[Span, list[memoryview]]:
+    """Map every span; those that overlap in different mappings, for Dask would have sent independent copies."""
+    mapped: dict[Span, list[memoryview]] = defaultdict(list)
+    for row in {span.row for span in spans}:
+        with arena.attach_block(Descriptor(arena.arena_id, row)) as block:
+            for group in _without_overlap(sorted(span for span in spans if span.row == row)):
+                start = group[0].offset
+                view = block.view(start, group[-1].offset + group[-1].length - start)
+                for span in group:
+                    mapped[span].append(view[span.offset - start : span.offset - start + span.length])
+    return mapped
+
+
+def _without_overlap(spans: list[Span]) -> list[list[Span]]:
+    groups: list[list[Span]] = []
+    for span in spans:
+        fitting = next((g for g in groups if g[-1].offset + g[-1].length <= span.offset), None)
+        if fitting is None:
+            groups.append([span])
+        else:
+            fitting.append(span)
+    return groups
+
+
+def _read_only(header: Any) -> Any:
+    """Return a header that says of every buffer that it was read-only."""
+    if isinstance(header, (list, tuple)):
+        return type(header)(_read_only(item) for item in header)
+    if not isinstance(header, dict):
+        return header
+    return {
+        key: type(value)(flag and False for flag in value) if key == "writeable" else _read_only(value)
+        for key, value in header.items()
+    }
+
+
+def is_shared(value: object) -> bool:
+    """Tell whether all buffers of a value, at least one, are mapped from an arena; small ones do not count."""
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return _is_mapped(*_bounds(value))
+    frames = [ensure_memoryview(frame) for frame in Serialized.of(value).frames if not isinstance(frame, bytes)]
+    large = [frame for frame in frames if frame.nbytes > _INLINE_FRAME]
+    return bool(large) and all(_is_mapped(_address(frame), frame.nbytes) for frame in large)
+
+
+def has_overlaps(value: object) -> bool:
+    """Tell whether parts of a value share memory, which those of a rebuilt value would not."""
+    frames = [ensure_memoryview(frame) for frame in Serialized.of(value).frames]
+    places = sorted((_address(frame), frame.nbytes) for frame in frames if frame.nbytes)
+    return any(start + length > following for (start, length), (following, _) in itertools.pairwise(places))
+
+
+def _is_mapped(address: int, length: int) -> bool:
+    return views.ATLAS.locate(address, length) is not None
+
+
+def _address(frame: memoryview) -> int:
+    return int(np.frombuffer(frame, dtype=np.uint8).__array_interface__["data"][0])
+
+
+def _bounds(array: np.ndarray[Any, Any]) -> tuple[int, int]:
+    """Return address and length of the memory that an array looks at."""
+    if array.size == 0:
+        return 0, 0
+    reach = [(count - 1) * stride for count, stride in zip(array.shape, array.strides, strict=True)]
+    low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
+    return int(array.__array_interface__["data"][0]) + low, high - low + array.itemsize
+
+
+# -- receiving
+
+_views: dict[bytes, str] = {}
+
+
+def set_views(arena_id: bytes, how: str) -> None:
+    """Choose whether this process's views are "copy-on-write" or "read-only"."""
+    _views[arena_id] = how
+
+
+def _receive(*fields: Any) -> Any:
+    """Unpickle a handle: never raises on account of shared memory."""
+    try:
+        handle = Handle(*fields)
+    except TypeError:
+        return Unresolved("version")
+    if handle.in_band > _AT_ONCE and asyncio._get_running_loop() is not None:
+        return Deferred(handle)
+    return become(handle)
+
+
+def become(handle: Handle) -> Any:
+    """Return the value of a handle, or an :class:`Unresolved`."""
+    try:
+        value = resolve(handle, writeable=_views.get(handle.arena_id) != "read-only")
+    except SharedMemoryError as error:
+        return Unresolved(error.reason)
+    except Exception:
+        # Whatever the value's own deserializer has against it, it shall say about the bytes, as without us.
+        return Unresolved("deserializer")
+    COUNTERS.count("attached", handle.size)
+    return value

@@ -1,0 +1,93 @@
+"""What a user can set: defaults, schema and checks. The namespace in Dask's configuration is ``shm``."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from typing import Any, NamedTuple
+
+import dask.config
+from dask.utils import parse_bytes
+
+from dask_shm_plugin import limits
+
+_CHOICES = {"publish": ("on-request", "on-completion"), "views": ("copy-on-write", "read-only")}
+_PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+
+
+class Options(NamedTuple):
+    """The settings of one process; sizes in bytes.
+
+    Notes
+    -----
+    ``capacity`` stays as the user wrote it, for "50%" means another number on every node.
+    """
+
+    capacity: str | int
+    threshold: int
+    publish: str
+    views: str
+    warm: int
+
+    def capacity_here(self) -> int:
+        """Return the capacity for an arena on this node, in bytes."""
+        percent = _PERCENT.fullmatch(str(self.capacity))
+        if percent and float(percent[1]) > 100:
+            raise ValueError(f"shm.capacity is {self.capacity!r}; a node has no more than 100%")
+        if percent:
+            return int(limits.memory_limit() * float(percent[1]) / 100)
+        return _bytes("capacity", self.capacity)
+
+
+@functools.cache
+def load_defaults() -> dict[str, Any]:
+    """Make the defaults known to Dask's configuration, below everything that the user has set, and return them."""
+    import yaml
+
+    with open(os.path.join(os.path.dirname(__file__), "dask_shm.yaml")) as file:
+        defaults: dict[str, Any] = yaml.safe_load(file)
+    dask.config.update_defaults(defaults)
+    return dict(defaults["shm"])
+
+
+def options(given: dict[str, Any]) -> Options:
+    """Return the settings: those given, and for the others what Dask's configuration says.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A setting is unknown or makes no sense; the message names it and what it may be.
+    """
+    # Leaving a ``with dask.config.set(...)`` that named ours first takes the whole namespace away, defaults and all.
+    configured = {**load_defaults(), **dask.config.get("shm", default={})}
+    merged = {**configured, **{name: value for name, value in given.items() if value is not None}}
+    unknown = sorted(set(merged) - set(Options._fields))
+    if unknown:
+        raise ValueError(
+            f"unknown option shm.{unknown[0]}; known are {', '.join('shm.' + name for name in Options._fields)}"
+        )
+    for name, choices in _CHOICES.items():
+        if merged[name] not in choices:
+            raise ValueError(f"shm.{name} is {merged[name]!r}; it may be {' or '.join(map(repr, choices))}")
+    result = Options(
+        capacity=merged["capacity"],
+        threshold=_bytes("threshold", merged["threshold"]),
+        publish=merged["publish"],
+        views=merged["views"],
+        warm=_bytes("warm", merged["warm"]),
+    )
+    result.capacity_here()
+    return result
+
+
+def _bytes(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError(f"shm.{name} is {value!r}; it must be a number of bytes or a text like '1 GiB'")
+    try:
+        size = int(parse_bytes(value))
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"shm.{name} is {value!r}; it must be a number of bytes or a text like '1 GiB'") from error
+    if size < 0:
+        raise ValueError(f"shm.{name} is {value!r}; it must not be negative")
+    return size

@@ -1,0 +1,73 @@
+"""What can go wrong, and what the caller should do about it.
+
+None of these ever reaches a user of Dask: every role turns them into "send the bytes instead". They matter to
+callers of the pure layers and to the counters, which use ``reason`` as their key.
+"""
+
+from __future__ import annotations
+
+
+class SharedMemoryError(Exception):
+    """Sharing was not possible; the remedy is in the message, the fall-back is to copy the bytes."""
+
+    reason = "error"
+
+
+class ArenaUnavailable(SharedMemoryError):
+    """There is no arena to work with: it cannot be created, found or opened, or this process has left it."""
+
+    reason = "no-arena"
+
+
+class ArenaBusy(SharedMemoryError):
+    """The table's lock was not free within a bounded time; trying again later may succeed."""
+
+    reason = "lock-busy"
+
+
+class ArenaFull(SharedMemoryError):
+    """There is no room in the arena; raise ``shm.capacity`` or release results."""
+
+    reason = "arena-full"
+
+
+class MemoryExhausted(ArenaFull):
+    """The operating system gave no pages for the arena, although its capacity would allow more."""
+
+    reason = "memory-exhausted"
+
+
+class TableFull(ArenaFull):
+    """Every row of the table is taken; raise ``shm.threshold`` so that fewer and larger values are shared."""
+
+    reason = "table-full"
+
+
+class MembersFull(ArenaFull):
+    """The arena has as many members as it can hold."""
+
+    reason = "members-full"
+
+
+class StaleBlock(SharedMemoryError):
+    """The block that a descriptor names has been released since; ask its sender for the bytes."""
+
+    reason = "stale"
+
+
+class MappingRefused(SharedMemoryError):
+    """The kernel refused another mapping (``vm.max_map_count`` or ``ulimit -v``)."""
+
+    reason = "mapping-refused"
+
+
+class TableCorrupt(SharedMemoryError):
+    """The table does not hold what its layout promises; this process must leave the arena."""
+
+    reason = "corrupt"
+
+
+class Unshareable(SharedMemoryError):
+    """The value's own serializer does something that only a wire can undo."""
+
+    reason = "unshareable"

@@ -1,0 +1,81 @@
+"""How this process asks for data: it says who asks, and asks again for bytes when an answer cannot be used.
+
+All requests of a process, whatever its roles, go through one function of ``distributed``; it is replaced while the
+process is a member of any arena. Being a member is a matter of the process: every role in it can use every handle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import distributed.worker
+
+from dask_shm_plugin import codec, membership, seams
+from dask_shm_plugin.arena import Arena
+from dask_shm_plugin.codec import Deferred, Unresolved
+from dask_shm_plugin.metrics import COUNTERS
+from dask_shm_plugin.rolebook import Member
+
+
+def askers() -> list[str]:
+    """Return the memberships of this process, as a request names them."""
+    return [
+        f"{arena.arena_id.hex()}:{arena.member.slot}:{arena.member.incarnation}" for arena in membership.all_arenas()
+    ]
+
+
+def is_member(arena: Arena, asked_by: list[str]) -> bool:
+    """Tell whether one of those who ask is a member of an arena, alive and in this incarnation."""
+    for asker in asked_by:
+        arena_id, slot, incarnation = asker.split(":")
+        if arena_id == arena.arena_id.hex():
+            return arena.is_live(Member(int(slot), int(incarnation)))
+    return False
+
+
+async def finish(data: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Rebuild in a thread what could not be rebuilt on the event loop, and return the data with it."""
+    later = [key for key, value in data.items() if type(value) is Deferred]
+    values = await asyncio.gather(*(asyncio.to_thread(codec.become, data[key].handle) for key in later))
+    return {**data, **dict(zip(later, values, strict=True))}
+
+
+def unusable(data: Mapping[Any, Any]) -> list[Any]:
+    """Return the keys of which a handle could not be resolved, and count them."""
+    keys = [key for key, value in data.items() if type(value) is Unresolved]
+    for key in keys:
+        COUNTERS.count_sent(f"unresolved-{data[key].reason}", 0)
+    return keys
+
+
+async def _get_data_from_worker(
+    rpc: Any,
+    keys: Any,
+    worker: str,
+    *,
+    who: str | None = None,
+    serializers: list[str] | None = None,
+    deserializers: list[str] | None = None,
+) -> Any:
+    ask: Callable[..., Any] = REQUESTS.old
+    is_ours = rpc.deserialize and not (serializers or rpc.serializers) and not worker.startswith("inproc://")
+    if not is_ours:
+        return await ask(rpc, keys, worker, who=who, serializers=serializers, deserializers=deserializers)
+    response = await ask(rpc, keys, worker, who=who, serializers=seams.tagged(askers()), deserializers=deserializers)
+    if response["status"] != "OK":
+        return response
+    response = {**response, "data": await finish(response["data"])}
+    missing = unusable(response["data"])
+    if missing:
+        again = await ask(rpc, missing, worker, who=who, deserializers=deserializers)
+        if again["status"] != "OK":
+            return again
+        kept = {key: value for key, value in response["data"].items() if key not in missing}
+        response = {**response, "data": {**kept, **again["data"]}}
+    return response
+
+
+REQUESTS = seams.SharedReplacement(distributed.worker, "get_data_from_worker", _get_data_from_worker)
+"""In place while any role of this process is on."""

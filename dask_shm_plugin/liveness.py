@@ -1,0 +1,140 @@
+"""Proof that a process is gone: a lock that the kernel drops.
+
+Two kinds of lock, because each can do what the other cannot.
+
+- Being alive is an *open file description* lock. It lasts as long as anything of the process lives on: its
+  descriptor, its mappings, and a forked child that inherited either. So it covers exactly the views that may exist.
+- Being at work on the table is a classic *record* lock. It falls with the process itself, even when a forked child
+  lives on, so no death can keep it. It does not exclude threads of one process, so a ``threading.Lock`` goes with it.
+
+Both are taken on bytes that lie far behind the end of the file, where no data will ever be.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from dask_shm_plugin import syscalls
+from dask_shm_plugin.exceptions import ArenaBusy, ArenaUnavailable
+
+_FLOCK = struct.Struct("hhxxxxqqixxxx")
+_BEHIND_THE_FILE = 1 << 60
+_MUTEX_BYTE = _BEHIND_THE_FILE - 1
+_FIRST_PAUSE, _LONGEST_PAUSE = 20e-6, 2e-3
+
+
+def _description_lock(fd: int, command: int, kind: int, byte: int) -> int:
+    request = _FLOCK.pack(kind, os.SEEK_SET, _BEHIND_THE_FILE + byte, 1, 0)
+    answer = fcntl.fcntl(fd, command, request)
+    return int(_FLOCK.unpack(answer)[0])
+
+
+def hold(fd: int, byte: int, *, shared: bool = False) -> bool:
+    """Take the lock on a byte for the open file description behind ``fd``; return whether it was free."""
+    try:
+        _description_lock(fd, fcntl.F_OFD_SETLK, fcntl.F_RDLCK if shared else fcntl.F_WRLCK, byte)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def let_go(fd: int, byte: int) -> None:
+    """Drop the lock on a byte."""
+    _description_lock(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, byte)
+
+
+def is_held(fd: int, byte: int) -> bool:
+    """Tell whether another open file description has a lock on a byte. Its own locks are not seen."""
+    return _description_lock(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, byte) != fcntl.F_UNLCK
+
+
+def start_time(pid: int) -> int:
+    """Return when a process started, in clock ticks since boot, or 0 when there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # The name of the program stands in parentheses and may contain anything, parentheses too.
+            return int(file.read().rpartition(b")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+class Mutex:
+    """Exclusion among all threads of all processes that have one file open.
+
+    Parameters
+    ----------
+    fd
+        The one descriptor by which this process has the file.
+    patience
+        Seconds after which waiting ends with :exc:`ArenaBusy`. Whoever has waited in vain does not wait again until
+        the lock was free once: a stopped process shall not stop everybody else again and again.
+
+    Notes
+    -----
+    Not reentrant. Useless in a forked child, which must not touch its parent's table: entering raises there.
+    """
+
+    def __init__(self, fd: int, patience: float = 0.25) -> None:
+        self._fd = fd
+        self._pid = os.getpid()
+        self._patience = patience
+        self._among_threads = threading.Lock()
+        self._in_vain = False
+        self.retired = False
+
+    def __enter__(self) -> None:
+        if os.getpid() != self._pid:
+            raise ArenaUnavailable("a forked child does not share its parent's membership")
+        deadline = time.monotonic() + self._patience
+        if not self._among_threads.acquire(timeout=self._patience):
+            raise ArenaBusy("another thread holds the table")
+        try:
+            if self.retired:
+                raise ArenaUnavailable("this process has left the arena")
+            self._lock_file(deadline)
+        except BaseException:
+            self._among_threads.release()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self.retired:
+                self._close()
+            else:
+                syscalls.record_lock(self._fd, fcntl.F_UNLCK, _MUTEX_BYTE)
+        finally:
+            self._among_threads.release()
+
+    def retire(self, close: Callable[[], None]) -> None:
+        """From inside: refuse to be entered again, and close the file when left.
+
+        There must never be a moment when the file could be entered or opened anew by this process, and is closed only
+        then: that would drop the locks of the new descriptor, too.
+        """
+        self.retired, self._close = True, close
+
+    def _lock_file(self, deadline: float) -> None:
+        pause = _FIRST_PAUSE
+        while True:
+            failure = syscalls.record_lock(self._fd, fcntl.F_WRLCK, _MUTEX_BYTE)
+            if failure == 0:
+                self._in_vain = False
+                return
+            if failure not in (errno.EAGAIN, errno.EACCES):
+                raise ArenaUnavailable(f"the table cannot be locked: {os.strerror(failure)}")
+            if self._in_vain or time.monotonic() >= deadline:
+                self._in_vain = True
+                raise ArenaBusy("another process holds the table")
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)

@@ -1,0 +1,226 @@
+"""Which arenas this process belongs to: one membership per cluster, shared by all roles that live in the process.
+
+In a ``LocalCluster`` the scheduler, all nannies and the client are one process, and so one member. The first role joins,
+the last one leaves.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+from dask_shm_plugin import liveness, rendezvous
+from dask_shm_plugin.arena import Arena
+from dask_shm_plugin.exceptions import ArenaUnavailable, SharedMemoryError
+from dask_shm_plugin.rendezvous import Listed, Meeting, Rendezvous
+from dask_shm_plugin.views import ATLAS
+
+logger = logging.getLogger(__name__)
+
+
+class _Joined(NamedTuple):
+    arena: Arena
+    meeting: Rendezvous
+    roles: list[tuple[str, str]]
+
+
+_lock = threading.Lock()
+_by_cluster: dict[str, _Joined] = {}
+_lingering: weakref.WeakSet[Arena] = weakref.WeakSet()
+"""Arenas that this process has left in all its roles, but into which views of it still look. Each is kept by its tidying
+thread until the last of them is gone."""
+
+
+def join(
+    cluster: str, kind: str, address: str, *, capacity: Callable[[], int] | None = None, warm: int = 0
+) -> Arena | None:
+    """Make this process, in one of its roles, a member of a cluster's arena on this node.
+
+    Parameters
+    ----------
+    cluster
+        What distinguishes one cluster from another.
+    kind, address
+        The role ("nanny", "worker" or "client") and where it listens.
+    capacity
+        Called for the bytes of a new arena when there is none; without it, None is returned in that case.
+    warm
+        Bytes of freed memory that stay resident.
+
+    Raises
+    ------
+    SharedMemoryError
+        With the reason why there is nothing to join.
+    """
+    with _lock:
+        joined = _by_cluster.get(cluster)
+        if joined is None:
+            name = rendezvous.name_for(cluster)
+            if capacity is None and not rendezvous.exists(name):
+                return None
+            found = _meet(name, capacity, warm)
+            if found is None:
+                return None
+            joined = _by_cluster[cluster] = _Joined(*found, [])
+        joined.roles.append((kind, address))
+    with contextlib.suppress(SharedMemoryError):
+        joined.arena.add_role(kind, address)
+    return joined.arena
+
+
+def withdraw(cluster: str, kind: str, address: str) -> None:
+    """Let others not find a role any more."""
+    joined = _by_cluster.get(cluster)
+    if joined is not None:
+        with contextlib.suppress(SharedMemoryError):
+            joined.arena.remove_role(kind, address)
+
+
+def leave(cluster: str, kind: str, address: str) -> None:
+    """End one role; with the last one, the process leaves the arena. Harmless when it never joined."""
+    with _lock:
+        joined = _by_cluster.get(cluster)
+        if joined is None or (kind, address) not in joined.roles:
+            return
+        joined.roles.remove((kind, address))
+        with contextlib.suppress(SharedMemoryError):
+            joined.arena.remove_role(kind, address)
+        if not joined.roles:
+            del _by_cluster[cluster]
+            _depart(joined)
+
+
+def find(arena_id: bytes) -> Arena | None:
+    """Return the arena of that name, if this process is a member of it."""
+    return next((joined.arena for joined in list(_by_cluster.values()) if joined.arena.arena_id == arena_id), None)
+
+
+def of_cluster(cluster: str) -> Arena | None:
+    """Return the arena of a cluster, if this process is a member of it."""
+    joined = _by_cluster.get(cluster)
+    return joined.arena if joined else None
+
+
+def all_arenas() -> list[Arena]:
+    """Return the arenas of which this process is a member."""
+    return [joined.arena for joined in list(_by_cluster.values())]
+
+
+def _meet(name: str, capacity: Callable[[], int] | None, warm: int) -> tuple[Arena, Rendezvous] | None:
+    meeting = rendezvous.enter(name, create=capacity is not None)
+    if meeting is None:
+        return None
+    try:
+        arena = _find_or_create(meeting, capacity, warm)
+        if arena is None:
+            meeting.close()
+            return None
+        meeting.attend()
+        meeting.unlock()
+    except BaseException:
+        if not meeting.is_attended:
+            meeting.remove()
+        meeting.close()
+        raise
+    return arena, meeting
+
+
+def _find_or_create(meeting: Rendezvous, capacity: Callable[[], int] | None, warm: int) -> Arena | None:
+    said = meeting.read()
+    arena = _attach(said, warm) if said else None
+    if arena is None and capacity is not None:
+        if said and meeting.is_attended and any(listed.is_alive for listed in said.listed):
+            raise ArenaUnavailable("the arena of this cluster exists, but its members' memory cannot be opened")
+        rendezvous.purge()
+        arena = Arena.create(capacity(), warm)
+        said = None
+    if arena is not None:
+        try:
+            meeting.write(_with_us(arena, said))
+        except BaseException:
+            arena.close()
+            raise
+    return arena
+
+
+def _with_us(arena: Arena, said: Meeting | None) -> Meeting:
+    own = Listed(os.getpid(), liveness.start_time(os.getpid()), arena.segment.fd)
+    others = tuple(listed for listed in said.listed if listed.is_alive) if said else ()
+    return Meeting(arena.arena_id, arena.segment.device, arena.segment.inode, (*others, own))
+
+
+def _attach(said: Meeting, warm: int) -> Arena | None:
+    # A process must never be in one arena twice: its record locks would not keep the one from the other.
+    for arena in list(_lingering):
+        if arena.arena_id == said.arena_id and arena.stay():
+            _lingering.discard(arena)
+            return arena
+    for at in said.whereabouts():
+        try:
+            return Arena.attach(at, said.arena_id, warm)
+        except ArenaUnavailable as error:
+            logger.debug("%s cannot help to join: %s", at, error)
+    return None
+
+
+def _depart(joined: _Joined) -> None:
+    """Leave the rendezvous and then the arena; whoever leaves last removes the name."""
+    joined.meeting.close()
+    with contextlib.suppress(SharedMemoryError, OSError):
+        meeting = rendezvous.enter(joined.meeting.name, create=False)
+        if meeting is not None:
+            said = meeting.read()
+            if said is not None and said.arena_id == joined.arena.arena_id:
+                meeting.write(
+                    said._replace(listed=tuple(p for p in said.listed if p.pid != os.getpid() and p.is_alive))
+                )
+            if not meeting.is_attended:
+                meeting.remove()
+            meeting.close()
+    joined.arena.close()
+    if not joined.arena.has_left:
+        _lingering.add(joined.arena)
+
+
+@atexit.register
+def _depart_from_all() -> None:
+    with _lock:
+        while _by_cluster:
+            _depart(_by_cluster.popitem()[1])
+
+
+_forking = threading.local()
+
+
+def _before_fork() -> None:
+    arenas = [*all_arenas(), *_lingering]
+    _forking.pins = [(arena, pins) for arena in arenas if (pins := arena.pin()) is not None]
+
+
+def _after_fork() -> None:
+    for arena, pins in _forking.pins:
+        pins.in_parent()
+        arena.keep(pins)
+
+
+def _forget_parent() -> None:
+    """Begin a forked child as a process that belongs to no arena; what its parent holds is its parent's."""
+    global _lock
+    _lock = threading.Lock()
+    for _, pins in _forking.pins:
+        pins.in_child()
+    for joined in _by_cluster.values():
+        joined.meeting.close()
+    _by_cluster.clear()
+    _lingering.clear()
+    ATLAS.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_forget_parent)

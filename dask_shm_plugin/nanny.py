@@ -1,0 +1,46 @@
+"""The nanny's half: it creates the node's arena, owns it, and cleans up behind dead members."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from distributed.diagnostics.plugin import NannyPlugin
+
+from dask_shm_plugin import config
+from dask_shm_plugin.role import Role
+
+_ON: weakref.WeakKeyDictionary[Any, SharedMemoryNanny] = weakref.WeakKeyDictionary()
+
+
+class SharedMemoryNanny(NannyPlugin):
+    """Create the node's arena, or join it, for as long as the nanny runs.
+
+    Parameters
+    ----------
+    capacity, threshold, publish, views, warm
+        See :class:`SharedMemoryPlugin`.
+    """
+
+    name = "dask-shm"
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+        self._role: Role | None = None
+
+    async def setup(self, nanny: Any) -> None:
+        """Join; never raises."""
+        # A nanny to which a plugin is added again, unlike a worker, does not tell the first one.
+        earlier = _ON.get(nanny)
+        if earlier is not None:
+            await earlier.teardown(nanny)
+        role = Role("nanny", nanny.scheduler, nanny.address, config.options(self._options))
+        if await role.join(create=True) is not None:
+            self._role = role
+            _ON[nanny] = self
+
+    async def teardown(self, nanny: Any) -> None:
+        """Leave; the arena lives on as long as it has members."""
+        role, self._role = self._role, None
+        if role is not None:
+            await role.leave()

@@ -1,0 +1,169 @@
+"""What one worker has published: a value is copied once, however many ask, and stays while the worker holds its key."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from distributed.protocol.serialize import Serialized as DaskSerialized
+
+from dask_shm_plugin import adoption, codec, notices, seams
+from dask_shm_plugin.arena import Arena
+from dask_shm_plugin.codec import Handle, Published, Serialized
+from dask_shm_plugin.exceptions import SharedMemoryError
+from dask_shm_plugin.metrics import COUNTERS
+
+logger = logging.getLogger("dask_shm_plugin")
+
+
+class _Record(NamedTuple):
+    """What was published under a key; good for exactly this value, which it keeps alive, and no other."""
+
+    value: object
+    published: Published
+    is_adopted: bool = False
+    is_idle: bool = False
+
+
+class _Flight(NamedTuple):
+    """A publication under way, for exactly this value."""
+
+    value: object
+    task: asyncio.Task[Published | DaskSerialized | None]
+
+
+class Publisher:
+    """The publications of one worker.
+
+    Parameters
+    ----------
+    arena
+        Where to.
+    threshold
+        Bytes of serialized frames from which a value is shared.
+    data
+        The worker's mapping from keys to values.
+
+    Notes
+    -----
+    Lives on the worker's event loop; copying happens in threads. A record is dropped in the same moment in which the
+    worker lets the key go or spills its value. There must never be a moment when a record answers for another value:
+    it holds the value itself and compares identity.
+    """
+
+    def __init__(self, arena: Arena, threshold: int, data: Any) -> None:
+        self._arena, self._threshold, self._data = arena, threshold, data
+        self._records: dict[Any, _Record] = {}
+        self._flights: dict[Any, _Flight] = {}
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="dask-shm-copy")
+        self._stop_listening = seams.on_spill(data, lambda key, value: self.forget(key))
+
+    async def publish(self, key: Any, value: object, size: int) -> Published | DaskSerialized | None:
+        """Publish the value of a key, unless that was done.
+
+        Parameters
+        ----------
+        key, value
+            As they are in the worker's data.
+        size
+            Dask's estimate of the value's bytes.
+
+        Returns
+        -------
+        Published
+            Whose handle others can resolve, as long as the caller keeps it.
+        Serialized
+            The value is too small to be shared, and was serialized to find that out.
+        None
+            It is to be sent as usual.
+        """
+        flight = self._flights.get(key)
+        if flight is None or flight.value is not value:
+            flight = _Flight(value, asyncio.create_task(self._publish(key, value, size)))
+            self._flights[key] = flight
+            flight.task.add_done_callback(lambda _: self._land(key, flight))
+        # One asker that goes away must not take the others' publication along.
+        outcome: Published | DaskSerialized | None = await asyncio.shield(flight.task)
+        return outcome
+
+    def forget(self, key: Any) -> None:
+        """Drop the record of a key that the worker holds no longer in memory."""
+        self._records.pop(key, None)
+
+    def prune(self) -> None:
+        """Drop the shared copies beside private ones that nobody else has referred to since the last call."""
+        for key, record in list(self._records.items()):
+            is_idle = not record.is_adopted and not record.published.is_used_elsewhere
+            if is_idle and record.is_idle:
+                del self._records[key]
+            elif is_idle != record.is_idle:
+                self._records[key] = record._replace(is_idle=is_idle)
+
+    def close(self) -> None:
+        """Drop everything; views stay valid."""
+        self._stop_listening()
+        self._records.clear()
+        self._threads.shutdown(wait=False)
+
+    def __repr__(self) -> str:
+        return f"<Publisher {len(self._records)} published, {len(self._flights)} under way>"
+
+    async def _publish(self, key: Any, value: object, size: int) -> Published | DaskSerialized | None:
+        record = self._records.get(key)
+        if (
+            record is not None
+            and record.value is value
+            and await self._in_thread(codec.still_holds, record.published, value, self._arena)
+        ):
+            return record.published
+        if size < self._threshold:
+            serialized = Serialized.of(value)
+        else:
+            serialized = await self._in_thread(Serialized.of, value)
+        if serialized.size < self._threshold:
+            return DaskSerialized(serialized.header, serialized.frames)
+        try:
+            published: Published = await self._in_thread(codec.publish, serialized, self._arena)
+        except SharedMemoryError as error:
+            notices.refused(error, serialized.size)
+            return None
+        if published.copied:
+            COUNTERS.count("published", published.copied)
+        if seams.keeps_values(self._data) and self._has(key, value):
+            await self._remember(key, value, published)
+        return published
+
+    async def _remember(self, key: Any, value: object, published: Published) -> None:
+        self._records[key] = _Record(value, published)
+        if not published.copied or not adoption.may_adopt(value):
+            return
+        shared = await self._in_thread(_rebuild, published.handle, value)
+        # While the thread was at work the key may have been released, replaced or spilled.
+        if shared is not None and self._has(key, value):
+            self._data[key] = shared
+            self._records[key] = _Record(shared, published, is_adopted=True)
+            COUNTERS.count("adopted", published.handle.size)
+
+    def _has(self, key: Any, value: object) -> bool:
+        return seams.in_memory(self._data, key) is value
+
+    def _land(self, key: Any, flight: _Flight) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+        if not flight.task.cancelled():
+            flight.task.exception()
+
+    async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+
+def _rebuild(handle: Handle, value: object) -> object | None:
+    try:
+        shared = codec.resolve(handle)
+        return shared if adoption.is_faithful(shared, value) else None
+    except Exception:
+        logger.debug("a published value keeps its private copy", exc_info=True)
+        return None

@@ -1,0 +1,240 @@
+"""Every private thing of ``distributed`` that we touch, and why.
+
+Each is a :class:`Seam`: what it is, what for, and a check that it still is what it was. When one has moved, the plugin
+stays off and says so once; ``tests/test_seams.py`` says it earlier. Written against distributed 2026.8.0.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterable, MutableMapping
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import distributed.client
+import distributed.core
+import distributed.nanny
+import distributed.scheduler
+import distributed.spill
+import distributed.utils_comm
+import distributed.worker
+import zict
+from distributed.protocol.serialize import families
+
+
+class Seam(NamedTuple):
+    """One private name: where, why we touch it, and whether it is still there."""
+
+    name: str
+    reason: str
+    holds: Callable[[], bool]
+
+
+def _takes(function: Any, *names: str) -> bool:
+    return set(names) <= set(inspect.signature(function).parameters)
+
+
+def _names(function: Any, *names: str) -> bool:
+    return set(names) <= set(inspect.unwrap(function).__code__.co_names)
+
+
+SEAMS = (
+    Seam(
+        "distributed.worker.get_data_from_worker",
+        "every fetch of every role goes through it: here a request says who asks, and an unusable answer is repeated",
+        lambda: (
+            _takes(distributed.worker.get_data_from_worker, "rpc", "keys", "worker", "who", "serializers")
+            and _names(distributed.worker.Worker.gather_dep, "get_data_from_worker")
+            and _names(distributed.utils_comm.gather_from_workers, "distributed.worker", "get_data_from_worker")
+        ),
+    ),
+    Seam(
+        "distributed.client.scatter_to_workers",
+        "Client.scatter(direct=True) sends through it",
+        lambda: (
+            _takes(vars(distributed.client)["scatter_to_workers"], "workers", "data", "rpc")
+            and _names(distributed.client.Client._scatter, "scatter_to_workers")
+        ),
+    ),
+    Seam(
+        "Worker.get_data",
+        "the handler of data requests: values become handles when the answer is written",
+        lambda: _takes(distributed.worker.Worker.get_data, "comm", "keys", "who", "serializers"),
+    ),
+    Seam(
+        "Worker.update_data",
+        "the handler of scatter: a handle that could not be resolved must not become a value",
+        lambda: _takes(distributed.worker.Worker.update_data, "data", "stimulus_id"),
+    ),
+    Seam(
+        "PooledRPCCall.__getattr__",
+        "the client's calls of the scheduler are looked up on the object: scatter and gather can be put in front",
+        lambda: "__getattr__" in vars(distributed.core.PooledRPCCall),
+    ),
+    Seam(
+        "Scheduler.gather(serializers=)",
+        "passes its serializers on to the workers: so the client's name reaches them",
+        lambda: _takes(distributed.scheduler.Scheduler.gather, "keys", "serializers"),
+    ),
+    Seam(
+        "ConnectionPool.deserialize",
+        "tells those who unpack what they fetch from the scheduler, who passes it on",
+        lambda: _takes(distributed.core.ConnectionPool, "deserialize", "serializers", "deserializers"),
+    ),
+    Seam(
+        "Client._close",
+        "a client that closes leaves the arena",
+        lambda: inspect.iscoroutinefunction(distributed.client.Client._close),
+    ),
+    Seam(
+        "Client._register_plugin",
+        "a plugin class of ours can say what its registration does",
+        lambda: hasattr(vars(distributed.client.Client).get("_register_plugin"), "register"),
+    ),
+    Seam(
+        "SpillBuffer.fast, .fast_to_slow_callbacks",
+        "looking at a value in memory without unspilling another, and learning of a spill",
+        lambda: (
+            issubclass(distributed.spill.SpillBuffer, zict.Buffer)
+            and _takes(zict.Buffer, "fast", "fast_to_slow_callbacks")
+            and _takes(zict.LRU, "d")
+        ),
+    ),
+)
+
+
+def why_not() -> str | None:
+    """Return why sharing cannot be switched on in this process, or None."""
+    if not sys.platform.startswith("linux"):
+        return f"shared memory needs Linux, this is {sys.platform}; Dask works as without the plugin"
+    moved = [seam.name for seam in SEAMS if not _still_holds(seam)]
+    if moved:
+        return (
+            f"this version of distributed ({version('distributed')}) has changed {', '.join(moved)}; "
+            "install a newer dask_shm_plugin"
+        )
+    return None
+
+
+def _still_holds(seam: Seam) -> bool:
+    try:
+        return seam.holds()
+    except Exception:
+        return False
+
+
+# -- replacing, and putting back
+
+
+class Replacement:
+    """An attribute or an item that is replaced until :meth:`undo`."""
+
+    def __init__(self, owner: Any, name: str, new: Any) -> None:
+        self._owner, self._name, self._new = owner, name, new
+        self._is_item = isinstance(owner, MutableMapping)
+        held = owner if self._is_item else vars(owner)
+        self._was_there = name in held
+        self.old = held[name] if self._was_there else getattr(owner, name)
+        self._put(new)
+
+    def undo(self) -> None:
+        """Put the old one back, unless somebody else has replaced ours since."""
+        if self._present() is not self._new:
+            return
+        if self._was_there:
+            self._put(self.old)
+        elif self._is_item:
+            del self._owner[self._name]
+        else:
+            delattr(self._owner, self._name)
+
+    def _put(self, value: Any) -> None:
+        if self._is_item:
+            self._owner[self._name] = value
+        else:
+            setattr(self._owner, self._name, value)
+
+    def _present(self) -> Any:
+        return self._owner.get(self._name) if self._is_item else vars(self._owner).get(self._name)
+
+
+class SharedReplacement:
+    """A replacement for the whole process, in place as long as anybody uses it."""
+
+    def __init__(self, owner: Any, name: str, new: Any) -> None:
+        self._make = lambda: Replacement(owner, name, new)
+        self._original = getattr(owner, name)
+        self._lock = threading.Lock()
+        self._users = 0
+        self._replacement: Replacement | None = None
+
+    @property
+    def old(self) -> Any:
+        """What was there before."""
+        replacement = self._replacement
+        return replacement.old if replacement else self._original
+
+    def begin(self) -> None:
+        """Put it in place, until :meth:`end` was called as often."""
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._replacement = self._make()
+
+    def end(self) -> None:
+        """Undo one :meth:`begin`."""
+        with self._lock:
+            self._users -= 1
+            if self._users == 0 and self._replacement is not None:
+                self._replacement.undo()
+                self._replacement = None
+
+
+# -- who asks: a name among the serializers of a request
+
+_TAG = "shm:"
+
+
+def tagged(askers: Iterable[str]) -> list[str]:
+    """Return serializers that say, besides all that Dask knows, who asks.
+
+    The list of serializers is the one field of a request that Dask hands on from hop to hop and that a worker without
+    us accepts: a name that it does not know stands behind all that it does, and is never tried.
+    """
+    return [*families, *(_TAG + asker for asker in askers)]
+
+
+def untag(serializers: list[str] | None) -> tuple[list[str], list[str] | None]:
+    """Return who asks, and the serializers as they would have been without :func:`tagged`."""
+    askers = [name[len(_TAG) :] for name in serializers or () if name.startswith(_TAG)]
+    return askers, None if askers else serializers
+
+
+# -- looking at the data of a worker
+
+
+def in_memory(data: Any, key: Any) -> Any:
+    """Return the value that a worker has under a key in memory, or None; reads nothing from disk."""
+    if isinstance(data, distributed.spill.SpillBuffer):
+        return data.fast.d.get(key)
+    return data.get(key) if type(data) is dict else None
+
+
+def on_spill(data: Any, callback: Callable[[Any, Any], None]) -> Callable[[], None]:
+    """Call back with key and value whenever a value has gone to disk; return how to stop that."""
+    if not isinstance(data, distributed.spill.SpillBuffer):
+        return lambda: None
+    data.fast_to_slow_callbacks.append(callback)
+    return lambda: data.fast_to_slow_callbacks.remove(callback)
+
+
+def keeps_values(data: Any) -> bool:
+    """Tell whether a worker's mapping hands out the same object each time, as long as we hear of no spill."""
+    return type(data) is dict or isinstance(data, distributed.spill.SpillBuffer)
+
+
+async def cluster_of(scheduler: Any) -> str:
+    """Ask a scheduler, by its rpc, for the name that no other scheduler has."""
+    return str((await scheduler.identity(n_workers=0))["id"])

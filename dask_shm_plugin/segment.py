@@ -1,0 +1,209 @@
+"""A span of POSIX shared memory: create, pass on, map, fill, give pages back. Nothing else.
+
+The memory has no name. A new segment is unlinked before anyone uses it, so that the death of its last process frees
+it; others open it through ``/proc/<pid>/fd/<n>`` of a process that has it, and compare device and inode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from typing import NamedTuple
+
+from dask_shm_plugin import syscalls
+from dask_shm_plugin.exceptions import ArenaUnavailable, MappingRefused, MemoryExhausted
+
+PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+NAME_PREFIX = "dask-shm-"
+SHM_DIRECTORY = "/dev/shm"
+# The kernel lets one process write to a file at a time; nobody shall wait long for his turn.
+_WRITE_STEP = 4 << 20
+_NO_SPACE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.ENOMEM}
+
+
+def round_up(size: int, unit: int = PAGE) -> int:
+    """Return the smallest multiple of ``unit`` that holds ``size``."""
+    return -(-size // unit) * unit
+
+
+class Whereabouts(NamedTuple):
+    """Where a segment can be opened: a process that has it, and the identity that must be found there."""
+
+    pid: int
+    fd: int
+    device: int
+    inode: int
+
+
+class Segment:
+    """An open segment; owns one descriptor.
+
+    Parameters
+    ----------
+    fd
+        A descriptor that this object closes.
+
+    Notes
+    -----
+    Thread-safe: nothing but the descriptor is kept. A process opens a segment once and keeps that one descriptor,
+    because closing any descriptor of a file drops all record locks that the process holds on it.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        status = os.fstat(fd)
+        self.size = status.st_size
+        self.device, self.inode = status.st_dev, status.st_ino
+
+    @classmethod
+    def create(cls, size: int) -> Segment:
+        """Create a sparse segment of ``size`` bytes: POSIX shared memory where it fits, a memfd where it does not."""
+        try:
+            return cls(_posix_segment(size) if _posix_memory_free() >= size else _memfd_segment(size))
+        except (OSError, ValueError, OverflowError) as error:
+            raise ArenaUnavailable(
+                f"cannot create {size} bytes of shared memory ({error}); lower shm.capacity"
+            ) from error
+
+    @classmethod
+    def open(cls, at: Whereabouts) -> Segment:
+        """Open the segment that another process holds.
+
+        Raises
+        ------
+        ArenaUnavailable
+            The process is gone, is not ours to look into, or has something else under that number.
+        """
+        path = f"/proc/{at.pid}/fd/{at.fd}"
+        try:
+            # A number may have been reused for a FIFO or a device, where even opening has effects: look first.
+            if not _is_ours(os.stat(path), at):
+                raise ArenaUnavailable(f"{path} is not the segment looked for")
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        except OSError as error:
+            raise ArenaUnavailable(f"cannot open {path}: {error}") from error
+        if not _is_ours(os.fstat(fd), at):
+            os.close(fd)
+            raise ArenaUnavailable(f"{path} is not the segment looked for")
+        return cls(fd)
+
+    @property
+    def whereabouts(self) -> Whereabouts:
+        """How another process can open this segment while this process has it."""
+        return Whereabouts(os.getpid(), self.fd, self.device, self.inode)
+
+    @property
+    def resident(self) -> int:
+        """Bytes for which the operating system holds pages."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def reserve(self, offset: int, length: int) -> None:
+        """Make the pages of a part exist, so that touching them through a mapping cannot fail."""
+        try:
+            os.posix_fallocate(self.fd, offset, length)
+        except OSError as error:
+            raise _no_pages(error) from error
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Copy flat bytes into the segment, without holding the GIL and without touching a mapping.
+
+        ``pwrite`` makes missing pages as it goes and reports a lack of them, where a store through a mapping would
+        be answered by SIGBUS.
+        """
+        done = 0
+        while done < len(data):
+            try:
+                written = os.pwrite(self.fd, data[done : done + _WRITE_STEP], offset + done)
+            except OSError as error:
+                raise _no_pages(error) from error
+            if written == 0:
+                raise MemoryExhausted("the operating system took no more bytes; free memory or lower shm.capacity")
+            done += written
+
+    def give_back(self, offset: int, length: int) -> None:
+        """Return the pages of a part to the operating system."""
+        syscalls.punch_hole(self.fd, offset, length)
+
+    def first_page(self, offset: int, length: int) -> int | None:
+        """Return where in a part the first page lies that the operating system holds, or None."""
+        try:
+            found = os.lseek(self.fd, offset, os.SEEK_DATA)
+        except OSError:
+            return None
+        return found if found < offset + length else None
+
+    def map_shared(self, offset: int, length: int) -> int:
+        """Map a part for reading and writing in place, and return its address."""
+        return self._mapped(syscalls.map_shared, offset, length)
+
+    def map_private(self, offset: int, length: int) -> int:
+        """Map a part copy-on-write, and return its address."""
+        return self._mapped(syscalls.map_private, offset, length)
+
+    def _mapped(self, how: syscalls.MapCall, offset: int, length: int) -> int:
+        try:
+            return how(self.fd, offset, length)
+        except OSError as error:
+            raise MappingRefused(
+                f"the kernel refused to map {length} bytes ({error}); raise vm.max_map_count or ulimit -v"
+            ) from error
+
+    def close(self) -> None:
+        """Close the descriptor; mappings stay."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __repr__(self) -> str:
+        state = f"fd {self.fd}" if self.fd >= 0 else "closed"
+        return f"<Segment {self.size} bytes, inode {self.inode}, {state}>"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a Segment cannot be pickled; send its Whereabouts")
+
+
+def _is_ours(status: os.stat_result, at: Whereabouts) -> bool:
+    same = (status.st_dev, status.st_ino) == (at.device, at.inode)
+    return same and stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()
+
+
+def _no_pages(error: OSError) -> Exception:
+    if error.errno in _NO_SPACE:
+        return MemoryExhausted(
+            f"the operating system has no pages for the arena ({error}); free memory or lower shm.capacity"
+        )
+    return error
+
+
+def _posix_memory_free() -> int:
+    try:
+        status = os.statvfs(SHM_DIRECTORY)
+    except OSError:
+        return 0
+    return status.f_bavail * status.f_frsize
+
+
+def _posix_segment(size: int) -> int:
+    import posix_ipc
+
+    name = f"/{NAME_PREFIX}{os.getuid()}-segment-{secrets.token_hex(8)}"
+    memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=size)
+    # Someone who purges after a crash may have unlinked the name already.
+    with contextlib.suppress(posix_ipc.ExistentialError):
+        memory.unlink()
+    os.set_inheritable(memory.fd, False)
+    return int(memory.fd)
+
+
+def _memfd_segment(size: int) -> int:
+    fd = os.memfd_create(f"{NAME_PREFIX}segment", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, size)
+        os.fchmod(fd, 0o600)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd

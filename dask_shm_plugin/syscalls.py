@@ -1,0 +1,101 @@
+"""The system calls that Python does not offer, as plain functions that raise ``OSError``.
+
+``mmap.mmap`` is no substitute: it duplicates the descriptor of its file, which costs one descriptor per mapping,
+and closing that duplicate would drop every record lock that the process holds on the file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+MapCall = Callable[[int, int, int], int]
+
+_PROT_READ, _PROT_WRITE = 1, 2
+_MAP_SHARED, _MAP_PRIVATE, _MAP_NORESERVE = 0x01, 0x02, 0x4000
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 0x01, 0x02
+_F_SETLK = 6
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+@functools.cache
+def _libc() -> Any:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int64,
+    ]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return libc
+
+
+class _Flock(ctypes.Structure):
+    _fields_ = (
+        ("kind", ctypes.c_short),
+        ("whence", ctypes.c_short),
+        ("start", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("pid", ctypes.c_int),
+    )
+
+
+@functools.cache
+def _libc_with_gil() -> Any:
+    return ctypes.PyDLL(None, use_errno=True)
+
+
+def record_lock(fd: int, kind: int, byte: int) -> int:
+    """Set a classic record lock on one byte (``F_WRLCK``, ``F_UNLCK``) without waiting; return 0 or ``errno``.
+
+    Keeps the GIL, unlike ``fcntl.lockf``: a thread that has just got the lock must not then have to wait for the GIL,
+    which another thread of its process may hold for a second, while all other processes wait for the lock.
+    """
+    request = _Flock(kind, os.SEEK_SET, byte, 1, 0)
+    failed = _libc_with_gil().fcntl(fd, _F_SETLK, ctypes.byref(request)) != 0
+    return ctypes.get_errno() if failed else 0
+
+
+def _failure(call: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"{call}: {os.strerror(number)}")
+
+
+def _map(fd: int, offset: int, length: int, flags: int) -> int:
+    address = _libc().mmap(None, length, _PROT_READ | _PROT_WRITE, flags, fd, offset)
+    if address == _MAP_FAILED:
+        raise _failure("mmap")
+    return int(address)
+
+
+def map_shared(fd: int, offset: int, length: int) -> int:
+    """Map ``length`` bytes of a file so that writes reach every process, and return the address."""
+    return _map(fd, offset, length, _MAP_SHARED)
+
+
+def map_private(fd: int, offset: int, length: int) -> int:
+    """Map ``length`` bytes of a file copy-on-write, and return the address.
+
+    No swap is set aside for the pages that might be written (``MAP_NORESERVE``): nearly none ever is.
+    """
+    return _map(fd, offset, length, _MAP_PRIVATE | _MAP_NORESERVE)
+
+
+def unmap(address: int, length: int) -> None:
+    """Give a mapping back."""
+    if _libc().munmap(address, length) != 0:
+        raise _failure("munmap")
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Give the pages of a part of a file back to the operating system; the part reads as zeros afterwards."""
+    if _libc().fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length) != 0:
+        raise _failure("fallocate")

@@ -1,0 +1,380 @@
+"""Who refers to which block: the reference-count table, pure, over any writable buffer.
+
+Layout, in words of eight bytes, native order::
+
+    header   magic+version, arena id (2 words), capacity, change counter, next incarnation, rows in use, reserved
+    members  MEMBERS rows of  [incarnation | state, pid, start time, other shared memory]
+    roles    see ``rolebook``
+    blocks   BLOCKS rows of   [generation | state, offset, extent, size, owner slot, owner incarnation, reserved x 2]
+    claims   per member a row of BLOCKS generations: "this member refers to that generation of that block"
+
+A block is FREE, then DRAFT (its owner writes it), then SEALED (nobody ever writes it again), then FREE. Its *generation*
+grows each time it is reserved, so a descriptor of an earlier use is recognised. A claim is a generation, not a count:
+a count cannot be repaired after a death, a set of (member, block, generation) can.
+
+House rules.
+
+1. Every method but ``is_live`` wants the caller to hold the arena's mutex. A death may come between any two stores.
+2. Each change writes its deciding word last: the state word of a row. What stands in the other words of a FREE row
+   means nothing.
+3. A claim row is written by its member, and by whoever reclaims the member after its death was *proved*.
+4. Free space is computed from the rows; no store exists that would have to be undone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dask_shm_plugin import rolebook
+from dask_shm_plugin.exceptions import StaleBlock, TableCorrupt, TableFull
+from dask_shm_plugin.rolebook import Member, Role, RoleBook
+
+LAYOUT_VERSION = 1
+_MAGIC = int.from_bytes(b"daskshm" + bytes([LAYOUT_VERSION]), "little")
+
+FREE, DRAFT, SEALED = 0, 1, 2
+_STATE_BITS, _STATE_MASK = 2, 3
+_GONE, _LIVE = 0, 1
+
+MEMBERS = 256
+BLOCKS = 16384
+
+_HEADER = 8
+_MEMBER, _BLOCK = 4, 8
+_MEMBERS_AT = _HEADER
+_ROLES_AT = _MEMBERS_AT + MEMBERS * _MEMBER
+_BLOCKS_AT = -(-(_ROLES_AT + rolebook.WORDS) // 512) * 512
+_CLAIMS_AT = _BLOCKS_AT + BLOCKS * _BLOCK
+
+SHARED_BYTES = _CLAIMS_AT * 8
+"""Bytes of the part that every member reads: header, members, roles, blocks."""
+CLAIM_BYTES = BLOCKS * 8
+"""Bytes of one member's row of claims."""
+TABLE_BYTES = SHARED_BYTES + MEMBERS * CLAIM_BYTES
+"""Bytes of the whole table."""
+
+_MAGIC_WORD, _ID_WORD, _CAPACITY_WORD, _CHANGES_WORD, _INCARNATION_WORD, _ROWS_WORD = 0, 1, 3, 4, 5, 6
+
+
+class Row(NamedTuple):
+    """One generation of one block."""
+
+    # Shadows the method of tuples, which nobody needs here.
+    index: int  # type: ignore[assignment]
+    generation: int
+
+
+class Weight(NamedTuple):
+    """What a member's references weigh, in bytes: its share of each block, and the blocks that nobody else has."""
+
+    share: int
+    alone: int
+
+
+class Extent(NamedTuple):
+    """A part of the arena, in bytes, aligned to pages."""
+
+    offset: int
+    length: int
+
+
+def claims_offset(slot: int) -> int:
+    """Return where in the table, in bytes, the claims of a member lie."""
+    return SHARED_BYTES + slot * CLAIM_BYTES
+
+
+class Table:
+    """The rows of one arena.
+
+    Parameters
+    ----------
+    buffer
+        ``TABLE_BYTES`` writable bytes, formatted before by :meth:`format`.
+
+    Raises
+    ------
+    TableCorrupt
+        The buffer is too short, or was laid out by another version.
+    """
+
+    def __init__(self, buffer: memoryview) -> None:
+        if len(buffer) < TABLE_BYTES:
+            raise TableCorrupt(f"a table needs {TABLE_BYTES} bytes, not {len(buffer)}")
+        self._words = buffer[:TABLE_BYTES].cast("Q")
+        if self._words[_MAGIC_WORD] != _MAGIC:
+            raise TableCorrupt("no table of this version of dask_shm_plugin")
+        words = np.frombuffer(self._words, dtype=np.uint64)
+        self._roles = RoleBook(self._words[_ROLES_AT : _ROLES_AT + rolebook.WORDS])
+        self._blocks = words[_BLOCKS_AT:_CLAIMS_AT].reshape(BLOCKS, _BLOCK)
+        self._claims = words[_CLAIMS_AT:].reshape(MEMBERS, BLOCKS)
+
+    @classmethod
+    def format(cls, buffer: memoryview, arena_id: bytes, capacity: int) -> Table:
+        """Lay out an empty table over zeroed memory."""
+        words = buffer[:TABLE_BYTES].cast("Q")
+        words[_ID_WORD] = int.from_bytes(arena_id[:8], "little")
+        words[_ID_WORD + 1] = int.from_bytes(arena_id[8:16], "little")
+        words[_CAPACITY_WORD] = capacity
+        words[_MAGIC_WORD] = _MAGIC
+        return cls(buffer)
+
+    # -- the arena as a whole
+
+    @property
+    def arena_id(self) -> bytes:
+        """Sixteen random bytes that name this arena and no other."""
+        return b"".join(self._words[_ID_WORD + k].to_bytes(8, "little") for k in (0, 1))
+
+    @property
+    def capacity(self) -> int:
+        """Bytes for blocks."""
+        return self._words[_CAPACITY_WORD]
+
+    @property
+    def changes(self) -> int:
+        """A number that grows whenever a block is reserved or freed."""
+        return self._words[_CHANGES_WORD]
+
+    # -- members
+
+    def vacant(self) -> list[int]:
+        """Return the slots that nobody has. The pages of its claims must exist before :meth:`join` enters one."""
+        return [slot for slot in range(MEMBERS) if self._member_word(slot) & _STATE_MASK == _GONE]
+
+    def join(self, slot: int, pid: int, started: int) -> Member:
+        """Enter a process as the member of a vacant slot, with no claims."""
+        incarnation = self._words[_INCARNATION_WORD] + 1
+        self._words[_INCARNATION_WORD] = incarnation
+        at = _MEMBERS_AT + slot * _MEMBER
+        self._words[at + 1], self._words[at + 2], self._words[at + 3] = pid, started, 0
+        self._words[at] = incarnation << _STATE_BITS | _LIVE
+        return Member(slot, incarnation)
+
+    def reserved_bytes(self) -> int:
+        """Return the bytes of the table whose pages exist: the common part, and the claims of slots ever taken."""
+        return SHARED_BYTES + CLAIM_BYTES * sum(self._member_word(slot) != 0 for slot in range(MEMBERS))
+
+    def is_live(self, member: Member) -> bool:
+        """Tell whether this very incarnation is entered. Needs no mutex: it reads one word."""
+        return 0 <= member.slot < MEMBERS and self._member_word(member.slot) == (
+            member.incarnation << _STATE_BITS | _LIVE
+        )
+
+    def note_other_shared(self, member: Member, size: int) -> None:
+        """Note how much shared memory, in bytes, a member's process uses that is not the arena's."""
+        self._words[_MEMBERS_AT + member.slot * _MEMBER + 3] = size
+
+    def other_shared(self, pid: int, started: int) -> int | None:
+        """Return what a process has noted by :meth:`note_other_shared`, or None where it is no member."""
+        for member in self.members():
+            at = _MEMBERS_AT + member.slot * _MEMBER
+            if (self._words[at + 1], self._words[at + 2]) == (pid, started):
+                return self._words[at + 3]
+        return None
+
+    def members(self) -> list[Member]:
+        """Return all members."""
+        words = ((slot, self._member_word(slot)) for slot in range(MEMBERS))
+        return [Member(slot, word >> _STATE_BITS) for slot, word in words if word & _STATE_MASK == _LIVE]
+
+    def reclaim(self, member: Member) -> list[Extent]:
+        """Take back everything that a member holds, and its slot; return the extents that became free.
+
+        For a member that leaves, and for one whose death is proved.
+        """
+        if not self.is_live(member):
+            return []
+        held = self._claimed_by(member) + self._drafts_of(member)
+        freed = [extent for row in held if (extent := self.release(row, member))]
+        self._claims[member.slot, : self._rows_in_use] = 0
+        self._roles.remove_all(member)
+        self._words[_MEMBERS_AT + member.slot * _MEMBER] = member.incarnation << _STATE_BITS | _GONE
+        return freed
+
+    # -- roles
+
+    def add_role(self, member: Member, kind: str, address: str) -> None:
+        """Note that a member plays a role at an address."""
+        self._roles.add(Role(member, kind, address))
+
+    def remove_role(self, member: Member, kind: str, address: str) -> None:
+        """Undo :meth:`add_role`."""
+        self._roles.remove(Role(member, kind, address))
+
+    def roles(self) -> list[Role]:
+        """Return the roles of all members."""
+        return [role for role in self._roles if self.is_live(role.member)]
+
+    # -- blocks
+
+    def reserve(self, extent: Extent, size: int, owner: Member) -> Row:
+        """Enter a draft over an extent that the caller knows to be free.
+
+        Raises
+        ------
+        TableFull
+            All ``BLOCKS`` rows are taken.
+        """
+        index = self._free_row()
+        at = _BLOCKS_AT + index * _BLOCK
+        generation = (self._words[at] >> _STATE_BITS) + 1
+        self._words[at + 1], self._words[at + 2], self._words[at + 3] = extent.offset, extent.length, size
+        self._words[at + 4], self._words[at + 5] = owner
+        self._words[_ROWS_WORD] = max(self._rows_in_use, index + 1)
+        self._words[_CHANGES_WORD] += 1
+        self._words[at] = generation << _STATE_BITS | DRAFT
+        return Row(index, generation)
+
+    def seal(self, row: Row, owner: Member) -> None:
+        """Turn a draft into a block that its owner refers to."""
+        self._demand(row, DRAFT)
+        self._claims[owner.slot, row.index] = row.generation
+        self._words[_BLOCKS_AT + row.index * _BLOCK] = row.generation << _STATE_BITS | SEALED
+
+    def acquire(self, row: Row, member: Member) -> Extent:
+        """Note that a member refers to a sealed block.
+
+        Raises
+        ------
+        StaleBlock
+            That generation is not there any more, or not yet sealed.
+        """
+        self._demand(row, SEALED)
+        self._claims[member.slot, row.index] = row.generation
+        return self.extent(row.index)
+
+    def release(self, row: Row, member: Member) -> Extent | None:
+        """Drop what a member has of a block, its claim or its draft; return the extent if that made it free."""
+        is_mine = self._claims[member.slot, row.index] == row.generation
+        word = self._word(row.index)
+        is_last = word == row.generation << _STATE_BITS | SEALED and self.holders(row.index) == int(is_mine)
+        is_draft = word == row.generation << _STATE_BITS | DRAFT and self._owner(row.index) == member
+        # There must never be a moment when a block is sealed and unclaimed: nobody's death would free it.
+        freed = self._free(row.index) if is_last or is_draft else None
+        if is_mine:
+            self._claims[member.slot, row.index] = 0
+        return freed
+
+    def holders(self, index: int) -> int:
+        """Return how many members refer to the present generation of a block."""
+        return int(np.count_nonzero(self._claims[:, index][self._joined()] == np.uint64(self._generation(index))))
+
+    def weigh(self, member: Member) -> Weight:
+        """Weigh what a member refers to. Needs no mutex: a change meanwhile makes the weight old, not wrong."""
+        claims = self._claims[member.slot, : self._rows_in_use]
+        mine = np.flatnonzero(claims)
+        if len(mine) == 0:
+            return Weight(0, 0)
+        holders = np.count_nonzero(self._claims[np.ix_(self._joined(), mine)] == claims[mine], axis=0)
+        lengths = self._blocks[mine, 2]
+        return Weight(int(np.sum(lengths / np.maximum(holders, 1))), int(np.sum(lengths[holders <= 1])))
+
+    def extent(self, index: int) -> Extent:
+        """Return where a block lies."""
+        at = _BLOCKS_AT + index * _BLOCK
+        return Extent(self._words[at + 1], self._words[at + 2])
+
+    def taken(self) -> npt.NDArray[np.uint64]:
+        """Return offset and length of every draft and block, shape (n, 2), in no order."""
+        used = self._blocks[: self._rows_in_use]
+        rows: npt.NDArray[np.uint64] = used[(used[:, 0] & np.uint64(_STATE_MASK)) != FREE, 1:3]
+        return rows
+
+    def count(self) -> int:
+        """Return the number of drafts and blocks."""
+        return len(self.taken())
+
+    # -- what must always hold
+
+    def validate(self) -> None:
+        """Check the invariants.
+
+        Raises
+        ------
+        TableCorrupt
+            With the first one that is broken.
+        """
+        taken = self.taken()
+        taken = taken[np.argsort(taken[:, 0])]
+        ends = taken[:, 0] + taken[:, 1]
+        _insist(bool(np.all(ends[:-1] <= taken[1:, 0])), "two blocks overlap")
+        _insist(len(taken) == 0 or int(ends[-1]) <= self.capacity, "a block ends behind the arena")
+        _insist(bool(np.all(taken[:, 1] > 0)), "a block is empty")
+        for index in range(self._rows_in_use):
+            state = self._state(index)
+            _insist(state in (FREE, DRAFT, SEALED), "a block is in no known state")
+            if state == SEALED:
+                _insist(self.holders(index) > 0, "nobody refers to a sealed block")
+            if state == DRAFT:
+                _insist(self.is_live(self._owner(index)), "a draft has no owner")
+        for member in self.members():
+            generations = self._claims[member.slot]
+            beyond = generations > self._blocks[:, 0] >> np.uint64(_STATE_BITS)
+            _insist(not np.any(beyond), "a claim is younger than its block")
+
+    # -- inside
+
+    @property
+    def _rows_in_use(self) -> int:
+        return min(self._words[_ROWS_WORD], BLOCKS)
+
+    def _member_word(self, slot: int) -> int:
+        return self._words[_MEMBERS_AT + slot * _MEMBER]
+
+    def _joined(self) -> npt.NDArray[np.intp]:
+        words = np.frombuffer(self._words, dtype=np.uint64)[_MEMBERS_AT:_ROLES_AT].reshape(MEMBERS, _MEMBER)
+        return np.flatnonzero(words[:, 0] & np.uint64(_STATE_MASK))
+
+    def _word(self, index: int) -> int:
+        return self._words[_BLOCKS_AT + index * _BLOCK]
+
+    def _state(self, index: int) -> int:
+        return self._word(index) & _STATE_MASK
+
+    def _generation(self, index: int) -> int:
+        return self._word(index) >> _STATE_BITS
+
+    def _owner(self, index: int) -> Member:
+        at = _BLOCKS_AT + index * _BLOCK
+        return Member(self._words[at + 4], self._words[at + 5])
+
+    def _claimed_by(self, member: Member) -> list[Row]:
+        claims = self._claims[member.slot, : self._rows_in_use]
+        return [Row(int(index), int(claims[index])) for index in np.flatnonzero(claims)]
+
+    def _drafts_of(self, member: Member) -> list[Row]:
+        used = self._blocks[: self._rows_in_use]
+        drafts = (used[:, 0] & np.uint64(_STATE_MASK)) == DRAFT
+        own = (used[:, 4] == member.slot) & (used[:, 5] == member.incarnation)
+        return [Row(int(index), self._generation(int(index))) for index in np.flatnonzero(drafts & own)]
+
+    def _free_row(self) -> int:
+        in_use = self._rows_in_use
+        free = np.flatnonzero((self._blocks[:in_use, 0] & np.uint64(_STATE_MASK)) == FREE)
+        if len(free):
+            return int(free[0])
+        if in_use == BLOCKS:
+            raise TableFull(
+                f"the arena holds {BLOCKS} blocks; raise shm.threshold so that fewer and larger values are shared"
+            )
+        return in_use
+
+    def _free(self, index: int) -> Extent:
+        extent = self.extent(index)
+        self._words[_CHANGES_WORD] += 1
+        self._words[_BLOCKS_AT + index * _BLOCK] = self._generation(index) << _STATE_BITS | FREE
+        return extent
+
+    def _demand(self, row: Row, state: int) -> None:
+        if not 0 <= row.index < BLOCKS:
+            raise StaleBlock(f"there is no block {row.index}")
+        if self._word(row.index) != row.generation << _STATE_BITS | state:
+            raise StaleBlock(f"generation {row.generation} of block {row.index} is not there any more")
+
+
+def _insist(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise TableCorrupt(otherwise)

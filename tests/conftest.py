@@ -1,0 +1,52 @@
+"""Fixtures: clusters with and without the plugin, and the promise that nothing leaks."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+from clusters import local_cluster
+from distributed import Client
+from observing import MIB, descriptors, mappings, names, settle, shmem, used_by_strangers, wait_until
+
+#: Pages of other programs, sockets of asyncio's executors, and the like may come and go.
+SLACK_BYTES = 8 * MIB
+SLACK_DESCRIPTORS = 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_leaks() -> Iterator[None]:
+    """After the last cluster of a module has closed: no names, no shared memory, no descriptors are left."""
+    before = names(), mappings(), shmem(), descriptors()
+    yield
+    gc.collect()
+    left = {
+        "names": lambda: names() - before[0],
+        "mappings": lambda: max(0, mappings() - before[1]),
+        "MiB of shared memory": lambda: 0 if used_by_strangers() else max(0, shmem() - before[2] - SLACK_BYTES) / MIB,
+        "descriptors": lambda: max(0, descriptors() - before[3] - SLACK_DESCRIPTORS),
+    }
+    for what, count in left.items():
+        wait_until(lambda count=count: not count(), lambda what=what, count=count: f"{what} are left: {count()}")
+
+
+@pytest.fixture(scope="module")
+def stock(nothing_leaks: None) -> Iterator[Client]:
+    """A client of two workers without the plugin."""
+    with local_cluster(2, options=None) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def cluster_of_four(nothing_leaks: None) -> Iterator[Client]:
+    """A client of four workers, with the plugin, for a whole module."""
+    with local_cluster(4) as client:
+        yield client
+
+
+@pytest.fixture
+def four(cluster_of_four: Client) -> Client:
+    """A client of four workers whose arena holds nothing of earlier tests."""
+    settle(cluster_of_four)
+    return cluster_of_four

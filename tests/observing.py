@@ -1,0 +1,266 @@
+"""What can be seen of a cluster from outside: memory, the loopback, counters, and where a value lies."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import psutil
+from describing import assert_descriptions_equal, describe
+
+T = TypeVar("T")
+
+KIB = 1024
+MIB = 1024 * KIB
+
+#: The sizes of the arrays in these tests, in doubles: 256 KiB lies above the threshold of the test clusters, 8 KiB below.
+BIG = 32 * KIB
+LITTLE = KIB
+
+
+def wait_until(predicate: Callable[[], T], what: str | Callable[[], str], seconds: float = 20) -> T:
+    """Return the first true result of ``predicate``; fail if none comes within a generous time."""
+    deadline = time.monotonic() + seconds
+    while not (result := predicate()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {seconds} s in vain: {what if isinstance(what, str) else what()}")
+        time.sleep(0.02)
+    return result
+
+
+def undisturbed(measure: Callable[[], T], accept: Callable[[T], bool], rounds: int = 6) -> T:
+    """Return the first acceptable measurement, or the last: what else runs on the machine can only spoil a round."""
+    for _ in range(rounds):
+        if accept(result := measure()):
+            break
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------- the machine
+
+
+def shmem() -> int:
+    """Return the bytes of shared memory that exist on this machine."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("Shmem:"):
+            return int(line.split()[1]) * KIB
+    raise AssertionError("/proc/meminfo has no Shmem")
+
+
+def shared_memory(pids: Iterable[int]) -> int:
+    """Return the bytes of shared memory that some processes have mapped, each page counted once.
+
+    Unlike `shmem` it does not see what other programs do. A page that is mapped by several counts in shares.
+    """
+    lines = [line for pid in pids for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()]
+    return sum(int(line.split()[1]) * KIB for line in lines if line.startswith("Pss_Shmem:"))
+
+
+def private_memory(pid: int | str = "self") -> int:
+    """Return the bytes of anonymous memory that a process holds for itself alone."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * KIB
+    raise AssertionError("/proc/<pid>/status has no RssAnon")
+
+
+def loopback() -> int:
+    """Return the bytes that the loopback interface has carried so far."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        if line.strip().startswith("lo:"):
+            return int(line.split(":")[1].split()[0])
+    raise AssertionError("no loopback interface")
+
+
+def names() -> set[str]:
+    """Return the names of shared memory that the package has left visible, but not those of other test runs."""
+    entries = {entry.name for entry in Path("/dev/shm").glob("dask-shm*") if "-test-" not in entry.name}
+    return {name for name in entries if name not in used_by_strangers()} if entries else entries
+
+
+def used_by_strangers() -> str:
+    """Return what processes that are none of ours have opened or mapped of the package's shared memory."""
+    family = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        if int(process.name) not in family:
+            with suppress(OSError):
+                found += [os.readlink(fd) for fd in (process / "fd").iterdir()]
+            with suppress(OSError):
+                found += (process / "maps").read_text().splitlines()
+    return "\n".join(line for line in found if "dask-shm" in line)
+
+
+def mappings() -> int:
+    """Return how many mappings of the package's shared memory this process holds."""
+    return Path("/proc/self/maps").read_text().count("dask-shm")
+
+
+def descriptors() -> int:
+    """Return the number of file descriptors that this process holds."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+# ---------------------------------------------------------------------------------------------------- the cluster
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The counters of ``stats``, summed over all arenas; two of them can be subtracted."""
+
+    arenas: int = 0
+    members: int = 0
+    blocks: int = 0
+    used: int = 0
+    resident: int = 0
+    published: int = 0
+    published_bytes: int = 0
+    attached: int = 0
+    attached_bytes: int = 0
+    adopted: int = 0
+    adopted_bytes: int = 0
+    sent: int = 0
+    sent_bytes: int = 0
+
+    def __sub__(self, other: Totals) -> Totals:
+        names = [field.name for field in fields(self)]
+        return Totals(**{name: getattr(self, name) - getattr(other, name) for name in names})
+
+    def __add__(self, other: Totals) -> Totals:
+        return self - (Totals() - other)
+
+
+def totals(client: Any) -> Totals:
+    """Return the sums of ``stats(client)``."""
+    from dask_shm_plugin import stats
+
+    return summed(stats(client))
+
+
+def summed(found: dict[str, Any]) -> Totals:
+    """Sum what ``stats`` returned, over arenas and reasons."""
+    result = Totals()
+    for arena in found.values():
+        sent = arena["sent"].values()
+        counts = {name: arena[name]["count"] for name in ("published", "attached", "adopted")}
+        sizes = {f"{name}_bytes": arena[name]["bytes"] for name in ("published", "attached", "adopted")}
+        result += Totals(
+            arenas=1,
+            members=arena["members"] if isinstance(arena["members"], int) else len(arena["members"]),
+            blocks=arena["blocks"],
+            used=arena["used"],
+            resident=arena["resident"],
+            sent=sum(reason["count"] for reason in sent),
+            sent_bytes=sum(reason["bytes"] for reason in sent),
+            **counts,
+            **sizes,
+        )
+    return result
+
+
+def settle(client: Any) -> None:
+    """Let go away what earlier tests released. Whether everything does go is the question of a test, not asked here."""
+    with suppress(AssertionError):
+        wait_until(lambda: totals(client).used == 0, "the arena empties", seconds=3)
+
+
+def addresses(client: Any) -> list[str]:
+    """Return the addresses of a cluster's workers, always in the same order."""
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    return sorted(workers, key=lambda address: (str(workers[address]["name"]), address))
+
+
+def pids(client: Any) -> dict[str, int]:
+    """Return the process of each worker."""
+    return client.run(os.getpid)
+
+
+def holders(client: Any, future: Any) -> set[str]:
+    """Return the workers that hold a value, as the scheduler knows it."""
+    return set(client.who_has([future])[future.key])
+
+
+def drop_replica(client: Any, future: Any, address: str) -> None:
+    """Let one worker forget a value that others hold, as the Active Memory Manager does, and wait for it."""
+
+    def ask(dask_scheduler: Any) -> None:
+        dask_scheduler.request_remove_replicas(address, [future.key], stimulus_id="test")
+
+    client.run_on_scheduler(ask)
+    wait_until(lambda: not kept(client, future, address), f"{address} drops its replica")
+
+
+def kept(client: Any, future: Any, address: str) -> bool:
+    """Tell whether a worker holds a value in memory or on disk."""
+    return bool(client.run(stored_type, future.key, workers=[address])[address])
+
+
+def lies_in_arena(client: Any, future: Any, address: str) -> bool:
+    """Tell whether the value that a worker keeps lies in the arena."""
+    return client.run(shared_in_data, future.key, workers=[address])[address]
+
+
+def shared_in_data(key: str, dask_worker: Any) -> bool:
+    """Tell whether this worker's value of a key lies in the arena."""
+    return key in dask_worker.data and is_shared(dask_worker.data[key])
+
+
+def stored_type(key: str, dask_worker: Any) -> str:
+    """Return the name of the type of what this worker keeps under a key."""
+    return type(dask_worker.data[key]).__qualname__ if key in dask_worker.data else ""
+
+
+# ---------------------------------------------------------------------------------------------------------- tasks
+
+
+def array(seed: int, size: int = BIG) -> np.ndarray:
+    """Return random doubles, every page touched, the same for the same seed."""
+    return np.random.default_rng(seed).random(size)
+
+
+#: Returns a seed that no other test has used: a key that was just released may still be on its way out.
+fresh = itertools.count(1000).__next__
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a task saw of its argument."""
+
+    description: Any
+    shared: bool
+    writeable: bool | None
+    pid: int
+
+
+def is_shared(value: Any) -> bool:
+    """Tell whether a value lies in the arena; where there is no package, nothing does."""
+    try:
+        import dask_shm_plugin
+    except ImportError:
+        return False
+    return dask_shm_plugin.is_shared(value)
+
+
+def see(value: Any) -> Seen:
+    """Return what this process sees of a value."""
+    flags = getattr(value, "flags", None)
+    return Seen(describe(value), is_shared(value), getattr(flags, "writeable", None), os.getpid())
+
+
+def see_on(client: Any, value: Any, workers: Iterable[str]) -> list[Seen]:
+    """Let each of the workers look at a value at the same time, and return what each saw."""
+    return client.gather([client.submit(see, value, workers=[address], pure=False) for address in workers])
+
+
+def assert_saw(seen: Seen, value: Any, *, shared: bool = True) -> None:
+    """Fail unless a task saw this very value, in the arena or not, and writeable."""
+    assert_descriptions_equal(seen.description, describe(value))
+    assert seen.shared == shared
+    assert seen.writeable

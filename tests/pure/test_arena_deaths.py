@@ -1,0 +1,324 @@
+"""Any member may be killed at any moment: what it held is free, what others hold stays, and nobody has to be asked."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from itertools import count
+
+import numpy as np
+import pytest
+from other_processes import Process, publish, wait_until, wait_until_empty
+
+from dask_shm_plugin.arena import Arena
+from dask_shm_plugin.exceptions import ArenaUnavailable, StaleBlock
+from dask_shm_plugin.segment import PAGE
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+class TestTwoProcesses:
+    """What one publishes the other maps."""
+
+    def test_the_bytes_of_one_are_the_others(self, arena: Arena, joined: Callable[[], Process]) -> None:
+        """In both directions, and through a third one."""
+        other, third = joined(), joined()
+        with publish(arena, b"from here") as block:
+            other("block = arena.attach_block(descriptor)", descriptor=block.descriptor)
+        third("block = arena.attach_block(descriptor)", descriptor=other("block.descriptor"))
+        other("block.close()")
+        assert third("bytes(block.view(0, 9))") == b"from here"
+        with arena.attach_block(third("(mine := publish(arena, b'from there')).descriptor")) as block:
+            third("block.close(); mine.close()")
+            assert block.view(0, 10) == b"from there"
+        wait_until_empty(arena)
+
+    def test_a_block_is_free_when_the_last_process_releases_it(
+        self, arena: Arena, joined: Callable[[], Process]
+    ) -> None:
+        """Not before, whoever made it."""
+        others = [joined() for _ in range(3)]
+        block = publish(arena, bytes(MIB))
+        for other in others:
+            other("block = arena.attach_block(descriptor)", descriptor=block.descriptor)
+        block.close()
+        for other in others:
+            arena.tidy()
+            assert arena.stats().used == MIB
+            other("block.close()")
+        wait_until_empty(arena)
+
+    def test_processes_that_publish_at_the_same_time_do_not_overlap(
+        self, arena: Arena, joined: Callable[[], Process]
+    ) -> None:
+        """Each reads back what it wrote, hundreds of times."""
+        others = [joined() for _ in range(4)]
+        for number, other in enumerate(others):
+            other.begin(f"""
+                wrong = full = 0
+                for turn in range(150):
+                    data = bytes([{number * 50} + turn % 50]) * 4096 * (1 + turn % 40)
+                    try:
+                        with publish(arena, data) as block:
+                            wrong += block.view(0, len(data)) != data
+                    except (ArenaFull, ArenaBusy):
+                        full += 1
+                """)
+        for other in others:
+            other.end()
+        assert [other("wrong") for other in others] == [0, 0, 0, 0]
+        assert all(other("full") < 150 for other in others)
+        wait_until_empty(arena)
+
+
+class TestDeath:
+    """SIGKILL, and another member cleans up."""
+
+    def test_what_a_dead_member_held_is_free(self, arena: Arena, joined: Callable[[], Process]) -> None:
+        """Drafts, blocks, claims on the blocks of others, its roles and its place."""
+        other = joined()
+        block = publish(arena, b"x")
+        other(
+            "kept = [arena.draft(1000), publish(arena, bytes(10000)), arena.attach_block(found)]",
+            found=block.descriptor,
+        )
+        other("view = kept[1].view(0, 10000); arena.add_role('worker', 'tcp://a')")
+        member = other("arena.member")
+        assert not arena.reclaim_dead()
+        assert arena.stats().blocks == 3
+        other.kill()
+        assert arena.reclaim_dead() or not arena.is_live(member)
+        assert not arena.is_live(member)
+        assert arena.stats()[:2] == (MIB, PAGE)
+        assert arena.roles() == []
+        block.close()
+        wait_until_empty(arena)
+
+    def test_a_dead_member_is_found_unasked(self, arena: Arena, joined: Callable[[], Process]) -> None:
+        """The tidying thread looks after it."""
+        other = joined()
+        other("kept = publish(arena, bytes(1 << 20))")
+        other.kill()
+        wait_until(lambda: arena.stats().members == 1, "the dead one is no member")
+        assert arena.stats().used == 0
+
+    def test_space_of_the_dead_is_found_when_it_is_needed(self, arena: Arena, joined: Callable[[], Process]) -> None:
+        """A draft does not wait for the tidying thread."""
+        for _ in range(5):
+            other = joined()
+            other("kept = [arena.draft(1 << 19), publish(arena, bytes(1 << 19))]")
+            other.kill()
+            with arena.draft(MIB):
+                pass
+            wait_until_empty(arena)
+
+    def test_space_of_the_dead_is_found_when_some_of_ones_own_was_dropped_too(
+        self, arena: Arena, joined: Callable[[], Process], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was tidied away may not be enough."""
+        other = joined()
+        other("kept = publish(arena, bytes(1 << 20))")
+        other.kill()
+        monkeypatch.setattr(arena, "tidy", lambda tidy=arena.tidy: tidy() or True)
+        with arena.draft(MIB):
+            pass
+
+    def test_the_views_of_others_do_not_change(self, arena: Arena, joined: Callable[[], Process]) -> None:
+        """Neither those of the dead one's blocks, nor those that only lie beside them."""
+        other, third = joined(), joined()
+        descriptors = other("kept = [publish(arena, bytes([n]) * 65536) for n in range(16)]") or other(
+            "[block.descriptor for block in kept]"
+        )
+        blocks = [arena.attach_block(descriptor) for descriptor in descriptors[::2]]
+        mine = [np.frombuffer(block.view(0, 65536), np.uint8) for block in blocks]
+        third(
+            "theirs = [np.frombuffer(arena.attach_block(d).view(0, 65536), np.uint8) for d in found]",
+            found=descriptors[::4],
+        )
+        other.kill()
+        arena.reclaim_dead()
+        assert arena.stats().used == MIB // 2
+        for _ in range(8):
+            publish(arena, b"\xff" * 65536).close()
+        assert [set(view.tolist()) for view in mine] == [{n} for n in range(0, 16, 2)]
+        assert third("[set(view.tolist()) for view in theirs]") == [{n} for n in range(0, 16, 4)]
+        with pytest.raises(StaleBlock):
+            arena.attach_block(descriptors[1])
+        for block in blocks:
+            block.close()
+
+    def test_a_member_that_dies_inside_the_table_locks_nobody_out(
+        self, arena: Arena, joined: Callable[[], Process]
+    ) -> None:
+        """Not even while a forked child of it lives."""
+        other = joined()
+        other("arena._mutex.__enter__()")
+        child = other.fork()
+        other.kill()
+        with publish(arena, b"x"):
+            arena.validate()
+        assert child("1 + 1") == 2
+
+    @pytest.mark.parametrize(
+        "action",
+        [
+            "publish(arena, b'x')",
+            "draft.seal()",
+            "draft.__exit__(None, None, None)",
+            "block.close(); arena.tidy()",
+            "again = arena.attach_block(found)",
+            "arena.add_role('worker', 'tcp://a')",
+            "block.close(); draft.seal().close(); arena.close()",
+        ],
+    )
+    def test_a_member_that_is_killed_between_two_stores_leaves_nothing(
+        self, arena: Arena, process: Callable[[], Process], action: str
+    ) -> None:
+        """For each store that this makes the process do, in whatever thread: it is killed right before it."""
+        for store in count():
+            with publish(arena, b"x") as block:
+                other = process()
+                other("threading.settrace(lambda *event: watch(*event)); watch = lambda *_: None")
+                other(
+                    "arena = Arena.attach(at, arena_id, warm=1 << 20)",
+                    at=arena.segment.whereabouts,
+                    arena_id=arena.arena_id,
+                )
+                other("block, draft = publish(arena, b'x'), arena.draft(1)")
+                other("watch = watcher(lambda: os.kill(os.getpid(), signal.SIGKILL), store)", store=store)
+                other.begin(f"sys.settrace(watch); {action}; sys.settrace(None)", found=block.descriptor)
+                is_killed = other.is_killed()
+                other.kill()
+                wait_until(lambda: arena.reclaim_dead() or arena.stats().members == 1, "the dead one is no member")
+                arena.validate()
+            wait_until_empty(arena)
+            if not is_killed:
+                break
+        assert store > 0
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_members_that_are_killed_at_any_moment_leave_nothing(
+        self, arena: Arena, joined: Callable[[], Process], seed: int
+    ) -> None:
+        """They draft, seal, attach, map and drop as fast as they can; after each death the table is as it must be."""
+        chance = random.Random(seed)
+        with publish(arena, b"stays") as stays:
+            for _ in range(10):
+                victims = [joined() for _ in range(2)]
+                for victim in victims:
+                    victim.begin(
+                        """
+                        import itertools
+                        for turn in itertools.count():
+                            try:
+                                with arena.draft(4096 * (1 + turn % 9)) as draft, arena.attach_block(found) as again:
+                                    if turn % 4:
+                                        draft.write(0, memoryview(b"x"))
+                                        block = draft.seal()
+                                        view = block.view(0, 1)
+                                        block.close()
+                            except (ArenaFull, ArenaBusy):
+                                pass
+                        """,
+                        found=stays.descriptor,
+                    )
+                begun, turns = arena._table.changes, chance.randrange(1, 200)
+                wait_until(lambda begun=begun, turns=turns: arena._table.changes >= begun + turns, "they have worked")
+                for victim in victims:
+                    victim.kill()
+                wait_until(lambda: arena.reclaim_dead() or arena.stats().members == 1, "the dead are no members")
+                arena.validate()
+                assert arena.stats()[1:2] + arena.stats()[3:] == (PAGE, 1, 1)
+            assert stays.view(0, 5) == b"stays"
+
+
+class TestFork:
+    """A forked child has its parent's views, and nothing else of it."""
+
+    @pytest.fixture
+    def parent(self, joined: Callable[[], Process]) -> Process:
+        """Start a member with a block, a view and a draft."""
+        one = joined()
+        one("block = publish(arena, b'parents'); view = block.view(0, 7); draft = arena.draft(100)")
+        return one
+
+    def test_a_child_releases_nothing_of_its_parent(self, arena: Arena, parent: Process) -> None:
+        """Neither when it drops what it inherited, nor when it closes it, nor when it ends."""
+        child = parent.fork()
+        child("""
+            block.close()
+            draft.__exit__(None, None, None)
+            view = block = None
+            gc.collect()
+            arena.tidy()
+            arena.close()
+            """)
+        child.leave()
+        arena.reclaim_dead()
+        assert arena.stats()[3:] == (2, 2)
+        assert arena.is_live(parent("arena.member"))
+        assert parent("bytes(view)") == b"parents"
+        parent("draft.write(0, memoryview(b'x')); sealed = draft.seal()")
+
+    def test_a_child_that_just_ends_warns_of_nothing(self, parent: Process) -> None:
+        """Open blocks are its parent's business."""
+        child = parent.fork()
+        child("""
+            import warnings
+            caught = warnings.catch_warnings(record=True)
+            seen = caught.__enter__()
+            warnings.simplefilter("always")
+            del block, draft
+            gc.collect()
+            """)
+        assert child("[str(warning.message) for warning in seen]") == []
+
+    @pytest.mark.parametrize(
+        "action",
+        ["arena.draft(1)", "arena.attach_block(block.descriptor)", "block.view(0, 1)", "arena.stats()", "draft.seal()"],
+    )
+    def test_a_child_is_no_member(self, parent: Process, action: str) -> None:
+        """It may join as itself."""
+        child = parent.fork()
+        with pytest.raises(ArenaUnavailable, match="forked"):
+            child(action)
+        assert parent("arena.stats().members") == 2
+
+    def test_a_childs_views_outlive_its_parent(self, arena: Arena, parent: Process) -> None:
+        """As long as the child lives, the parent's references count; then they are reclaimed."""
+        child = parent.fork()
+        member = parent("arena.member")
+        parent.kill()
+        assert not arena.reclaim_dead()
+        assert arena.is_live(member)
+        for _ in range(5):
+            publish(arena, b"\xff" * (MIB // 2)).close()
+        assert child("bytes(view)") == b"parents"
+        child.kill()
+        wait_until(lambda: arena.reclaim_dead() or not arena.is_live(member), "the dead one is no member")
+        wait_until_empty(arena)
+
+    def test_a_place_is_not_used_again_while_a_child_of_its_last_owner_lives(
+        self, arena: Arena, parent: Process, joined: Callable[[], Process]
+    ) -> None:
+        """The kernel's lock on it still stands for the one before."""
+        child = parent.fork()
+        before = parent("arena.member")
+        parent.kill()
+        after = joined()("arena.member")
+        assert after.slot not in (before.slot, arena.member.slot)
+        assert child("bytes(view)") == b"parents"
+
+    def test_a_child_can_join_as_itself(self, arena: Arena, parent: Process) -> None:
+        """With references of its own, which its parent's end does not touch."""
+        child = parent.fork()
+        child("own = Arena.attach(arena.segment.whereabouts, arena.arena_id, warm=1 << 20)")
+        child("mine = own.attach_block(block.descriptor)")
+        parent.kill()
+        assert child("bytes(mine.view(0, 7))") == b"parents"
+        assert {member.slot for member in (arena.member, child("arena.member"), child("own.member"))} == {0, 1, 2}
+        child("mine.close(); publish(own, b'x').close()")
+        child.kill()
+        wait_until(lambda: arena.stats().members == 1, "parent and child are no members")
+        wait_until_empty(arena)

@@ -1,0 +1,280 @@
+"""What is freed goes back to the operating system beyond a warm rest, and a member leaves when nothing refers to it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from other_processes import Process, publish, wait_until, wait_until_empty
+
+from dask_shm_plugin.arena import Arena
+from dask_shm_plugin.exceptions import ArenaUnavailable, SharedMemoryError
+from dask_shm_plugin.segment import PAGE
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+class TestTrimming:
+    """Freed memory is given back, but for what may stay warm."""
+
+    @pytest.fixture
+    def make(self) -> Iterator[Callable[[int], Arena]]:
+        """Make an arena of 16 MiB that keeps so much warm."""
+        made = []
+
+        def make(warm: int) -> Arena:
+            made.append(Arena.create(16 * MIB, warm))
+            return made[-1]
+
+        yield make
+        for arena in made:
+            arena.close()
+
+    def test_nothing_stays_where_nothing_is_to_stay_warm(self, make: Callable[[int], Arena]) -> None:
+        """The arena is as small as it was at first."""
+        arena = make(0)
+        before = arena.stats().resident
+        publish(arena, bytes(8 * MIB)).close()
+        wait_until_empty(arena)
+        arena.trim()
+        assert arena.stats().resident == before
+        assert arena.stats().blocks == 0
+
+    def test_the_tidying_thread_trims_unasked(self, make: Callable[[int], Arena]) -> None:
+        """Nobody has to come by."""
+        arena = make(0)
+        before = arena.stats().resident
+        publish(arena, bytes(8 * MIB)).close()
+        wait_until(lambda: arena.stats().resident == before, "freed memory is given back")
+
+    def test_a_warm_rest_stays(self, make: Callable[[int], Arena]) -> None:
+        """It is written again several times faster than fresh pages."""
+        arena = make(2 * MIB)
+        before = arena.stats().resident
+        publish(arena, bytes(8 * MIB)).close()
+        wait_until_empty(arena)
+        arena.trim()
+        kept = arena.stats().resident - before
+        assert 3 * MIB // 2 <= kept <= 2 * MIB
+        arena.trim()
+        assert arena.stats().resident - before == kept
+
+    def test_a_warm_rest_stays_however_many_members_there_are(
+        self, make: Callable[[int], Arena], process: Callable[[], Process]
+    ) -> None:
+        """Their rows in the table are no freed memory."""
+        arena = make(MIB)
+        for _ in range(8):
+            process()("arena = Arena.attach(at, id, warm=1 << 20)", at=arena.segment.whereabouts, id=arena.arena_id)
+        before = arena.stats().resident
+        publish(arena, bytes(8 * MIB)).close()
+        wait_until_empty(arena)
+        arena.trim()
+        assert MIB // 2 <= arena.stats().resident - before <= MIB
+
+    def test_less_than_the_warm_rest_stays_as_it_is(self, make: Callable[[int], Arena]) -> None:
+        """There is nothing to give back."""
+        arena = make(8 * MIB)
+        before = arena.stats().resident
+        publish(arena, bytes(4 * MIB)).close()
+        wait_until_empty(arena)
+        arena.trim()
+        assert arena.stats().resident - before == 4 * MIB
+
+    def test_what_is_in_use_is_not_touched(self, make: Callable[[int], Arena]) -> None:
+        """Holes between blocks are given back, up to the last byte before the next block."""
+        arena = make(0)
+        before = arena.stats().resident
+        blocks = [publish(arena, bytes([number]) * MIB) for number in range(9)]
+        kept, dropped = blocks[::2], blocks[1::2]
+        for block in dropped:
+            block.close()
+        wait_until(lambda: arena.stats().used == 5 * MIB, "every other block is free")
+        arena.trim()
+        assert arena.stats().resident - before == 5 * MIB
+        for number, block in enumerate(kept):
+            assert block.view(0, MIB) == bytes([2 * number]) * MIB
+            block.close()
+
+    def test_space_that_was_trimmed_is_used_again(self, make: Callable[[int], Arena]) -> None:
+        """It is empty, not gone."""
+        arena = make(0)
+        for number in range(3):
+            with publish(arena, bytes([number]) * 16 * MIB) as block:
+                assert block.view(5 * MIB, 3) == bytes([number]) * 3
+            wait_until_empty(arena)
+            arena.trim()
+
+    def test_trimming_keeps_nobody_from_free_space(
+        self, make: Callable[[int], Arena], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whoever wants all of it while its pages go back gets it; nothing else is in the arena."""
+        arena, outcomes = make(0), []
+
+        def draft() -> None:
+            try:
+                with arena.draft(16 * MIB):
+                    outcomes.append("there was room")
+            except SharedMemoryError as error:
+                outcomes.append(error)
+
+        threads = []
+
+        def give_back(offset: int, length: int, real: Callable[[int, int], None] = arena.segment.give_back) -> None:
+            threads.append(threading.Thread(target=draft))
+            threads[-1].start()
+            # It may wait for the end of this, but not the other way round.
+            threads[-1].join(0.2)
+            real(offset, length)
+
+        monkeypatch.setattr(arena.segment, "give_back", give_back)
+        publish(arena, bytes(16 * MIB)).close()
+        arena.tidy()
+        arena.trim()
+        wait_until(lambda: threads, "something was given back")
+        for thread in threads:
+            thread.join()
+        assert set(outcomes) == {"there was room"}
+
+
+class TestClosing:
+    """A process is a member until nothing of it refers to a block."""
+
+    def test_it_leaves_at_once_when_nothing_refers_to_a_block(
+        self, arena: Arena, joined: Callable[[], Process]
+    ) -> None:
+        """The others see it go; its descriptor is closed; closing again is harmless."""
+        other = joined()
+        member, open_before = other("arena.member"), other("len(os.listdir('/proc/self/fd'))")
+        other("arena.close()")
+        assert not arena.is_live(member)
+        assert arena.stats().members == 1
+        assert other("arena.has_left, arena.segment.fd") == (True, -1)
+        assert other("len(os.listdir('/proc/self/fd'))") == open_before - 1
+        assert "left" in other("arena.close() or repr(arena)")
+
+    def test_its_thread_ends(self) -> None:
+        """Nothing of the arena is left in the process."""
+        before = set(threading.enumerate())
+        arena = Arena.create(MIB)
+        [thread] = set(threading.enumerate()) - before
+        arena.close()
+        thread.join(10)
+        assert not thread.is_alive()
+
+    def test_memory_is_gone_with_the_last_member(self, process: Callable[[], Process]) -> None:
+        """Nobody can open it any more, and nobody has to remove it."""
+        other = process()
+        other("arena = Arena.create(1 << 20); home = os.readlink(f'/proc/self/fd/{arena.segment.fd}')")
+        assert other("home in open('/proc/self/maps').read()")
+        other("arena.close(); del arena; gc.collect()")
+        wait_until(lambda: other("home not in open('/proc/self/maps').read()"), "the table is unmapped")
+        assert other(
+            "home not in [os.readlink(entry.path) for entry in os.scandir('/proc/self/fd') if entry.is_file()]"
+        )
+
+    def test_nothing_new_is_begun_after_closing(self, arena: Arena) -> None:
+        """Neither when it has left, nor while it is leaving."""
+        view = publish(arena, b"kept").view(0, 4)
+        for _ in range(2):
+            arena.close()
+            with pytest.raises(ArenaUnavailable):
+                arena.draft(1)
+            view = None
+            gc.collect()
+            wait_until(lambda: arena.has_left, "the member has left")
+        assert view is None
+        for refused in (arena.stats, arena.validate):
+            with pytest.raises(SharedMemoryError):
+                refused()
+
+    @pytest.mark.parametrize("what", ["tidy", "trim", "reclaim_dead", "finish_leaving", "roles", "close"])
+    def test_whoever_has_left_touches_nobody(self, arena: Arena, joined: Callable[[], Process], what: str) -> None:
+        """The tidying thread may still be at it; its descriptor is closed, and says nothing of who lives."""
+        other, third = joined(), joined()
+        other("arena.close()")
+        with contextlib.suppress(SharedMemoryError, OSError):
+            other(f"arena.{what}()")
+        assert arena.is_live(third("arena.member"))
+        assert arena.stats().members == 2
+
+    @pytest.mark.parametrize("made", ["view", "view[5:9]", "np.frombuffer(view, np.uint8)[7:]", "memoryview(view)"])
+    def test_views_stay_valid_and_the_member_leaves_when_they_go(
+        self, arena: Arena, joined: Callable[[], Process], made: str
+    ) -> None:
+        """Until then its place is not used again."""
+        other = joined()
+        other("""
+            with publish(arena, b"abcdefghijkl") as block:
+                view = block.view(0, 12)
+            """)
+        member = other("arena.member")
+        other(f"kept = {made}; view = None; before = bytes(kept); arena.close()")
+        other("arena.close(); gc.collect(); arena.tidy()")
+        assert arena.is_live(member)
+        assert not arena.reclaim_dead()
+        with pytest.raises(SharedMemoryError):
+            arena.draft(MIB)
+        with publish(arena, bytes(MIB - PAGE)):
+            assert other("bytes(kept) == before")
+        other("kept = None")
+        wait_until(lambda: not arena.is_live(member), "the member has left")
+        wait_until_empty(arena)
+
+    def test_an_open_block_keeps_the_member(self, arena: Arena, joined: Callable[[], Process]) -> None:
+        """Somebody was promised that it stays."""
+        other = joined()
+        descriptor = other("(block := publish(arena, b'promised')).descriptor")
+        member = other("arena.member")
+        other("arena.close()")
+        with arena.attach_block(descriptor) as block:
+            assert block.view(0, 8) == b"promised"
+        assert arena.is_live(member)
+        other("block.close()")
+        wait_until(lambda: not arena.is_live(member), "the member has left")
+        wait_until_empty(arena)
+
+    def test_an_open_draft_can_still_be_written(self, arena: Arena, joined: Callable[[], Process]) -> None:
+        """A thread that copies must not find its descriptor closed, or used for something else."""
+        other = joined()
+        other("draft = arena.draft(4096); arena.close(); draft.write(0, memoryview(b'late')); block = draft.seal()")
+        assert other("bytes(block.view(0, 4))") == b"late"
+        other("block.close()")
+        wait_until(lambda: arena.stats().members == 1, "the member has left")
+        wait_until_empty(arena)
+
+    def test_a_busy_table_delays_leaving(self, arena: Arena, joined: Callable[[], Process]) -> None:
+        """The tidying thread tries again; closing does not raise."""
+        other, third = joined(), joined()
+        third("arena._mutex.__enter__()")
+        other("arena.close()")
+        assert not other("arena.has_left")
+        third("arena._mutex.__exit__(None, None, None)")
+        wait_until(lambda: other("arena.has_left"), "the member has left")
+        assert arena.stats().members == 2
+
+    def test_what_others_hold_stays(self, arena: Arena, joined: Callable[[], Process]) -> None:
+        """A block does not belong to the member that made it."""
+        other = joined()
+        block = arena.attach_block(other("(block := publish(arena, b'theirs')).descriptor"))
+        other("block.close(); arena.close()")
+        assert other("arena.has_left") or wait_until(lambda: other("arena.has_left"), "the member has left")
+        assert block.view(0, 6) == b"theirs"
+        block.close()
+
+
+def test_a_view_keeps_nothing_but_its_own_block(arena: Arena) -> None:
+    """A hundred others come and go beside it."""
+    with publish(arena, os.urandom(PAGE)) as block:
+        view = np.frombuffer(block.view(0, PAGE), np.uint8)
+    before = view.copy()
+    for _ in range(100):
+        publish(arena, bytes(64 * KIB)).close()
+    wait_until(lambda: arena.stats().used == PAGE, "the others are gone")
+    np.testing.assert_array_equal(view, before)

@@ -1,0 +1,234 @@
+"""A draft is written, then sealed; the block that it becomes is never written again."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import pickle
+
+import pytest
+from other_processes import publish, wait_until_empty
+
+from dask_shm_plugin.arena import Arena
+from dask_shm_plugin.block import Descriptor
+from dask_shm_plugin.exceptions import ArenaBusy, StaleBlock
+from dask_shm_plugin.segment import PAGE
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+class TestDraft:
+    """Space that only this process writes."""
+
+    def test_what_is_written_is_read_from_the_block(self, arena: Arena) -> None:
+        """In pieces, in any order, at any offset."""
+        data = os.urandom(3 * PAGE)
+        with arena.draft(len(data)) as draft:
+            draft.write(PAGE + 7, memoryview(data)[PAGE + 7 :])
+            draft.write(0, memoryview(data)[: PAGE + 7])
+            block = draft.seal()
+        with block:
+            assert block.view(0, len(data)) == data
+
+    def test_a_draft_takes_whole_pages(self, arena: Arena) -> None:
+        """Even for nothing; up to the end of the last one it may be written."""
+        for size, pages in [(0, 1), (1, 1), (PAGE, 1), (PAGE + 1, 2)]:
+            with arena.draft(size) as draft:
+                assert arena.stats().used == pages * PAGE
+                draft.write(pages * PAGE - 1, memoryview(b"x"))
+                draft.write(pages * PAGE, memoryview(b""))
+
+    @pytest.mark.parametrize(
+        ("offset", "length"), [(0, 2 * PAGE + 1), (2 * PAGE, 1), (2 * PAGE - 1, 2), (-1, 1), (-PAGE, PAGE)]
+    )
+    def test_nothing_is_written_outside_of_the_draft(self, arena: Arena, offset: int, length: int) -> None:
+        """The blocks of others lie before and behind it."""
+        with (
+            publish(arena, b"b" * PAGE) as before,
+            arena.draft(2 * PAGE) as draft,
+            publish(arena, b"a" * PAGE) as after,
+        ):
+            with pytest.raises(ValueError, match="draft"):
+                draft.write(offset, memoryview(b"x" * length))
+            assert before.view(0, PAGE) == b"b" * PAGE
+            assert after.view(0, PAGE) == b"a" * PAGE
+
+    @pytest.mark.parametrize("length", [PAGE // 8 + 1, PAGE])
+    def test_bytes_are_counted_and_not_elements(self, arena: Arena, length: int) -> None:
+        """A view of doubles is eight times as long as it says."""
+        with arena.draft(PAGE) as draft, publish(arena, bytes(8 * PAGE)) as after:
+            with pytest.raises(ValueError, match="draft"):
+                draft.write(0, memoryview(b"x" * 8 * length).cast("d"))
+            assert after.view(0, 8 * PAGE) == bytes(8 * PAGE)
+
+    def test_leaving_without_sealing_gives_the_space_back(self, arena: Arena) -> None:
+        """Nobody else would."""
+        with arena.draft(MIB) as draft:
+            draft.write(0, memoryview(b"x"))
+        wait_until_empty(arena)
+
+    def test_an_exception_gives_the_space_back_and_goes_on(self, arena: Arena) -> None:
+        """Also when it is one that ends the program."""
+        for kind in (KeyError, KeyboardInterrupt):
+            with pytest.raises(kind), arena.draft(MIB):
+                raise kind
+            wait_until_empty(arena)
+
+    def test_an_exception_after_sealing_leaves_the_block_to_its_owner(self, arena: Arena) -> None:
+        """It is no draft any more."""
+        blocks = []
+
+        def seal_and_fail() -> None:
+            with arena.draft(PAGE) as draft:
+                blocks.append(draft.seal())
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            seal_and_fail()
+        [block] = blocks
+        assert arena.attach_block(block.descriptor).close() is None
+        assert arena.stats().used == PAGE
+        block.close()
+
+    def test_a_closed_draft_is_neither_written_nor_sealed(self, arena: Arena) -> None:
+        """Its space belongs to somebody else, or to readers."""
+        with arena.draft(PAGE) as abandoned:
+            pass
+        with arena.draft(PAGE) as sealed:
+            block = sealed.seal()
+            with pytest.raises(ValueError, match="sealed"):
+                sealed.seal()
+        for draft in (abandoned, sealed):
+            with pytest.raises(ValueError, match="sealed or given up"):
+                draft.write(0, memoryview(b"x"))
+            with pytest.raises(ValueError, match="sealed or given up"):
+                draft.seal()
+        assert arena.stats().blocks == 1
+        block.close()
+
+    def test_a_draft_that_cannot_be_sealed_is_given_back(self, arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever the reason is, the caller learns it."""
+
+        def refuse(*_: object) -> None:
+            raise ArenaBusy
+
+        monkeypatch.setattr(arena, "seal", refuse)
+        with pytest.raises(ArenaBusy), arena.draft(PAGE) as draft:
+            draft.seal()
+        wait_until_empty(arena)
+
+    def test_a_draft_that_is_collected_open_says_so_and_gives_its_space_back(self, arena: Arena) -> None:
+        """It is an owner: what it holds would be lost for as long as this process lives."""
+        with pytest.warns(ResourceWarning, match="Draft"):
+            arena.draft(MIB)
+        wait_until_empty(arena)
+
+    def test_its_repr_shows_its_state(self, arena: Arena) -> None:
+        """Whether it is open, and how large it is."""
+        with arena.draft(PAGE) as draft:
+            assert f"{PAGE} bytes" in repr(draft)
+            assert "closed" not in repr(draft)
+        assert "closed" in repr(draft)
+
+
+class TestBlock:
+    """One reference of this process to a block."""
+
+    def test_its_size_is_that_of_its_pages(self, arena: Arena) -> None:
+        """A multiple of the page size."""
+        with publish(arena, b"x") as block:
+            assert block.size == PAGE
+            assert f"{PAGE} bytes" in repr(block)
+
+    def test_its_descriptor_is_plain_data(self, arena: Arena) -> None:
+        """It travels, compares equal, and refers to nothing."""
+        with publish(arena, b"x") as block:
+            descriptor = pickle.loads(pickle.dumps(block.descriptor))
+            assert descriptor == block.descriptor == Descriptor(arena.arena_id, block.row)
+            with arena.attach_block(descriptor) as again:
+                assert again.descriptor == descriptor
+        wait_until_empty(arena)
+
+    @pytest.mark.parametrize(("offset", "length"), [(0, 1), (1, PAGE), (PAGE - 1, 2), (PAGE, PAGE), (5, 2 * PAGE - 5)])
+    def test_a_part_is_viewed_as_flat_writeable_bytes(self, arena: Arena, offset: int, length: int) -> None:
+        """Exactly that part, on whatever page it begins."""
+        data = os.urandom(2 * PAGE)
+        with publish(arena, data) as block:
+            view = block.view(offset, length)
+            assert view == data[offset : offset + length]
+            assert (view.format, view.ndim, view.readonly, view.nbytes) == ("B", 1, False, length)
+
+    @pytest.mark.parametrize(
+        ("offset", "length"), [(0, 0), (0, -1), (-1, 1), (-1, 3), (0, PAGE + 1), (PAGE, 1), (PAGE - 1, 2), (1 << 70, 1)]
+    )
+    def test_what_is_not_in_it_cannot_be_viewed(self, arena: Arena, offset: int, length: int) -> None:
+        """Next to it lie the blocks of others."""
+        with publish(arena, b"x") as block, pytest.raises(ValueError, match="not in a block"):
+            block.view(offset, length)
+        wait_until_empty(arena)
+
+    def test_views_outlive_it(self, arena: Arena) -> None:
+        """They have references of their own."""
+        with publish(arena, b"kept") as block:
+            view = block.view(0, 4)
+        arena.tidy()
+        assert view == b"kept"
+        assert arena.stats().blocks == 1
+        del view
+        wait_until_empty(arena)
+
+    def test_closing_drops_one_reference_of_several(self, arena: Arena) -> None:
+        """And closing again drops none."""
+        block = publish(arena, b"x")
+        other = arena.attach_block(block.descriptor)
+        for _ in range(3):
+            block.close()
+            arena.tidy()
+        assert arena.stats().blocks == 1
+        assert other.view(0, 1) == b"x"
+        other.close()
+        wait_until_empty(arena)
+
+    def test_a_closed_one_that_was_the_last_shows_nothing(self, arena: Arena) -> None:
+        """Its place may hold something else by now."""
+        block = publish(arena, b"old")
+        block.close()
+        wait_until_empty(arena)
+        with publish(arena, b"new") as new:
+            assert new.row.index == block.row.index
+            with pytest.raises(StaleBlock):
+                block.view(0, 3)
+
+    def test_one_that_is_collected_open_says_so_and_is_closed(self, arena: Arena) -> None:
+        """A forgotten reference must not hold the space for ever."""
+        with pytest.warns(ResourceWarning, match=r"Block 0 generation 1.*not closed"):
+            publish(arena, b"x")
+        wait_until_empty(arena)
+
+    def test_one_that_was_closed_says_nothing(self, arena: Arena, recwarn: pytest.WarningsRecorder) -> None:
+        """Neither does one that was left as a context manager."""
+        publish(arena, b"x").close()
+        with publish(arena, b"x") as block:
+            pass
+        del block
+        gc.collect()
+        assert [str(warning.message) for warning in recwarn] == []
+
+
+class TestOwnersStayHome:
+    """What owns something is not copied and not sent: an error names what to send instead."""
+
+    @pytest.mark.parametrize("copying", [pickle.dumps, copy.copy, copy.deepcopy])
+    def test_owners_refuse_and_name_their_plain_twin(self, arena: Arena, copying: object) -> None:
+        """Draft, Block, Arena and Segment."""
+        with arena.draft(PAGE) as draft, publish(arena, b"x") as block:
+            for owner, twin in [
+                (draft, "descriptor"),
+                (block, "descriptor"),
+                (arena, "Whereabouts"),
+                (arena.segment, "Whereabouts"),
+            ]:
+                with pytest.raises(TypeError, match=f"cannot be pickled.*{twin}"):
+                    copying(owner)

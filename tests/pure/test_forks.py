@@ -1,0 +1,86 @@
+"""A forked child's views hold what they held, whatever its parent does; and then nothing is left of it."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import numpy as np
+import pytest
+from other_processes import wait_until
+
+from dask_shm_plugin import membership
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def arena(prefix):
+    """An arena with room for one block more than is in use."""
+    arena = membership.join("test", "worker", "here", capacity=lambda: 2 * SIZE)
+    yield arena
+    gc.collect()
+    arena.tidy()
+    membership.leave("test", "worker", "here")
+
+
+def share(arena, value):
+    """Publish a block full of one byte and return a view of it."""
+    with arena.draft(SIZE) as draft:
+        draft.write(0, memoryview(bytes([value]) * SIZE))
+        with draft.seal() as block:
+            return np.frombuffer(block.view(0, SIZE), dtype=np.uint8)
+
+
+def fork(look, *at):
+    """Fork a child that waits for a byte, looks, and ends; return how to let it look and what it saw."""
+    ready, go = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(go)
+        os.read(ready, 1)
+        os._exit(int(look(*at)))
+    os.close(ready)
+
+    def saw():
+        os.close(go)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    return saw
+
+
+def test_a_block_that_the_parent_releases_stays_for_its_child(arena):
+    """The place is not used again while the child may look at it."""
+    view = share(arena, 7)
+    saw = fork(lambda it: it[-1], view)
+    del view
+    gc.collect()
+    arena.tidy()
+    others = [share(arena, 8)]
+    assert arena.stats().used == 2 * SIZE
+    assert saw() == 7
+    wait_until(lambda: arena.stats().used == SIZE, "the child's references stay")
+    others.append(share(arena, 9))
+    assert [other[0] for other in others] == [8, 9]
+
+
+def test_a_child_that_ends_without_a_word_leaves_nothing(arena):
+    """Also one that is killed."""
+    view = share(arena, 7)
+    saw = fork(lambda: os.kill(os.getpid(), 9))
+    del view
+    gc.collect()
+    assert saw() == -9
+    wait_until(lambda: arena.stats().used == 0, "the child's references stay")
+
+
+def test_a_child_may_join_as_itself(arena):
+    """It is another process, whatever it has inherited."""
+    view = share(arena, 7)
+
+    def join():
+        own = membership.join("test", "worker", "child")
+        return own is not arena and own.stats().members == 2 and view[0] == 7
+
+    assert fork(join)() == 1
+    wait_until(lambda: arena.reclaim_dead() or arena.stats().members == 1, "the child is still a member")

@@ -1,0 +1,119 @@
+"""How much memory this node may use: the least of what is installed and of what every control group above us allows."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from dask_shm_plugin import limits
+from dask_shm_plugin.limits import memory_limit
+
+GIB = 1 << 30
+PHYSICAL = 64 * GIB
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Pretend to be on a machine of 64 GiB, with these control groups and limits."""
+
+    def elsewhere(path: str, *rest: Any) -> Any:
+        assert str(path).startswith(("/sys/fs/cgroup", "/proc/self/cgroup")), f"why is {path} of interest?"
+        return builtins.open(f"{tmp_path}{path}", *rest)
+
+    def machine(membership: str | None, limited: dict[str, str]) -> None:
+        files = {f"/sys/fs/cgroup{path}": text for path, text in limited.items()}
+        if membership is not None:
+            files["/proc/self/cgroup"] = membership
+        for path, text in files.items():
+            file = tmp_path / path[1:]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+
+    monkeypatch.setattr(limits, "open", elsewhere, raising=False)
+    monkeypatch.setattr(limits, "_physical", lambda: PHYSICAL)
+    return machine
+
+
+def test_on_this_machine_it_is_at_most_what_is_installed() -> None:
+    """And more than nothing."""
+    assert 0 < memory_limit() <= psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(
+    ("membership", "limited", "expected"),
+    [
+        pytest.param(None, {}, PHYSICAL, id="no control groups"),
+        pytest.param("0::/\n", {}, PHYSICAL, id="the root has no limit"),
+        pytest.param("0::/\n", {"/memory.max": f"{GIB}\n"}, GIB, id="the root of a container has one"),
+        pytest.param("0::/a/b\n", {"/a/b/memory.max": "max\n"}, PHYSICAL, id="max is no limit"),
+        pytest.param("0::/a/b\n", {"/a/b/memory.max": f"{2 * GIB}\n"}, 2 * GIB, id="version 2"),
+        pytest.param(
+            "0::/a/b\n", {"/a/b/memory.max": "max\n", "/a/memory.max": f"{3 * GIB}\n"}, 3 * GIB, id="an ancestor"
+        ),
+        pytest.param(
+            "0::/a/b\n",
+            {"/a/b/memory.max": f"{GIB}\n", "/a/memory.max": f"{3 * GIB}\n"},
+            GIB,
+            id="the least of several",
+        ),
+        pytest.param(
+            "0::/a/b\n", {"/a/b/memory.max": f"{3 * GIB}\n", "/a/memory.max": f"{GIB}\n"}, GIB, id="the least is above"
+        ),
+        pytest.param("0::/a\n", {"/a/memory.max": f"{99 * GIB}\n"}, PHYSICAL, id="more than is installed"),
+        pytest.param("0::/a\n", {"/b/memory.max": f"{GIB}\n"}, PHYSICAL, id="somebody else's"),
+        pytest.param("0::/a\n", {"/a/memory.max": "nonsense"}, PHYSICAL, id="what cannot be read is no limit"),
+        pytest.param("0::/a:b\n", {"/a:b/memory.max": f"{GIB}"}, GIB, id="a colon in the path"),
+        pytest.param(
+            "12:cpu:/x\n5:memory:/a/b\n",
+            {"/memory/a/b/memory.limit_in_bytes": f"{2 * GIB}\n", "/cpu/x/memory.limit_in_bytes": "1\n"},
+            2 * GIB,
+            id="version 1",
+        ),
+        pytest.param(
+            "5:memory:/a/b\n", {"/memory/a/memory.limit_in_bytes": f"{2 * GIB}\n"}, 2 * GIB, id="version 1, an ancestor"
+        ),
+        pytest.param(
+            "5:memory:/a\n",
+            {"/memory/a/memory.limit_in_bytes": "9223372036854771712\n"},
+            PHYSICAL,
+            id="version 1, none",
+        ),
+        pytest.param(
+            "5:memory:/docker/1234\n",
+            {"/memory/memory.limit_in_bytes": f"{GIB}\n"},
+            GIB,
+            id="version 1, in a container that sees its own group as the root",
+        ),
+        pytest.param(
+            "7:cpu,memory,pids:/a\n",
+            {"/memory/a/memory.limit_in_bytes": f"{GIB}\n"},
+            GIB,
+            id="version 1, with other controllers",
+        ),
+        pytest.param(
+            "7:memory_pressure:/a\n",
+            {"/memory/a/memory.limit_in_bytes": f"{GIB}\n"},
+            PHYSICAL,
+            id="another controller of a similar name",
+        ),
+        pytest.param(
+            "5:memory:/a\n0::/b\n",
+            {"/memory/a/memory.limit_in_bytes": f"{3 * GIB}\n", "/unified/b/memory.max": f"{2 * GIB}\n"},
+            2 * GIB,
+            id="both versions",
+        ),
+        pytest.param("0::/../../elsewhere\n", {"/memory.max": f"{GIB}\n"}, GIB, id="a group outside of our namespace"),
+        pytest.param("", {"/memory.max": f"{GIB}\n"}, PHYSICAL, id="a member of none"),
+    ],
+)
+def test_every_limit_above_this_process_counts(
+    machine: Callable[..., None], membership: str | None, limited: dict[str, str], expected: int
+) -> None:
+    """In version 1 and version 2 of control groups, in containers and outside."""
+    machine(membership, limited)
+    assert memory_limit() == expected

@@ -1,0 +1,165 @@
+"""What a reader sees of a block: its own writes, nobody else's, and never what lay there before."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from other_processes import Process, publish, wait_until, wait_until_empty
+
+from dask_shm_plugin.arena import Arena
+from dask_shm_plugin.segment import PAGE
+from dask_shm_plugin.views import Exporter
+
+MIB = 1 << 20
+
+
+class TestIsolation:
+    """A write stays in the view in which it was made."""
+
+    def test_two_views_of_a_block_do_not_see_each_others_writes(self, arena: Arena) -> None:
+        """Neither does one that is taken afterwards."""
+        with publish(arena, b"sealed" * 1000) as block:
+            first, second = block.view(0, 6000), block.view(0, 6000)
+            first[:5] = b"first"
+            second[3000:3006] = b"second"
+            third = block.view(0, 6000)
+            assert first[:5] == b"first"
+            assert first[5:] == (b"sealed" * 1000)[5:]
+            assert second[3000:3006] == b"second"
+            assert second[:3000] == b"sealed" * 500
+            assert third == b"sealed" * 1000
+
+    def test_processes_do_not_see_each_others_writes(self, arena: Arena, joined: Callable[[], Process]) -> None:
+        """Whoever comes later sees what was sealed."""
+        with publish(arena, b"sealed" * 1000) as block:
+            reader, later = joined(), joined()
+            for other in (reader, later):
+                other("block = arena.attach_block(descriptor)", descriptor=block.descriptor)
+            reader("view = block.view(0, 6000); view[:6] = b'theirs'")
+            view = block.view(0, 6000)
+            view[6:12] = b"_ours_"
+            assert reader("bytes(view[:12])") == b"theirssealed"
+            assert bytes(view[:12]) == b"sealed_ours_"
+            assert later("bytes(block.view(0, 12))") == b"sealedsealed"
+
+    def test_a_dirtied_block_is_sealed_again_for_the_next_view(self, arena: Arena) -> None:
+        """A dirtied mapping is never handed out twice, also not after it was given back."""
+        with publish(arena, bytes(PAGE)) as block:
+            for _ in range(5):
+                view = np.frombuffer(block.view(0, PAGE), np.uint8)
+                assert not view.any()
+                view[:] = 1
+                del view
+
+    def test_a_page_whose_place_is_used_again_shows_the_new_bytes(self, arena: Arena) -> None:
+        """A page that was written privately would show its old bytes for ever, if its mapping were used again."""
+        for number in range(5):
+            block = publish(arena, bytes([number]) * MIB)
+            view = np.frombuffer(block.view(0, MIB), np.uint8)
+            assert (view == number).all()
+            view += 100
+            assert (view == number + 100).all()
+            del view
+            block.close()
+            wait_until_empty(arena)
+
+    def test_a_place_that_is_used_again_shows_its_new_bytes_to_a_process_that_dirtied_it(
+        self, arena: Arena, joined: Callable[[], Process]
+    ) -> None:
+        """The same, where one process writes and another reads, dirties and releases."""
+        reader = joined()
+        for number in range(5):
+            block = publish(arena, bytes([number]) * MIB)
+            reader("block = arena.attach_block(descriptor)", descriptor=block.descriptor)
+            reader("view = np.frombuffer(block.view(0, 1 << 20), np.uint8)")
+            block.close()
+            assert reader("set(view.tolist())") == {number}
+            reader("view += 100")
+            assert reader("set(view.tolist())") == {number + 100}
+            reader("del view; block.close()")
+            wait_until_empty(arena)
+
+
+THINGS: dict[str, Callable[[memoryview], Any]] = {
+    "the view itself": lambda view: view,
+    "a slice": lambda view: view[100:200],
+    "a slice of a slice": lambda view: view[100:200][10:20],
+    "another format": lambda view: view[:800].cast("d"),
+    "an array": lambda view: np.frombuffer(view, np.float64),
+    "a slice of an array": lambda view: np.frombuffer(view, np.float64)[5:7],
+    "a reshaped and transposed array": lambda view: np.frombuffer(view, np.float64).reshape(2, -1).T[::-1],
+    "a structured field": lambda view: np.frombuffer(view, np.dtype("i4,f4"))["f1"],
+    "a memoryview of an array": lambda view: memoryview(np.frombuffer(view, np.float64)[3:]),
+    "an array of an array": lambda view: np.asarray(np.frombuffer(view, np.uint8)).view(np.int16),
+    "a pickle buffer": lambda view: pickle.PickleBuffer(np.frombuffer(view, np.uint8)),
+    "an iterator": lambda view: iter(view),
+    "a cycle": lambda view: [view, (cycle := []), cycle.append(cycle)],
+}
+
+
+class TestExporter:
+    """A mapping is given back exactly when the last thing made from it is gone."""
+
+    @pytest.mark.parametrize("thing", THINGS)
+    def test_whatever_is_made_from_it_keeps_it(self, thing: str) -> None:
+        """One thing is enough, and its end gives back, once."""
+        memory, returned = np.zeros(1600, np.uint8), []
+        exporter = Exporter(memory.ctypes.data, 1600, lambda: returned.append(1))
+        kept = THINGS[thing](exporter.bytes())
+        del exporter
+        gc.collect()
+        assert returned == []
+        del kept
+        gc.collect()
+        assert returned == [1]
+
+    def test_it_waits_for_the_last_of_many(self) -> None:
+        """The order in which they go does not matter."""
+        memory, returned = np.zeros(1600, np.uint8), []
+        kept = Exporter(memory.ctypes.data, 1600, lambda: returned.append(1)).bytes()
+        things = [make(kept) for make in THINGS.values()]
+        del kept
+        while things:
+            assert returned == []
+            things.pop(len(things) // 2)
+            gc.collect()
+        assert returned == [1]
+
+    def test_it_shows_the_memory_itself_as_flat_writeable_bytes(self) -> None:
+        """Nothing is copied."""
+        memory = np.arange(10, dtype=np.uint8)
+        view = Exporter(memory.ctypes.data, 10, lambda: None).bytes()
+        assert (view.format, view.ndim, view.nbytes, view.readonly, view.contiguous) == ("B", 1, 10, False, True)
+        view[3] = 77
+        assert memory[3] == 77
+
+    def test_a_forked_child_gives_nothing_back(self, process: Callable[[], Process]) -> None:
+        """Its parent still needs the mapping."""
+        parent = process()
+        parent("""
+            memory, returned = np.zeros(100, np.uint8), []
+            view = views.Exporter(memory.ctypes.data, 100, lambda: returned.append(1)).bytes()
+            """)
+        child = parent.fork()
+        for one, expected in ((child, []), (parent, [1])):
+            one("del view; gc.collect()")
+            assert one("returned") == expected
+
+    def test_a_view_that_is_gone_is_no_mapping_any_more(self, arena: Arena) -> None:
+        """The kernel has the addresses back."""
+
+        def mappings() -> int:
+            with open("/proc/self/maps") as file:
+                return sum(f" {arena.segment.inode} " in line for line in file)
+
+        with publish(arena, bytes(MIB)) as block:
+            before = mappings()
+            kept = [np.frombuffer(block.view(0, MIB), np.uint8) for _ in range(10)]
+            assert mappings() > before
+            kept.clear()
+            wait_until(lambda: mappings() == before, "all is unmapped")

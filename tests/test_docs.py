@@ -1,0 +1,126 @@
+"""The documentation is tried out: what a reader copies runs, and shows what the page says."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import doctest
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/**/*.md"))]
+SETUP_COMMANDS = {"example": ".venv/bin/python examples/flights.py", "tests": ".venv/bin/python -m pytest"}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Return the fenced blocks of a language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run(code: str) -> str:
+    """Run code in a new interpreter, as if typed in, and return what it printed."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="shared memory needs Linux")
+def test_the_tutorial_runs_and_prints_what_it_says() -> None:
+    """Whoever follows the tutorial sees what is printed there, line by line."""
+    tutorial = ROOT / "docs" / "tutorial.md"
+    printed = run("\n".join(blocks(tutorial, "python")))
+    promised = "".join(blocks(tutorial, "text"))
+    assert doctest.OutputChecker().check_output(promised, printed, doctest.ELLIPSIS), printed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="shared memory needs Linux")
+def test_the_first_example_of_the_readme_runs(tmp_path: Path) -> None:
+    """The code that a stranger sees first works as a script."""
+    [code] = blocks(ROOT / "README.md", "python")
+    script = tmp_path / "readme.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "True\n"
+
+
+def test_the_readme_has_two_setup_commands_and_ci_runs_the_second() -> None:
+    """Two commands set up a fresh machine, and the one for the tests is found by its mark."""
+    readme = (ROOT / "README.md").read_text()
+    marked = dict(re.findall(r"<!-- (\w+) -->\n```sh\n(.*)\n```", readme))
+    assert marked.keys() == SETUP_COMMANDS.keys()
+    assert len(blocks(ROOT / "README.md", "sh")) == len(marked)
+    for mark, end in SETUP_COMMANDS.items():
+        assert marked[mark].endswith(f"&& {end}")
+    assert "/<!-- tests -->/" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    """No page links to a page or a heading that is not there."""
+    for target, _, heading in local_links(page):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        if heading:
+            assert heading in headings(linked), f"{target}#{heading}"
+
+
+def local_links(page: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield the links of a page that stay in this tree, as path and heading."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" not in link:
+            yield link.partition("#")
+
+
+def headings(page: Path) -> set[str]:
+    """Return the headings of a page as they are named in links."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in found}
+
+
+def test_the_reference_names_every_setting_with_its_default() -> None:
+    """The table of settings is that of the package."""
+    import dask_shm_plugin
+
+    defaults = yaml.safe_load((Path(dask_shm_plugin.__file__).parent / "dask_shm.yaml").read_text())["shm"]
+    reference = (ROOT / "docs" / "reference.md").read_text()
+    rows = dict(re.findall(r"^\| `shm\.(\w+)` \| `DASK_SHM__\w+` \| `([^`]*)`", reference, re.MULTILINE))
+    assert rows == {name: str(default) for name, default in defaults.items()}
+    for name in defaults:
+        assert f"`DASK_SHM__{name.upper()}`" in reference
+
+
+def test_the_reference_explains_every_reason() -> None:
+    """Each reason that a counter can show stands in the reference."""
+    from dask_shm_plugin import exceptions
+
+    reference = (ROOT / "docs" / "reference.md").read_text()
+    classes = [kind for kind in vars(exceptions).values() if isinstance(kind, type)]
+    reasons = {kind.reason for kind in classes if issubclass(kind, exceptions.SharedMemoryError)} - {"error"}
+    assert {reason for reason in reasons if f"| `{reason}` |" not in reference} == set()
+
+
+def test_every_test_says_in_a_sentence_what_it_shows() -> None:
+    """A test without a docstring leaves its reader to guess what broke."""
+    silent = []
+    for path in sorted((ROOT / "tests").glob("**/test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
+                silent += [] if ast.get_docstring(node) else [f"{path.name}: {node.name}"]
+    assert silent == []
+
+
+def test_the_supported_versions_are_said_once() -> None:
+    """The oldest Python of the classifiers is the one that the installer asks for."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    oldest = re.findall(r"Python :: (3\.\d+)", setup["metadata"]["classifiers"])[0]
+    assert setup["options"]["python_requires"] == f">={oldest}"
+    assert f"Python {oldest} or newer" in (ROOT / "README.md").read_text()

@@ -1,0 +1,357 @@
+"""What is released, cancelled, timed out or killed gives its memory back, and the cluster goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import dask
+import numpy as np
+import pytest
+from clusters import local_cluster, register
+from describing import assert_descriptions_equal, assert_same, describe
+from distributed import Client, wait
+from observing import (
+    BIG,
+    MIB,
+    addresses,
+    array,
+    fresh,
+    lies_in_arena,
+    loopback,
+    names,
+    pids,
+    see,
+    see_on,
+    shmem,
+    totals,
+    wait_until,
+)
+
+
+def assert_empties(client: Client) -> None:
+    """Fail unless the arena comes to hold nothing."""
+    gc.collect()
+    wait_until(lambda: not any(held(client)), lambda: f"the arena empties: {totals(client)}")
+
+
+def held(client: Client) -> tuple[int, int]:
+    """Return bytes and blocks in use."""
+    now = totals(client)
+    return now.used, now.blocks
+
+
+def assert_usable(client: Client) -> None:
+    """Fail unless values still move, through the arena."""
+    seed = fresh()
+    future = client.scatter(array(seed), broadcast=True)
+    for seen in see_on(client, future, addresses(client)):
+        assert_descriptions_equal(seen.description, describe(array(seed)))
+        assert seen.shared
+
+
+# -------------------------------------------------------------------------------------------------------- releasing
+
+
+def test_the_space_of_a_released_value_is_free_again(four: Client) -> None:
+    """When the last future and the last view have gone, the arena is empty."""
+    a, b, *_ = addresses(four)
+    scattered = four.scatter(array(fresh()), broadcast=True)
+    made = four.submit(array, fresh(), workers=[a])
+    views = [made.result(), four.gather(scattered)[10:20]]
+    see_on(four, made, [b])
+    assert totals(four).used >= 2 * BIG * 8
+    del scattered, made
+    wait_until(lambda: not any(four.run(keys).values()), "the workers forget the keys")
+    assert totals(four).used >= 2 * BIG * 8, "the views of the client still refer to the blocks"
+    del views
+    assert_empties(four)
+
+
+def keys(dask_worker: Any) -> list[str]:
+    """Return the keys that a worker keeps."""
+    return list(dask_worker.data)
+
+
+def test_a_hundred_rounds_leave_nothing(four: Client) -> None:
+    """Make, fetch, gather, scatter, release, again and again: all values are right and the arena ends empty."""
+    a, b, c, d = addresses(four)
+    for number in range(25):
+        seeds = [fresh() for _ in range(4)]
+        made = [four.submit(array, seed, workers=[w]) for seed, w in zip(seeds, (a, b, c, d), strict=True)]
+        sums = [four.submit(np.sum, f, workers=[w]) for f, w in zip(made, (b, c, d, a), strict=True)]
+        values = four.gather(made, direct=bool(number % 2))
+        for seed, value in zip(seeds, values, strict=True):
+            assert_same(value, array(seed))
+        returned = four.scatter([value[::-1] for value in values], direct=bool(number % 3))
+        np.testing.assert_allclose(four.gather(sums), four.gather([four.submit(np.sum, f) for f in returned]))
+        del value, values, returned, made, sums
+    assert_empties(four)
+
+
+def test_spilled_and_failed_work_gives_back_too(four: Client) -> None:
+    """A task that raises while it holds a shared value does not keep it."""
+    a, b, *_ = addresses(four)
+    made = four.submit(array, fresh(), workers=[a])
+    failed = four.submit(fail, made, workers=[b])
+    wait(failed)
+    assert isinstance(failed.exception(), ZeroDivisionError)
+    del made, failed
+    assert_empties(four)
+
+
+def fail(value: np.ndarray) -> None:
+    """Raise with a shared value in the traceback."""
+    _ = value[0] / 1
+    raise ZeroDivisionError
+
+
+# -------------------------------------------------------------------------- scatters that are cancelled or time out
+
+
+def forgotten(client: Client) -> set[Any]:
+    """Return the keys that workers keep though the scheduler knows them no more.
+
+    A scatter whose client leaves while it is being replicated ends so in stock Dask ("Key lost during replication").
+    """
+    known = client.run_on_scheduler(lambda dask_scheduler: set(dask_scheduler.tasks))
+    return {key for held in client.run(keys).values() for key in held} - known
+
+
+def test_a_cancelled_scatter_leaves_nothing_behind() -> None:
+    """Cancelled at any moment, and its client closed: nothing stays claimed but by Dask, and the cluster is usable."""
+
+    async def cancel_after(turns: int) -> None:
+        async with Client(four.scheduler.address, asynchronous=True, set_as_default=False) as client:
+            scatter = asyncio.ensure_future(client.scatter(array(fresh()), broadcast=True))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            scatter.cancel()
+            await asyncio.wait([scatter])
+            seed = fresh()
+            future = await client.scatter(array(seed), broadcast=True)
+            assert_same(await client.gather(future), array(seed))
+
+    with local_cluster(2) as four:
+        with dask.config.set({"distributed.client.preload": ["dask_shm_plugin"]}):
+            for turns in (0, 1, 2, 3, 5, 8, 13, 21, 50, 200):
+                asyncio.run(cancel_after(turns))
+        gc.collect()
+        wait_until(
+            lambda: totals(four).blocks <= len(forgotten(four)), lambda: f"{totals(four)} in spite of {forgotten(four)}"
+        )
+        assert_usable(four)
+
+
+def test_a_scatter_that_times_out_leaves_nothing_behind(four: Client) -> None:
+    """A user who waits a moment only gets a `TimeoutError`, and the arena its space."""
+
+    async def give_up_after(seconds: float) -> None:
+        async with Client(four.scheduler.address, asynchronous=True, set_as_default=False) as client:
+            with suppress(TimeoutError, asyncio.TimeoutError):
+                await asyncio.wait_for(client.scatter(array(fresh(), 8 * BIG), broadcast=True), seconds)
+            # It goes on at the scheduler. Closing the client before it has ended there makes stock Dask keep the
+            # value for ever: a later scatter on the same connection has ended only after it.
+            seed = fresh()
+            future = await client.scatter(array(seed), broadcast=True)
+            assert_same(await client.gather(future), array(seed))
+
+    with dask.config.set({"distributed.client.preload": ["dask_shm_plugin"]}):
+        for milliseconds in (0, 1, 3, 10, 30):
+            asyncio.run(give_up_after(milliseconds / 1000))
+    assert_empties(four)
+    assert_usable(four)
+
+
+def test_a_scatter_to_a_worker_that_does_not_exist_fails_as_in_stock_dask(four: Client) -> None:
+    """The error is Dask's own, and nothing stays claimed."""
+    with pytest.raises((ValueError, KeyError, OSError, RuntimeError)):
+        four.scatter(array(fresh()), workers=["tcp://127.0.0.1:1"])
+    assert_empties(four)
+    assert_usable(four)
+
+
+def test_a_scatter_without_workers_times_out_as_in_stock_dask() -> None:
+    """With no worker there, `scatter` raises `TimeoutError`; with the first worker it works."""
+    with local_cluster(0) as client:
+        with pytest.raises(TimeoutError, match="No valid workers"):
+            client.scatter(array(fresh()), timeout=0.1)
+        client.cluster.scale(2)
+        client.wait_for_workers(2)
+        assert_usable(client)
+        assert_empties(client)
+
+
+def test_a_cancelled_fetch_leaves_nothing_behind(four: Client) -> None:
+    """Futures that are released while their values are on the way are forgotten by everybody."""
+    a, *others = addresses(four)
+    for _ in range(10):
+        made = four.submit(array, fresh(), workers=[a])
+        tasks = [four.submit(see, made, workers=[other], pure=False) for other in others]
+        four.cancel([made, *tasks])
+        del made, tasks
+    assert_empties(four)
+    assert_usable(four)
+
+
+# ---------------------------------------------------------------------------------------------------------- deaths
+
+
+@pytest.fixture
+def mortal() -> Iterator[Client]:
+    """A client of two workers that may be killed."""
+    with local_cluster(2) as client:
+        yield client
+
+
+def kill(client: Client, address: str) -> None:
+    """Kill a worker process, and wait until its nanny has started another one."""
+    before = pids(client)
+    os.kill(before[address], signal.SIGKILL)
+
+    def replaced() -> bool:
+        with suppress(OSError):
+            found = pids(client)
+            return len(found) == len(before) and before[address] not in found.values()
+        return False
+
+    wait_until(replaced, "the nanny restarts the worker", seconds=60)
+
+
+def test_a_killed_reader_gives_back_what_it_held(mortal: Client) -> None:
+    """The claims of a killed worker are reclaimed; the worker that follows it shares again."""
+    a, b = addresses(mortal)
+    seed = fresh()
+    made = mortal.submit(array, seed, workers=[a])
+    see_on(mortal, made, [b])
+    kill(mortal, b)
+    for seen in see_on(mortal, made, addresses(mortal)):
+        assert_descriptions_equal(seen.description, describe(array(seed)))
+        assert seen.shared
+    del made
+    assert_empties(mortal)
+    assert_usable(mortal)
+
+
+def test_a_killed_publisher_takes_nothing_from_its_readers(mortal: Client) -> None:
+    """Who has mapped a value goes on reading it after its publisher died, and serves it to others."""
+    a, b = addresses(mortal)
+    seed = fresh()
+    made = mortal.submit(array, seed, workers=[a])
+    view = made.result()
+    see_on(mortal, made, [b])
+    kill(mortal, a)
+    assert_same(view, array(seed))
+    (restarted,) = set(addresses(mortal)) - {b}
+    for seen in see_on(mortal, made, [b, restarted]):
+        assert_descriptions_equal(seen.description, describe(array(seed)))
+    del made, view
+    assert_empties(mortal)
+    assert_usable(mortal)
+
+
+def test_a_worker_that_retires_leaves_its_values_to_the_others(mortal: Client) -> None:
+    """Dask moves the values of a retiring worker: through the arena, and they stay valid after it has gone."""
+    a, b = addresses(mortal)
+    seed = fresh()
+    made = mortal.submit(array, seed, workers=[a], allow_other_workers=True)
+    wait(made)
+    mortal.retire_workers([a], close_workers=True)
+    wait_until(lambda: a not in addresses(mortal), "the worker leaves")
+    (seen,) = see_on(mortal, made, [b])
+    assert_descriptions_equal(seen.description, describe(array(seed)))
+    assert lies_in_arena(mortal, made, b)
+    del made
+    assert_empties(mortal)
+
+
+SCRIPT = """
+import sys
+import numpy as np
+from distributed import Client, LocalCluster
+from dask_shm_plugin import SharedMemoryPlugin, stats
+
+if __name__ == "__main__":
+    cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", memory_limit="1 GiB")
+    client = Client(cluster)
+    client.register_plugin(SharedMemoryPlugin())
+    future = client.scatter(np.random.default_rng(0).random(8 << 20), broadcast=True)
+    print(*[arena["used"] for arena in stats(client).values()], flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_when_all_processes_are_killed_the_memory_is_free_and_the_name_is_purged(tmp_path: Path) -> None:
+    """After SIGKILL of everything no command is needed: the kernel frees the arena, the next cluster its name."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    before, others = shmem(), names()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen(
+        [sys.executable, script],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert int(process.stdout.readline()) >= 64 * MIB
+        assert shmem() - before > 48 * MIB
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    wait_until(lambda: shmem() - before < 16 * MIB, "the kernel frees the memory")
+    left = names() - others
+    assert sum(Path("/dev/shm", name).stat().st_size for name in left) < MIB
+    with local_cluster(1) as client:
+        assert_usable(client)
+        wait_until(lambda: not names() & left, "the next cluster purges the names that the dead left")
+
+
+# ------------------------------------------------------------------------------------------------ never in the way
+
+
+def test_a_full_arena_is_no_error(nothing_leaks: None) -> None:
+    """What does not fit goes over the wire, counted with a reason, and what is released makes room again."""
+    with local_cluster(2, {"threshold": "64 KiB", "capacity": "1 MiB"}) as client:
+        a, b = addresses(client)
+        seeds = [fresh() for _ in range(8)]
+        before, start = loopback(), totals(client)
+        futures = [client.submit(array, seed, workers=[a]) for seed in seeds]
+        for seed, future in zip(seeds, futures, strict=True):
+            (seen,) = see_on(client, future, [b])
+            assert_descriptions_equal(seen.description, describe(array(seed)))
+        scattered = client.scatter(array(1, 8 * BIG), broadcast=True)
+        for seen in see_on(client, scattered, [a, b]):
+            assert_descriptions_equal(seen.description, describe(array(1, 8 * BIG)))
+            assert not seen.shared
+        counted = totals(client) - start
+        assert 0 < counted.published < 8
+        assert counted.sent_bytes >= BIG * 8
+        assert counted.used <= MIB < loopback() - before
+        del futures, future, scattered
+        assert_empties(client)
+        assert_usable(client)
+
+
+def test_registering_twice_does_not_disturb_living_values(mortal: Client) -> None:
+    """Registering twice, with values in the arena, is harmless."""
+    seed = fresh()
+    future = mortal.scatter(array(seed), broadcast=True)
+    register(mortal, threshold="64 KiB", capacity="256 MiB")
+    for seen in see_on(mortal, future, addresses(mortal)):
+        assert_descriptions_equal(seen.description, describe(array(seed)))
+    assert totals(mortal).arenas == 1
+    assert_usable(mortal)
+    del future
+    assert_empties(mortal)

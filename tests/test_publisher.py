@@ -1,0 +1,230 @@
+"""The publications of one worker, and what may happen while one is under way. Gates decide the order, never time."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+import threading
+
+import numpy as np
+import pytest
+from distributed.spill import SpillBuffer
+
+from dask_shm_plugin import codec, membership, publisher
+from dask_shm_plugin.codec import Published
+from dask_shm_plugin.publisher import Publisher
+
+THRESHOLD = 1 << 16
+
+
+def in_loop(test):
+    """Run a test that is a coroutine."""
+
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        asyncio.run(test(*args, **kwargs))
+
+    return run
+
+
+@pytest.fixture
+def arena():
+    """An arena that this process is a member of, and that must be empty in the end."""
+    arena = membership.join("test", "worker", "here", capacity=lambda: 1 << 26)
+    yield arena
+    gc.collect()
+    arena.tidy()
+    assert arena.stats().used == 0
+    membership.leave("test", "worker", "here")
+
+
+class Gate:
+    """Stops whoever calls a function, until it is opened."""
+
+    def __init__(self, monkeypatch, module, name, when):
+        self.reached, self._open = threading.Event(), threading.Event()
+        self.calls = 0
+        before = getattr(module, name)
+
+        def gated(*args):
+            self.calls += 1
+            result = before(*args) if when == "after" else None
+            self.reached.set()
+            assert self._open.wait(30)
+            return before(*args) if when == "before" else result
+
+        monkeypatch.setattr(module, name, gated)
+
+    async def wait(self):
+        """Wait until somebody stands before the gate."""
+        assert await asyncio.to_thread(self.reached.wait, 30)
+
+    def open(self):
+        """Let everybody pass."""
+        self._open.set()
+
+
+def big(seed=0):
+    """Return an array above the threshold."""
+    return np.random.default_rng(seed).random(THRESHOLD // 4)
+
+
+@in_loop
+async def test_a_result_is_published_once_and_adopted(arena):
+    """The private copy gives way to the shared one, and the next asker gets the same handle."""
+    data = {"x": big()}
+    expected = data["x"].copy()
+    ours = Publisher(arena, THRESHOLD, data)
+    first = await ours.publish("x", data["x"], expected.nbytes)
+    assert codec.is_shared(data["x"])
+    np.testing.assert_array_equal(data["x"], expected)
+    assert await ours.publish("x", data["x"], expected.nbytes) is first
+    ours.close()
+
+
+@in_loop
+async def test_many_askers_make_one_copy(arena, monkeypatch):
+    """All that come while a publication is under way await that one."""
+    gate = Gate(monkeypatch, codec, "publish", "before")
+    data = {"x": big()}
+    ours = Publisher(arena, THRESHOLD, data)
+    askers = [asyncio.create_task(ours.publish("x", data["x"], data["x"].nbytes)) for _ in range(20)]
+    await gate.wait()
+    gate.open()
+    answers = await asyncio.gather(*askers)
+    assert gate.calls == 1
+    assert len({id(answer) for answer in answers}) == 1
+    ours.close()
+
+
+@in_loop
+async def test_an_asker_that_goes_away_takes_nobody_along(arena, monkeypatch):
+    """Cancelling the one that began a publication leaves the others theirs."""
+    gate = Gate(monkeypatch, codec, "publish", "before")
+    data = {"x": big()}
+    ours = Publisher(arena, THRESHOLD, data)
+    first, second = (asyncio.create_task(ours.publish("x", data["x"], data["x"].nbytes)) for _ in range(2))
+    await gate.wait()
+    first.cancel()
+    gate.open()
+    assert isinstance(await second, Published)
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    ours.close()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", ["publish", "rebuild"])
+@in_loop
+async def test_a_key_released_meanwhile_stays_released(arena, monkeypatch, step, when):
+    """Neither value nor record comes back, whichever step the release met."""
+    gate = Gate(monkeypatch, *{"publish": (codec, "publish"), "rebuild": (publisher, "_rebuild")}[step], when)
+    data = {"x": big()}
+    ours = Publisher(arena, THRESHOLD, data)
+    asker = asyncio.create_task(ours.publish("x", data["x"], data["x"].nbytes))
+    await gate.wait()
+    del data["x"]
+    ours.forget("x")
+    gate.open()
+    published = await asker
+    assert isinstance(published, Published)
+    assert data == {}
+    assert "0 published, 0 under way" in repr(ours)
+    ours.close()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", ["publish", "rebuild"])
+@in_loop
+async def test_a_key_used_again_meanwhile_keeps_its_new_value(arena, monkeypatch, step, when):
+    """An old publication answers for nothing but the object that it was made from."""
+    gate = Gate(monkeypatch, *{"publish": (codec, "publish"), "rebuild": (publisher, "_rebuild")}[step], when)
+    old, new = big(1), big(2)
+    data = {"x": old}
+    ours = Publisher(arena, THRESHOLD, data)
+    asker = asyncio.create_task(ours.publish("x", old, old.nbytes))
+    await gate.wait()
+    ours.forget("x")
+    data["x"] = new
+    gate.open()
+    await asker
+    assert data["x"] is new
+    published = await ours.publish("x", new, new.nbytes)
+    np.testing.assert_array_equal(codec.resolve(published.handle), big(2))
+    ours.close()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", ["publish", "rebuild"])
+@in_loop
+async def test_a_value_spilled_meanwhile_stays_on_disk(arena, monkeypatch, tmp_path, step, when):
+    """Adoption does not bring it back, and its record does not keep its block."""
+    gate = Gate(monkeypatch, *{"publish": (codec, "publish"), "rebuild": (publisher, "_rebuild")}[step], when)
+    data = SpillBuffer(str(tmp_path), target=1 << 24)
+    data["x"] = big()
+    ours = Publisher(arena, THRESHOLD, data)
+    asker = asyncio.create_task(ours.publish("x", data["x"], data["x"].nbytes))
+    await gate.wait()
+    assert data.evict() > 0
+    gate.open()
+    await asker
+    assert "x" not in data.fast
+    np.testing.assert_array_equal(data["x"], big())
+    assert "0 published, 0 under way" in repr(ours)
+    ours.close()
+
+
+@in_loop
+async def test_a_value_that_is_spilled_gives_its_block_back(arena, tmp_path):
+    """What only this worker holds is an ordinary value: on disk, it takes no shared memory."""
+    data = SpillBuffer(str(tmp_path), target=1 << 24)
+    data["x"] = big()
+    ours = Publisher(arena, THRESHOLD, data)
+    await ours.publish("x", data["x"], data["x"].nbytes)
+    assert codec.is_shared(data["x"])
+    await asyncio.sleep(0)  # the loop itself still has the answer in its hand
+    data.evict()
+    gc.collect()
+    arena.tidy()
+    assert arena.stats().used == 0
+    np.testing.assert_array_equal(data["x"], big())
+    ours.close()
+
+
+class Model:
+    """What a user might write: pickling drops a cache."""
+
+    def __init__(self):
+        self.weights, self.cache = big(), {"warm": True}
+
+    def __getstate__(self):
+        return {"weights": self.weights, "cache": None}
+
+
+@in_loop
+async def test_a_class_of_the_users_is_shared_for_the_transport_only(arena):
+    """Its owner keeps the object, cache and all; its readers get what Dask would have sent."""
+    data = {"m": Model()}
+    ours = Publisher(arena, THRESHOLD, data)
+    model = data["m"]
+    published = await ours.publish("m", model, 100)
+    assert data["m"] is model
+    assert codec.resolve(published.handle).cache is None
+    assert await ours.publish("m", model, 100) is published
+    ours.close()
+
+
+@in_loop
+async def test_a_mapping_that_makes_a_new_object_each_time_is_not_remembered(arena):
+    """With ``data=`` of the user's own, nothing can be told by identity."""
+
+    class Fresh(dict):
+        def __getitem__(self, key):
+            return super().__getitem__(key).copy()
+
+    data = Fresh(x=big())
+    ours = Publisher(arena, THRESHOLD, data)
+    assert isinstance(await ours.publish("x", data["x"], data["x"].nbytes), Published)
+    assert "0 published" in repr(ours)
+    ours.close()

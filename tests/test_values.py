@@ -1,0 +1,239 @@
+"""Every kind of value arrives as stock Dask would have brought it, whichever way it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from clusters import local_cluster
+from describing import assert_descriptions_equal, assert_same, describe, differences
+from distributed import Client, Future
+from observing import addresses, is_shared, totals
+from values import BUFFERS, KINDS, LARGE, SIZES, make
+
+Case = tuple[str, str]
+Cases = Sequence[Case]
+#: What arrived, and whether it lay in the arena.
+Outcome = tuple[Any, bool]
+CASES: list[Case] = [(kind, size) for kind in KINDS for size in SIZES]
+#: So many cases travel together; if they fail, each of them travels alone.
+BATCH = 20
+#: A batch that does not arrive by then is recorded as lost.
+SECONDS = 30
+#: Here somebody else wrote the value: a large one certainly lies in the arena.
+MAPPED = ("scattered", "broadcast", "fetched", "passed_on", "gathered", "gathered_directly", "result", "returned")
+WAYS = (*MAPPED, "kept", "contained")
+OPTIONS = {"threshold": "16 KiB", "capacity": "256 MiB"}
+
+Outcomes = dict[str, dict[Case, Any]]
+
+
+def look(value: Any) -> Outcome:
+    """Describe a value where it arrived, and tell whether it lies in the arena."""
+    return describe(value), is_shared(value)
+
+
+def look_each(*values: Any) -> list[Outcome]:
+    """Describe several values where they arrived."""
+    return [look(value) for value in values]
+
+
+def look_inside(values: Sequence[Any]) -> list[Outcome]:
+    """Describe the elements of a value where it arrived."""
+    return look_each(*values)
+
+
+def together(*values: Any) -> list[Any]:
+    """Return values as they came, in one container."""
+    return list(values)
+
+
+def make_together(cases: Cases) -> tuple[Any, ...]:
+    """Return new values in one container."""
+    return tuple(make(kind, SIZES[size]) for kind, size in cases)
+
+
+class Journey:
+    """Sends all kinds of value along all ways through one cluster, a batch at a time."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.a, self.b = addresses(client)
+        self.outcomes: Outcomes = {way: {} for way in WAYS}
+
+    def travel(self) -> Outcomes:
+        """Go all ways, and return the outcomes by way and case."""
+        for start in range(0, len(CASES), BATCH):
+            cases = CASES[start : start + BATCH]
+            self.made_on_a = dict(zip(cases, self.make(cases, self.a), strict=True))
+            self.made_on_b = dict(zip(cases, self.make(cases, self.b), strict=True))
+            for way in WAYS:
+                self.go(way, cases)
+        return self.outcomes
+
+    def go(self, way: str, cases: Cases) -> None:
+        """Send a batch along one way; an error is an outcome too, and must not hide those of other kinds."""
+        try:
+            found: Sequence[Any] = getattr(self, way)(cases)
+        except TimeoutError:
+            found = ["did not arrive"] * len(cases)
+        except Exception as error:
+            if len(cases) > 1:
+                for case in cases:
+                    self.go(way, [case])
+                return
+            found = [f"{type(error).__name__}: {error}"]
+        self.outcomes[way].update(zip(cases, found, strict=True))
+
+    def make(self, cases: Cases, worker: str) -> list[Future]:
+        """Let a worker make values."""
+        kinds, sizes = zip(*cases, strict=True)
+        return self.client.map(make, kinds, [SIZES[size] for size in sizes], workers=[worker], pure=False)
+
+    def scatter(self, values: Sequence[Any], **options: Any) -> list[Future]:
+        """Scatter values. Dask cannot make a token of every kind."""
+        return self.client.scatter(list(values), hash=False, **options)
+
+    def submit(self, function: Callable[..., Any], *args: Any, on: str) -> Future:
+        """Submit a task to one worker."""
+        return self.client.submit(function, *args, workers=[on], pure=False)
+
+    def scattered(self, cases: Cases) -> Sequence[Outcome]:
+        futures = self.scatter(make_together(cases), workers=[self.a])
+        return self.submit(look_each, *futures, on=self.a).result(timeout=SECONDS)
+
+    def broadcast(self, cases: Cases) -> Sequence[Outcome]:
+        futures = self.scatter(make_together(cases), broadcast=True)
+        return self.submit(look_each, *futures, on=self.b).result(timeout=SECONDS)
+
+    def fetched(self, cases: Cases) -> Sequence[Outcome]:
+        futures = [self.made_on_a[case] for case in cases]
+        return self.submit(look_each, *futures, on=self.b).result(timeout=SECONDS)
+
+    def kept(self, cases: Cases) -> Sequence[Outcome]:
+        """What the maker itself keeps, after others have fetched it."""
+        futures = [self.made_on_a[case] for case in cases]
+        return self.submit(look_each, *futures, on=self.a).result(timeout=SECONDS)
+
+    def passed_on(self, cases: Cases) -> Sequence[Outcome]:
+        """What a worker received, returned, and sent on inside of a container."""
+        inner = self.submit(together, *(self.made_on_a[case] for case in cases), on=self.b)
+        return self.submit(look_inside, inner, on=self.a).result(timeout=SECONDS)
+
+    def contained(self, cases: Cases) -> Sequence[Outcome]:
+        inner = self.submit(make_together, cases, on=self.b)
+        return self.submit(look_inside, inner, on=self.a).result(timeout=SECONDS)
+
+    def gathered(self, cases: Cases) -> Sequence[Outcome]:
+        return look_each(*self.client.gather([self.made_on_b[case] for case in cases]))
+
+    def gathered_directly(self, cases: Cases) -> Sequence[Outcome]:
+        return look_each(*self.client.gather([self.made_on_b[case] for case in cases], direct=True))
+
+    def result(self, cases: Cases) -> Sequence[Outcome]:
+        return [look(self.made_on_b[case].result(timeout=SECONDS)) for case in cases]
+
+    def returned(self, cases: Cases) -> Sequence[Outcome]:
+        """What a client received and scattered again."""
+        futures = self.scatter(self.client.gather([self.made_on_b[case] for case in cases]), workers=[self.a])
+        return self.submit(look_each, *futures, on=self.a).result(timeout=SECONDS)
+
+
+@pytest.fixture(scope="module")
+def expected(nothing_leaks: None) -> Outcomes:
+    """What arrives where without the plugin."""
+    with local_cluster(2, options=None) as client:
+        return Journey(client).travel()
+
+
+@pytest.fixture(scope="module")
+def actual(nothing_leaks: None) -> Outcomes:
+    """What arrives where with the plugin, and under ``"counted"`` the counters at the end."""
+    with local_cluster(2, OPTIONS) as client:
+        return Journey(client).travel() | {"counted": {("totals", ""): totals(client)}}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("way", WAYS)
+def test_stock_dask_carries_every_kind(expected: Outcomes, way: str) -> None:
+    """The oracle itself has no errors: each kind is something that Dask can send."""
+    errors = {case: outcome for case, outcome in expected[way].items() if isinstance(outcome, str)}
+    assert not errors
+    assert set(expected[way]) == set(CASES)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_value_arrives_as_stock_dask_brings_it(expected: Outcomes, actual: Outcomes, way: str, kind: str) -> None:
+    """Type, content, dtype, shape, strides, order and writeable flag are those of a cluster without the plugin."""
+    for size in SIZES:
+        outcome = actual[way][kind, size]
+        assert not isinstance(outcome, str), f"{size}: {outcome}"
+        assert_descriptions_equal(outcome[0], expected[way][kind, size][0])
+
+
+@pytest.mark.parametrize("way", MAPPED)
+def test_a_large_value_arrives_through_the_arena(actual: Outcomes, way: str) -> None:
+    """The comparison is no comparison of stock Dask with itself: what is made of buffers was mapped."""
+    assert {kind for kind in BUFFERS if not actual[way][kind, "large"][1]} == set()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_small_value_stays_outside_the_arena(actual: Outcomes, way: str) -> None:
+    """Below the threshold nothing is shared."""
+    assert {kind for kind in KINDS if actual[way][kind, "small"][1]} == set()
+
+
+def test_most_large_values_were_published(actual: Outcomes) -> None:
+    """Kinds of which one cannot see whether they lie in the arena went through it for the most part."""
+    assert actual["counted"]["totals", ""].published > 3 * len(BUFFERS)
+
+
+def changed(value: np.ndarray, place: int = 0) -> np.ndarray:
+    """Return a copy that differs in one element."""
+    value = value.copy()
+    value.flat[place] += 1
+    return value
+
+
+ARRAY = np.arange(12.0).reshape(3, 4)
+DIFFERENT = {
+    "content": (ARRAY, changed(ARRAY, 7)),
+    "dtype": (ARRAY, ARRAY.astype("f4")),
+    "byte_order": (ARRAY, ARRAY.astype(">f8")),
+    "shape": (ARRAY, ARRAY.reshape(4, 3)),
+    "order": (ARRAY, np.asfortranarray(ARRAY)),
+    "strides": (ARRAY[:, ::2].copy(), ARRAY[:, ::2]),
+    "writeable": (ARRAY, np.broadcast_to(ARRAY, ARRAY.shape)),
+    "subclass": (ARRAY, np.asmatrix(ARRAY)),
+    "mask": (np.ma.masked_less(ARRAY, 3), np.ma.masked_less(ARRAY, 4)),
+    "bytes_or_bytearray": (b"abc", bytearray(b"abc")),
+    "list_or_tuple": ([1, 2], (1, 2)),
+    "integer_or_bool": ([1], [True]),
+    "negative_zero": (0.0, -0.0),
+    "deep": ({"a": [ARRAY, {"b": ARRAY}]}, {"a": [ARRAY, {"b": changed(ARRAY)}]}),
+    "aliased": ([ARRAY, ARRAY], [ARRAY, ARRAY.copy()]),
+    "order_of_keys": ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+    "column_type": (pd.DataFrame({"x": [1, 2]}), pd.DataFrame({"x": [1.0, 2.0]})),
+    "column_name": (pd.DataFrame({"x": [1, 2]}), pd.DataFrame({"y": [1, 2]})),
+    "index": (pd.Series([1, 2]), pd.Series([1, 2], index=[0, 1])),
+    "closure": (KINDS["closure"](4), KINDS["closure"](5)),
+}
+
+
+@pytest.mark.parametrize("pair", DIFFERENT.values(), ids=DIFFERENT)
+def test_the_description_tells_different_values_apart(pair: tuple[Any, Any]) -> None:
+    """The oracle can fail: each property that a user could notice is part of the description."""
+    assert list(differences(describe(pair[0]), describe(pair[1])))
+    with pytest.raises(AssertionError, match="differ"):
+        assert_same(*pair)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_description_depends_on_nothing_but_the_value(kind: str) -> None:
+    """Two values that were made the same way have the same description."""
+    assert_same(make(kind, LARGE), make(kind, LARGE))
