@@ -30,16 +30,23 @@ _SAME_NAMES = "segment.NAME_PREFIX = rendezvous.NAME_PREFIX = prefix"
 _SMALL_TMPFS = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=48m tmpfs /dev/shm && exec "$@"', "sh"]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def prefix() -> Iterator[str]:
-    """Give names to this run alone: what it leaves is not purged by others on the machine, nor theirs by it."""
+@pytest.fixture(scope="session")
+def prefix() -> str:
+    """Return what the names of this run begin with: what it leaves is not purged by others, nor theirs by it."""
+    return f"dask-shm-{os.getpid()}-test-"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_names(prefix: str) -> Iterator[None]:
+    """Let the tests of these layers alone use such names: the clusters of the others must find each other."""
     # So that collecting garbage after each test does not search all modules of Dask, which the other tests need.
     gc.collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         for module in (segment, rendezvous):
-            patch.setattr(module, "NAME_PREFIX", f"dask-shm-{os.getpid()}-test-")
-        yield segment.NAME_PREFIX
+            patch.setattr(module, "NAME_PREFIX", prefix)
+        yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
