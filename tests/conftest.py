@@ -31,6 +31,16 @@ def nothing_leaks() -> Iterator[None]:
         wait_until(lambda count=count: not count(), lambda what=what, count=count: f"{what} are left: {count()}")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Function) -> None:
+    """Let go of what the test was given.
+
+    A client keeps the messages that it sent, and so the values in them. pytest would keep the client until after
+    `nothing_leaks` has looked.
+    """
+    item.funcargs.clear()
+
+
 @pytest.fixture(scope="module")
 def stock(nothing_leaks: None) -> Iterator[Client]:
     """A client of two workers without the plugin."""

@@ -235,10 +235,7 @@ def test_ordinary_work_gives_ordinary_results(four: Client) -> None:
 
 
 def test_a_mapped_value_in_a_graph_travels_as_bytes(four: Client) -> None:
-    """Graphs hold no references: what a user puts into one is right even when the arena's place is used again.
-
-    The last test here, because Dask's client remembers the messages it sent, and so the value, for a while.
-    """
+    """Graphs hold no references: what a user puts into one is right even when the arena's place is used again."""
     seed = fresh()
     a, b, *_ = addresses(four)
     made = four.submit(array, seed, workers=[a])
