@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -56,6 +58,7 @@ class SharedMemoryClient:
         self._arena: Arena | None = None
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="dask-shm-scatter")
         self._turns = itertools.count()
+        self._under_way: set[asyncio.Future[None]] = set()
         self._counted_before = COUNTERS.snapshot()
 
     async def start(self) -> None:
@@ -80,6 +83,21 @@ class SharedMemoryClient:
         self._threads.shutdown(wait=False)
         self._arena = None
         await self._role.leave()
+
+    async def settled(self) -> None:
+        """Wait until no handle of this client is on its way to a worker."""
+        if self._under_way:
+            await asyncio.wait(self._under_way)
+
+    @contextlib.contextmanager
+    def _handing_over(self) -> Iterator[None]:
+        over = asyncio.get_running_loop().create_future()
+        self._under_way.add(over)
+        try:
+            yield
+        finally:
+            self._under_way.discard(over)
+            over.set_result(None)
 
     @property
     def is_remote(self) -> bool:
@@ -135,7 +153,7 @@ class SharedMemoryClient:
         targets = await self._targets(workers) if may_share else _Targets([], [])
         published = await self._publish(data) if targets.members else {}
         if published:
-            attempt = asyncio.create_task(self._hand_over(data, published, targets, broadcast, kwargs))
+            attempt = asyncio.create_task(self._attempt(data, published, targets, broadcast, kwargs))
             attempt.add_done_callback(_consume)
             try:
                 # The scheduler goes on with a scatter whose client has lost patience: until it has answered, the
@@ -144,6 +162,10 @@ class SharedMemoryClient:
             except Exception:
                 logger.debug("a scatter is repeated with bytes", exc_info=True)
         return await scatter(data=data, workers=workers, broadcast=broadcast, **kwargs)
+
+    async def _attempt(self, *args: Any) -> Any:
+        with self._handing_over():
+            return await self._hand_over(*args)
 
     async def _hand_over(
         self, data: Data, published: dict[Any, Published], targets: _Targets, broadcast: bool | int, kwargs: Any
@@ -174,9 +196,10 @@ class SharedMemoryClient:
         """Stand in for ``scatter_to_workers``, which sends from the client to each worker."""
         arena = await self._find_arena()
         published = await self._publish(data) if arena and self._members() and self._has_large(data) else {}
-        if published:
-            rpc = _DirectRpc(rpc, self._members(), published)
-        return await DIRECT_SCATTERS.old(workers, data, rpc)
+        if not published:
+            return await DIRECT_SCATTERS.old(workers, data, rpc)
+        with self._handing_over():
+            return await DIRECT_SCATTERS.old(workers, data, _DirectRpc(rpc, self._members(), published))
 
     async def _publish(self, data: Data) -> dict[Any, Published]:
         loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""A value as Dask's own serialized frames, placed in blocks, and back.
+"""A value as Dask's own serialized frames, placed in blocks.
 
 Whatever Dask can send, we can share, and what is rebuilt is what Dask would have rebuilt: the same functions see the
 same frames, only that large ones are mapped instead of received.
@@ -6,91 +6,31 @@ same frames, only that large ones are mapped instead of received.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import dataclasses
 import itertools
 import pickle
-from collections import defaultdict
-from collections.abc import Callable, Container
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 import numpy as np
 from distributed.protocol.serialize import Serialized as DaskSerialized
-from distributed.protocol.serialize import deserialize, serialize, to_serialize
+from distributed.protocol.serialize import serialize, to_serialize
 from distributed.utils import ensure_memoryview
 
-from dask_shm_plugin import arrow, membership, views
+from dask_shm_plugin import arrow, views
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.block import Block, Descriptor
-from dask_shm_plugin.exceptions import ArenaUnavailable, SharedMemoryError, Unshareable
-from dask_shm_plugin.metrics import COUNTERS
+from dask_shm_plugin.exceptions import Unshareable
+from dask_shm_plugin.handles import Handle, Span, map_spans
 from dask_shm_plugin.segment import round_up
 from dask_shm_plugin.table import Row
 
 _ALIGNMENT = 64
 _INLINE_FRAME = arrow.SMALL
 _INLINE_TOTAL = 64 << 10
-_AT_ONCE = 4 << 20
-"""Bytes that may be copied on an event loop."""
 
 Header = dict[str, Any]
 Frame = Any  # bytes, bytearray or memoryview: whatever a serializer gave
-
-
-class Span(NamedTuple):
-    """A frame that lies in a block."""
-
-    row: Row
-    offset: int
-    length: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Handle:
-    """What travels instead of a value: it *becomes* the value when it is unpickled.
-
-    Attributes
-    ----------
-    arena_id
-        The arena in which the spans lie.
-    header
-        Dask's header of the serialized value, pickled: some of its deserializers take a header apart.
-    parts
-        The frames, in order: the bytes of a small one, the place of a large one.
-    size
-        Bytes of all frames.
-    in_band
-        Bytes of frames that rebuilding copies: pickle streams, ``bytes``.
-
-    Notes
-    -----
-    Plain data that owns nothing. Whoever sends it must hold references to its blocks until the receiver has
-    unpickled it; otherwise the receiver gets an :class:`Unresolved`.
-    """
-
-    arena_id: bytes
-    header: bytes
-    parts: tuple[bytes | Span, ...]
-    size: int
-    in_band: int
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _receive, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
-
-
-@dataclasses.dataclass(frozen=True)
-class Unresolved:
-    """What a handle becomes when it cannot become its value; whoever made the request asks again for bytes."""
-
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Deferred:
-    """What a handle becomes on an event loop when rebuilding takes time; whoever made the request does that elsewhere."""
-
-    handle: Handle
 
 
 class Published:
@@ -197,7 +137,7 @@ def still_holds(published: Published, value: object, arena: Arena) -> bool:
         return False
     flat = [ensure_memoryview(frame) for frame in serialized.frames]
     spans = [part for part in handle.parts if isinstance(part, Span)]
-    mapped = _map_spans(spans, arena)
+    mapped = map_spans(spans, arena)
     return all(
         _is_same(frame, mapped[part].pop(), part) if isinstance(part, Span) else frame == part
         for frame, part in zip(flat, handle.parts, strict=True)
@@ -260,61 +200,6 @@ def _copy(
     }
 
 
-def resolve(handle: Handle, *, writeable: bool = True) -> Any:
-    """Rebuild the value of a handle over mappings of its own.
-
-    Raises
-    ------
-    SharedMemoryError
-        A block is gone, or cannot be mapped, or this process is not in that arena.
-    """
-    arena = membership.find(handle.arena_id)
-    if arena is None:
-        raise ArenaUnavailable("this process is not a member of the arena")
-    mapped = _map_spans([part for part in handle.parts if isinstance(part, Span)], arena)
-    frames = [mapped[part].pop() if isinstance(part, Span) else memoryview(bytearray(part)) for part in handle.parts]
-    header = pickle.loads(handle.header)
-    if not writeable:
-        header, frames = _read_only(header), [frame.toreadonly() for frame in frames]
-    return deserialize(header, frames)
-
-
-def _map_spans(spans: list[Span], arena: Arena) -> dict[Span, list[memoryview]]:
-    """Map every span; those that overlap in different mappings, for Dask would have sent independent copies."""
-    mapped: dict[Span, list[memoryview]] = defaultdict(list)
-    for row in {span.row for span in spans}:
-        with arena.attach_block(Descriptor(arena.arena_id, row)) as block:
-            for group in _without_overlap(sorted(span for span in spans if span.row == row)):
-                start = group[0].offset
-                view = block.view(start, group[-1].offset + group[-1].length - start)
-                for span in group:
-                    mapped[span].append(view[span.offset - start : span.offset - start + span.length])
-    return mapped
-
-
-def _without_overlap(spans: list[Span]) -> list[list[Span]]:
-    groups: list[list[Span]] = []
-    for span in spans:
-        fitting = next((g for g in groups if g[-1].offset + g[-1].length <= span.offset), None)
-        if fitting is None:
-            groups.append([span])
-        else:
-            fitting.append(span)
-    return groups
-
-
-def _read_only(header: Any) -> Any:
-    """Return a header that says of every buffer that it was read-only."""
-    if isinstance(header, (list, tuple)):
-        return type(header)(_read_only(item) for item in header)
-    if not isinstance(header, dict):
-        return header
-    return {
-        key: type(value)(flag and False for flag in value) if key == "writeable" else _read_only(value)
-        for key, value in header.items()
-    }
-
-
 def is_shared(value: object) -> bool:
     """Tell whether all buffers of a value, at least one, are mapped from an arena; small ones do not count."""
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
@@ -346,37 +231,3 @@ def _bounds(array: np.ndarray[Any, Any]) -> tuple[int, int]:
     reach = [(count - 1) * stride for count, stride in zip(array.shape, array.strides, strict=True)]
     low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
     return int(array.__array_interface__["data"][0]) + low, high - low + array.itemsize
-
-
-# -- receiving
-
-_views: dict[bytes, str] = {}
-
-
-def set_views(arena_id: bytes, how: str) -> None:
-    """Choose whether this process's views are "copy-on-write" or "read-only"."""
-    _views[arena_id] = how
-
-
-def _receive(*fields: Any) -> Any:
-    """Unpickle a handle: never raises on account of shared memory."""
-    try:
-        handle = Handle(*fields)
-    except TypeError:
-        return Unresolved("version")
-    if handle.in_band > _AT_ONCE and asyncio._get_running_loop() is not None:
-        return Deferred(handle)
-    return become(handle)
-
-
-def become(handle: Handle) -> Any:
-    """Return the value of a handle, or an :class:`Unresolved`."""
-    try:
-        value = resolve(handle, writeable=_views.get(handle.arena_id) != "read-only")
-    except SharedMemoryError as error:
-        return Unresolved(error.reason)
-    except Exception:
-        # Whatever the value's own deserializer has against it, it shall say about the bytes, as without us.
-        return Unresolved("deserializer")
-    COUNTERS.count("attached", handle.size)
-    return value

@@ -12,9 +12,9 @@ from typing import Any
 
 import distributed.worker
 
-from dask_shm_plugin import codec, membership, seams
+from dask_shm_plugin import handles, membership, seams
 from dask_shm_plugin.arena import Arena
-from dask_shm_plugin.codec import Deferred, Unresolved
+from dask_shm_plugin.handles import Deferred, Unresolved
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.rolebook import Member
 
@@ -38,7 +38,7 @@ def is_member(arena: Arena, asked_by: list[str]) -> bool:
 async def finish(data: Mapping[Any, Any]) -> dict[Any, Any]:
     """Rebuild in a thread what could not be rebuilt on the event loop, and return the data with it."""
     later = [key for key, value in data.items() if type(value) is Deferred]
-    values = await asyncio.gather(*(asyncio.to_thread(codec.become, data[key].handle) for key in later))
+    values = await asyncio.gather(*(asyncio.to_thread(handles.become, data[key].handle) for key in later))
     return {**data, **dict(zip(later, values, strict=True))}
 
 

@@ -120,10 +120,13 @@ def unregister(client: Client) -> Any:
 
 
 async def _unregister(client: Client) -> None:
-    from dask_shm_plugin.client import stop_taking_part
+    from dask_shm_plugin.client import half_of
 
     scheduler: Any = client.scheduler
-    await stop_taking_part(client)
+    half = half_of(client)
+    if half is not None:
+        await half.stop()
+        await half.settled()
     for call in (
         scheduler.unregister_scheduler_plugin,
         scheduler.unregister_worker_plugin,

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 from distributed.protocol.serialize import Serialized as DaskSerialized
 
-from dask_shm_plugin import adoption, codec, notices, seams
+from dask_shm_plugin import adoption, codec, handles, notices, seams
 from dask_shm_plugin.arena import Arena
-from dask_shm_plugin.codec import Handle, Published, Serialized
+from dask_shm_plugin.codec import Published, Serialized
 from dask_shm_plugin.exceptions import SharedMemoryError
+from dask_shm_plugin.handles import Handle
 from dask_shm_plugin.metrics import COUNTERS
 
 logger = logging.getLogger("dask_shm_plugin")
@@ -162,7 +163,7 @@ class Publisher:
 
 def _rebuild(handle: Handle, value: object) -> object | None:
     try:
-        shared = codec.resolve(handle)
+        shared = handles.resolve(handle)
         return shared if adoption.is_faithful(shared, value) else None
     except Exception:
         logger.debug("a published value keeps its private copy", exc_info=True)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import Any
 
-from dask_shm_plugin import codec, membership, seams
+from dask_shm_plugin import handles, membership, seams
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.config import Options
 from dask_shm_plugin.exceptions import ArenaUnavailable, SharedMemoryError
@@ -58,7 +58,7 @@ class Role:
         capacity = self.options.capacity_here if create else None
         arena = membership.join(cluster, self.kind, self.address, capacity=capacity, warm=self.options.warm)
         if arena is not None:
-            codec.set_views(arena.arena_id, self.options.views)
+            handles.set_views(arena.arena_id, self.options.views)
         return arena
 
     async def withdraw(self) -> None:

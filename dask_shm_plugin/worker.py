@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from typing import Any
 
 from distributed.core import error_message
@@ -75,8 +74,7 @@ class _Running:
         self.publisher = Publisher(arena, role.options.threshold, worker.data)
         self._background: set[asyncio.Task[Any]] = set()
         self._get_data_before = seams.Replacement(worker.handlers, "get_data", self._get_data)
-        if not isinstance(worker.handlers["update_data"], _ScatterGuard):
-            worker.handlers["update_data"] = _ScatterGuard(worker.handlers["update_data"])
+        self._scatter_guard = _ScatterGuard.around(worker.handlers)
         self._pruning = PeriodicCallback(self.publisher.prune, _PRUNE_EVERY * 1000)
         self._pruning.start()
         before = COUNTERS.snapshot()
@@ -87,6 +85,8 @@ class _Running:
     async def stop(self) -> None:
         # First nobody sends handles any more, then nobody resolves them.
         await self._role.withdraw()
+        if not any(role.kind == "client" for role in self._arena.roles()):
+            self._scatter_guard.undo()
         fetch.REQUESTS.end()
         self._get_data_before.undo()
         self._pruning.stop()
@@ -162,11 +162,18 @@ class _ScatterGuard:
 
     Notes
     -----
-    The one thing that stays on a worker that has left: a scatter that was under way may arrive at any time.
+    It outlives the plugin where other clients still take part, for a handle of theirs may be on its way.
     """
 
-    def __init__(self, update_data: Callable[..., Any]) -> None:
-        self._update_data = update_data
+    @classmethod
+    def around(cls, handlers: dict[str, Any]) -> _ScatterGuard:
+        """Return the guard of a worker, set up if there is none."""
+        present = handlers["update_data"]
+        return present if isinstance(present, cls) else cls(handlers)
+
+    def __init__(self, handlers: dict[str, Any]) -> None:
+        self._before = seams.Replacement(handlers, "update_data", self)
+        self.undo = self._before.undo
 
     async def __call__(self, data: dict[Any, Any], stimulus_id: str | None = None) -> Any:
         data = await fetch.finish(data)
@@ -174,7 +181,7 @@ class _ScatterGuard:
         if keys:
             # An answer, not an exception: the sender repeats with bytes, and nobody's log needs a traceback.
             return error_message(StaleBlock(f"{keys} cannot be mapped here"), status="uncaught-error")
-        return self._update_data(data, stimulus_id=stimulus_id)
+        return self._before.old(data, stimulus_id=stimulus_id)
 
     @property
     def __name__(self) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from distributed.spill import SpillBuffer
 
-from dask_shm_plugin import codec, membership, publisher
+from dask_shm_plugin import codec, handles, membership, publisher
 from dask_shm_plugin.codec import Published
 from dask_shm_plugin.publisher import Publisher
 
@@ -151,7 +151,7 @@ async def test_a_key_used_again_meanwhile_keeps_its_new_value(arena, monkeypatch
     await asker
     assert data["x"] is new
     published = await ours.publish("x", new, new.nbytes)
-    np.testing.assert_array_equal(codec.resolve(published.handle), big(2))
+    np.testing.assert_array_equal(handles.resolve(published.handle), big(2))
     ours.close()
 
 
@@ -210,7 +210,7 @@ async def test_a_class_of_the_users_is_shared_for_the_transport_only(arena):
     model = data["m"]
     published = await ours.publish("m", model, 100)
     assert data["m"] is model
-    assert codec.resolve(published.handle).cache is None
+    assert handles.resolve(published.handle).cache is None
     assert await ours.publish("m", model, 100) is published
     ours.close()
 
