@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import os
 import secrets
 import threading
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dask_shm_plugin import liveness, placement, syscalls, tidying, views
+from dask_shm_plugin import liveness, placement, syscalls, tidying, trimming, views
 from dask_shm_plugin import table as tables
 from dask_shm_plugin.block import Block, Descriptor, Draft
 from dask_shm_plugin.exceptions import (
@@ -23,13 +23,16 @@ from dask_shm_plugin.exceptions import (
     StaleBlock,
 )
 from dask_shm_plugin.forks import Pins
-from dask_shm_plugin.rolebook import Member, Role
+from dask_shm_plugin.memberbook import Member
+from dask_shm_plugin.references import References
+from dask_shm_plugin.rolebook import Role
 from dask_shm_plugin.segment import PAGE, Segment, Whereabouts, round_up
 from dask_shm_plugin.table import Extent, Row, Table
 from dask_shm_plugin.views import Dropped, Place
 
 _BLOCKS_FROM = round_up(tables.TABLE_BYTES)
-_TIDY_STEP = 64 << 20
+_TRIMMING_TAKES = 0.2
+"""Seconds for which a draft waits for what others are giving back to the system."""
 
 
 class ArenaStats(NamedTuple):
@@ -73,11 +76,9 @@ class Arena:
         self._mutex = liveness.Mutex(segment.fd)
         self._mapped: Table | None = Table(_map_table(segment))
         self.arena_id = self._table.arena_id
-        self._references: dict[Row, int] = {}
+        self._references = References()
         self._dropped = tidying.Bin()
         self._tidying = threading.Lock()
-        self._trimming = threading.Lock()
-        self._pins: list[Pins] = []
         self._leaving = False
         self.member = self._join()
         tidying.start(self, self._dropped)
@@ -127,7 +128,8 @@ class Arena:
         ArenaBusy
             The table could not be locked in time.
         """
-        extent_length = round_up(max(size, 1))
+        size = max(size, 1)
+        extent_length = round_up(size)
         row = self._reserve(extent_length, size)
         for find_more in (self.tidy, self.reclaim_dead, self._wait_for_trimming):
             if row is None:
@@ -149,6 +151,10 @@ class Arena:
         if descriptor.arena_id != self.arena_id:
             raise StaleBlock("the block belongs to another arena")
         return Block(self, descriptor.row, self._refer(descriptor.row))
+
+    def reserve(self, extent: Extent, offset: int, length: int) -> None:
+        """Make pages of a draft of this process exist."""
+        self.segment.reserve(_BLOCKS_FROM + extent.offset + offset, length)
 
     def write(self, extent: Extent, offset: int, data: memoryview) -> None:
         """Copy bytes into a draft of this process."""
@@ -186,15 +192,12 @@ class Arena:
     def pin(self) -> Pins | None:
         """Keep what this process refers to now for a child about to be forked."""
         with contextlib.suppress(ArenaBusy, ArenaUnavailable), self._mutex:
-            rows = list(self._references)
-            for row in rows:
-                self._references[row] += 1
-            return Pins.take(rows) if rows else None
+            return self._references.pin()
         return None
 
     def keep(self, pins: Pins) -> None:
         """Give pinned references back when their child has ended."""
-        self._pins.append(pins)
+        self._references.keep(pins)
 
     # -- members
 
@@ -269,32 +272,24 @@ class Arena:
 
     def unpin(self) -> None:
         """Drop what was kept for forked children that have ended."""
-        over = [pins for pins in self._pins if pins.are_over()]
-        self._pins = [pins for pins in self._pins if pins not in over]
-        for row in itertools.chain.from_iterable(pins.rows for pins in over):
+        for row in self._references.unpinned():
             self.drop(row)
 
     def trim(self) -> None:
         """Return freed memory beyond ``warm`` to the operating system."""
-        is_more = True
-        while is_more:
-            with self._trimming:
-                is_more = self._trim_a_part()
-
-    def _trim_a_part(self) -> bool:
-        row = self._take_something_warm()
-        if row is None:
-            return False
-        extent = self._table.extent(row.index)
-        try:
-            self.segment.give_back(_BLOCKS_FROM + extent.offset, extent.length)
-        finally:
-            self.abandon(row)
-        return True
+        while (extent := trimming.find(self.segment, self._table, _BLOCKS_FROM, self.warm)) is not None:
+            row = self._take_if_free(extent)
+            if row is None:
+                return
+            try:
+                self.segment.give_back(_BLOCKS_FROM + extent.offset, extent.length)
+            finally:
+                self.abandon(row)
 
     def _wait_for_trimming(self) -> None:
-        with self._trimming:
-            pass
+        until = time.monotonic() + _TRIMMING_TAKES
+        while self._table.is_trimmed() and time.monotonic() < until:
+            time.sleep(0.001)
 
     @property
     def has_left(self) -> bool:
@@ -325,7 +320,7 @@ class Arena:
         # Where the table is busy, the tidying thread tries again.
         with contextlib.suppress(ArenaBusy, ArenaUnavailable):
             with self._mutex:
-                if self._references or not self._leaving:
+                if len(self._references) or not self._leaving:
                     return
                 self._table.reclaim(self.member)
                 liveness.let_go(self.segment.fd, self.member.slot)
@@ -363,41 +358,24 @@ class Arena:
     def _take(self, extent: Extent, size: int) -> Row:
         row = self._table.reserve(extent, size, self.member)
         # A draft counts as a reference: the process must not leave while a thread of it still writes there.
-        self._references[row] = 1
+        self._references.add(row)
         return row
 
     def _refer(self, row: Row) -> Extent:
         with self._mutex:
             extent = self._table.acquire(row, self.member)
-            self._references[row] = self._references.get(row, 0) + 1
+            self._references.add(row)
             return extent
 
     def _drop_reference(self, row: Row) -> None:
-        if self._references[row] > 1:
-            self._references[row] -= 1
-        else:
-            del self._references[row]
+        if self._references.drop(row):
             self._table.release(row, self.member)
-
-    def _take_something_warm(self) -> Row | None:
-        # Without the mutex, for asking the kernel may have to wait for those who write. What is found is looked at again.
-        taken = self._table.taken()
-        free = self.segment.resident - self._table.reserved_bytes() - int(np.sum(taken[:, 1]))
-        if free <= self.warm:
-            return None
-        for offset, length in placement.gaps(taken, self._table.capacity)[::-1]:
-            warm = self.segment.first_page(_BLOCKS_FROM + int(offset), int(length))
-            if warm is not None:
-                start = warm - _BLOCKS_FROM
-                size = min(int(offset + length) - start, _TIDY_STEP, round_up(free - self.warm))
-                return self._take_if_free(Extent(start, size))
-        return None
 
     def _take_if_free(self, extent: Extent) -> Row | None:
         with self._mutex:
             gaps = placement.gaps(self._table.taken(), self._table.capacity)
             around = (gaps[:, 0] <= extent.offset) & (extent.offset + extent.length <= gaps[:, 0] + gaps[:, 1])
-            return self._take(extent, 0) if np.any(around) else None
+            return self._take(extent, tables.TRIMMING) if np.any(around) else None
 
     def __repr__(self) -> str:
         if self.has_left:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
+from dask_shm_plugin.segment import PAGE, round_up
 from dask_shm_plugin.table import Extent, Row
 from dask_shm_plugin.views import Place
 
@@ -16,6 +17,9 @@ class Home(Protocol):
     """What drafts and blocks want of the arena in which they lie."""
 
     arena_id: bytes
+
+    def reserve(self, extent: Extent, offset: int, length: int) -> None:
+        """Make pages of a draft exist."""
 
     def write(self, extent: Extent, offset: int, data: memoryview) -> None:
         """Copy bytes into a draft."""
@@ -50,7 +54,8 @@ class Draft:
 
     Notes
     -----
-    Belongs to one thread at a time.
+    Belongs to one thread at a time. All pages of the draft exist when it is sealed: to read one that does not, on a
+    machine that has none left, would be answered by SIGBUS.
     """
 
     def __init__(self, arena: Home, row: Row, extent: Extent) -> None:
@@ -58,6 +63,7 @@ class Draft:
         self._row: Row | None = row
         self._extent = extent
         self._pid = os.getpid()
+        self._exists_up_to = 0
 
     def write(self, offset: int, data: memoryview) -> None:
         """Copy flat bytes to a place in the draft.
@@ -70,12 +76,26 @@ class Draft:
         data = data.cast("B")
         if self._row is None or offset < 0 or offset + len(data) > self._extent.length:
             raise ValueError("write goes beyond the draft" if self._row else "the draft is sealed or given up")
+        self._reserve_up_to(offset // PAGE * PAGE)
         self._arena.write(self._extent, offset, data)
+        self._exists_up_to = max(self._exists_up_to, round_up(offset + len(data)))
+
+    def _reserve_up_to(self, end: int) -> None:
+        if end > self._exists_up_to:
+            self._arena.reserve(self._extent, self._exists_up_to, end - self._exists_up_to)
+            self._exists_up_to = end
 
     def seal(self) -> Block:
-        """Make it a block that this process refers to. Nothing may be written after this."""
+        """Make it a block that this process refers to. Nothing may be written after this.
+
+        Raises
+        ------
+        MemoryExhausted
+            The operating system has no pages for what was not written.
+        """
         if self._row is None:
             raise ValueError("the draft is sealed or given up")
+        self._reserve_up_to(self._extent.length)
         row, self._row = self._row, None
         try:
             self._arena.seal(row)

@@ -116,10 +116,13 @@ class SharedMemoryClient:
         }
 
     async def _find_arena(self) -> Arena | None:
-        if self._arena is None and self.is_remote:
+        if self._arena is None and self.is_remote and self in _HALVES:
             cluster = self._role.cluster
             if cluster is None or membership.of_cluster(cluster) or rendezvous.exists(rendezvous.name_for(cluster)):
                 self._arena = await self._role.join(create=False)
+                if self not in _HALVES:  # stopped meanwhile
+                    self._arena = None
+                    await self._role.leave()
         return self._arena
 
     async def _close(self, *args: Any, **kwargs: Any) -> Any:
@@ -148,20 +151,20 @@ class SharedMemoryClient:
     # -- scatter
 
     async def _scatter(self, data: Data, workers: Any = None, broadcast: bool | int = False, **kwargs: Any) -> Any:
-        scatter = self._scatter_before.old
-        may_share = await self._find_arena() is not None and self._has_large(data)
-        targets = await self._targets(workers) if may_share else _Targets([], [])
-        published = await self._publish(data) if targets.members else {}
-        if published:
-            attempt = asyncio.create_task(self._attempt(data, published, targets, broadcast, kwargs))
-            attempt.add_done_callback(_consume)
-            try:
-                # The scheduler goes on with a scatter whose client has lost patience: until it has answered, the
-                # blocks must stay, so the attempt, which holds them, is not cancelled.
-                return await asyncio.shield(attempt)
-            except Exception:
-                logger.debug("a scatter is repeated with bytes", exc_info=True)
-        return await scatter(data=data, workers=workers, broadcast=broadcast, **kwargs)
+        with self._handing_over():
+            may_share = await self._find_arena() is not None and self._has_large(data)
+            targets = await self._targets(workers) if may_share else _Targets([], [])
+            published = await self._publish(data) if targets.members else {}
+            if published:
+                attempt = asyncio.create_task(self._attempt(data, published, targets, broadcast, kwargs))
+                attempt.add_done_callback(_consume)
+                try:
+                    # The scheduler goes on with a scatter whose client has lost patience: until it has answered, the
+                    # blocks must stay, so the attempt, which holds them, is not cancelled.
+                    return await asyncio.shield(attempt)
+                except Exception:
+                    logger.debug("a scatter is repeated with bytes", exc_info=True)
+        return await self._scatter_before.old(data=data, workers=workers, broadcast=broadcast, **kwargs)
 
     async def _attempt(self, *args: Any) -> Any:
         with self._handing_over():
@@ -194,12 +197,13 @@ class SharedMemoryClient:
 
     async def scatter_directly(self, workers: Any, data: Data, rpc: Any) -> Any:
         """Stand in for ``scatter_to_workers``, which sends from the client to each worker."""
-        arena = await self._find_arena()
-        published = await self._publish(data) if arena and self._members() and self._has_large(data) else {}
-        if not published:
-            return await DIRECT_SCATTERS.old(workers, data, rpc)
         with self._handing_over():
-            return await DIRECT_SCATTERS.old(workers, data, _DirectRpc(rpc, self._members(), published))
+            arena = await self._find_arena()
+            members = self._members() if arena and self._has_large(data) else set()
+            published = await self._publish(data) if members else {}
+            if published:
+                return await DIRECT_SCATTERS.old(workers, data, _DirectRpc(rpc, members, published))
+        return await DIRECT_SCATTERS.old(workers, data, rpc)
 
     async def _publish(self, data: Data) -> dict[Any, Published]:
         loop = asyncio.get_running_loop()

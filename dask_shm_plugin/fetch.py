@@ -15,8 +15,8 @@ import distributed.worker
 from dask_shm_plugin import handles, membership, seams
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.handles import Deferred, Unresolved
+from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.metrics import COUNTERS
-from dask_shm_plugin.rolebook import Member
 
 
 def askers() -> list[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from dask_shm_plugin.memberbook import Member
+
 ENTRIES = 512
 _ENTRY = 32
 _TEXT_AT = 4
@@ -16,13 +18,6 @@ WORDS = ENTRIES * _ENTRY
 """Words of eight bytes that a book takes."""
 
 _KINDS = ("nanny", "worker", "client")
-
-
-class Member(NamedTuple):
-    """One incarnation of a process in an arena. A slot is used again, an incarnation never."""
-
-    slot: int
-    incarnation: int
 
 
 class Role(NamedTuple):

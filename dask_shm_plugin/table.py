@@ -3,7 +3,7 @@
 Layout, in words of eight bytes, native order::
 
     header   magic+version, arena id (2 words), capacity, change counter, next incarnation, rows in use, reserved
-    members  MEMBERS rows of  [incarnation | state, pid, start time, other shared memory]
+    members  see ``memberbook``
     roles    see ``rolebook``
     blocks   BLOCKS rows of   [generation | state, offset, extent, size, owner slot, owner incarnation, reserved x 2]
     claims   per member a row of BLOCKS generations: "this member refers to that generation of that block"
@@ -28,24 +28,26 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dask_shm_plugin import rolebook
+from dask_shm_plugin import memberbook, rolebook
 from dask_shm_plugin.exceptions import StaleBlock, TableCorrupt, TableFull
-from dask_shm_plugin.rolebook import Member, Role, RoleBook
+from dask_shm_plugin.memberbook import Member, MemberBook
+from dask_shm_plugin.rolebook import Role, RoleBook
 
 LAYOUT_VERSION = 1
 _MAGIC = int.from_bytes(b"daskshm" + bytes([LAYOUT_VERSION]), "little")
 
 FREE, DRAFT, SEALED = 0, 1, 2
+TRIMMING = 0
+"""The size of a draft that nobody will write: its pages are being given back to the operating system."""
 _STATE_BITS, _STATE_MASK = 2, 3
-_GONE, _LIVE = 0, 1
 
-MEMBERS = 256
+MEMBERS = memberbook.SLOTS
 BLOCKS = 16384
 
 _HEADER = 8
-_MEMBER, _BLOCK = 4, 8
+_BLOCK = 8
 _MEMBERS_AT = _HEADER
-_ROLES_AT = _MEMBERS_AT + MEMBERS * _MEMBER
+_ROLES_AT = _MEMBERS_AT + memberbook.WORDS
 _BLOCKS_AT = -(-(_ROLES_AT + rolebook.WORDS) // 512) * 512
 _CLAIMS_AT = _BLOCKS_AT + BLOCKS * _BLOCK
 
@@ -107,6 +109,7 @@ class Table:
         if self._words[_MAGIC_WORD] != _MAGIC:
             raise TableCorrupt("no table of this version of dask_shm_plugin")
         words = np.frombuffer(self._words, dtype=np.uint64)
+        self._book = MemberBook(self._words[_MEMBERS_AT:_ROLES_AT])
         self._roles = RoleBook(self._words[_ROLES_AT : _ROLES_AT + rolebook.WORDS])
         self._blocks = words[_BLOCKS_AT:_CLAIMS_AT].reshape(BLOCKS, _BLOCK)
         self._claims = words[_CLAIMS_AT:].reshape(MEMBERS, BLOCKS)
@@ -142,43 +145,35 @@ class Table:
 
     def vacant(self) -> list[int]:
         """Return the slots that nobody has. The pages of its claims must exist before :meth:`join` enters one."""
-        return [slot for slot in range(MEMBERS) if self._member_word(slot) & _STATE_MASK == _GONE]
+        return self._book.vacant()
 
     def join(self, slot: int, pid: int, started: int) -> Member:
         """Enter a process as the member of a vacant slot, with no claims."""
         incarnation = self._words[_INCARNATION_WORD] + 1
         self._words[_INCARNATION_WORD] = incarnation
-        at = _MEMBERS_AT + slot * _MEMBER
-        self._words[at + 1], self._words[at + 2], self._words[at + 3] = pid, started, 0
-        self._words[at] = incarnation << _STATE_BITS | _LIVE
-        return Member(slot, incarnation)
+        member = Member(slot, incarnation)
+        self._book.enter(member, pid, started)
+        return member
 
     def reserved_bytes(self) -> int:
         """Return the bytes of the table whose pages exist: the common part, and the claims of slots ever taken."""
-        return SHARED_BYTES + CLAIM_BYTES * sum(self._member_word(slot) != 0 for slot in range(MEMBERS))
+        return SHARED_BYTES + CLAIM_BYTES * self._book.slots_ever_taken()
 
     def is_live(self, member: Member) -> bool:
         """Tell whether this very incarnation is entered. Needs no mutex: it reads one word."""
-        return 0 <= member.slot < MEMBERS and self._member_word(member.slot) == (
-            member.incarnation << _STATE_BITS | _LIVE
-        )
+        return self._book.is_live(member)
 
     def note_other_shared(self, member: Member, size: int) -> None:
         """Note how much shared memory, in bytes, a member's process uses that is not the arena's."""
-        self._words[_MEMBERS_AT + member.slot * _MEMBER + 3] = size
+        self._book.note_other_shared(member, size)
 
     def other_shared(self, pid: int, started: int) -> int | None:
         """Return what a process has noted by :meth:`note_other_shared`, or None where it is no member."""
-        for member in self.members():
-            at = _MEMBERS_AT + member.slot * _MEMBER
-            if (self._words[at + 1], self._words[at + 2]) == (pid, started):
-                return self._words[at + 3]
-        return None
+        return self._book.other_shared(pid, started)
 
     def members(self) -> list[Member]:
         """Return all members."""
-        words = ((slot, self._member_word(slot)) for slot in range(MEMBERS))
-        return [Member(slot, word >> _STATE_BITS) for slot, word in words if word & _STATE_MASK == _LIVE]
+        return self._book.members()
 
     def reclaim(self, member: Member) -> list[Extent]:
         """Take back everything that a member holds, and its slot; return the extents that became free.
@@ -191,7 +186,7 @@ class Table:
         freed = [extent for row in held if (extent := self.release(row, member))]
         self._claims[member.slot, : self._rows_in_use] = 0
         self._roles.remove_all(member)
-        self._words[_MEMBERS_AT + member.slot * _MEMBER] = member.incarnation << _STATE_BITS | _GONE
+        self._book.cross_out(member)
         return freed
 
     # -- roles
@@ -260,7 +255,7 @@ class Table:
 
     def holders(self, index: int) -> int:
         """Return how many members refer to the present generation of a block."""
-        return int(np.count_nonzero(self._claims[:, index][self._joined()] == np.uint64(self._generation(index))))
+        return int(np.count_nonzero(self._claims[:, index][self._book.slots()] == np.uint64(self._generation(index))))
 
     def weigh(self, member: Member) -> Weight:
         """Weigh what a member refers to. Needs no mutex: a change meanwhile makes the weight old, not wrong."""
@@ -268,7 +263,7 @@ class Table:
         mine = np.flatnonzero(claims)
         if len(mine) == 0:
             return Weight(0, 0)
-        holders = np.count_nonzero(self._claims[np.ix_(self._joined(), mine)] == claims[mine], axis=0)
+        holders = np.count_nonzero(self._claims[np.ix_(self._book.slots(), mine)] == claims[mine], axis=0)
         lengths = self._blocks[mine, 2]
         return Weight(int(np.sum(lengths / np.maximum(holders, 1))), int(np.sum(lengths[holders <= 1])))
 
@@ -282,6 +277,12 @@ class Table:
         used = self._blocks[: self._rows_in_use]
         rows: npt.NDArray[np.uint64] = used[(used[:, 0] & np.uint64(_STATE_MASK)) != FREE, 1:3]
         return rows
+
+    def is_trimmed(self) -> bool:
+        """Tell whether pages are being given back just now."""
+        used = self._blocks[: self._rows_in_use]
+        drafts = (used[:, 0] & np.uint64(_STATE_MASK)) == DRAFT
+        return bool(np.any(drafts & (used[:, 3] == TRIMMING)))
 
     def count(self) -> int:
         """Return the number of drafts and blocks."""
@@ -320,13 +321,6 @@ class Table:
     @property
     def _rows_in_use(self) -> int:
         return min(self._words[_ROWS_WORD], BLOCKS)
-
-    def _member_word(self, slot: int) -> int:
-        return self._words[_MEMBERS_AT + slot * _MEMBER]
-
-    def _joined(self) -> npt.NDArray[np.intp]:
-        words = np.frombuffer(self._words, dtype=np.uint64)[_MEMBERS_AT:_ROLES_AT].reshape(MEMBERS, _MEMBER)
-        return np.flatnonzero(words[:, 0] & np.uint64(_STATE_MASK))
 
     def _word(self, index: int) -> int:
         return self._words[_BLOCKS_AT + index * _BLOCK]

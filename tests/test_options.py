@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -287,3 +288,30 @@ def test_unregister_puts_everything_back_and_living_values_stay_valid() -> None:
         register(client, **OPTIONS)
         again = client.submit(array, 4 * seed, workers=[b])
         assert see_on(client, again, [a])[0].shared
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_unregister_lets_a_scatter_under_way_arrive(direct: bool) -> None:
+    """Whenever sharing is switched off, what is scattered meanwhile is a value on each worker, and no remains of a handle."""
+    from dask_shm_plugin import SharedMemoryPlugin, unregister
+
+    async def scatter_and_unregister(address: str, turns: int) -> None:
+        async with Client(address, asynchronous=True, set_as_default=False) as client:
+            await client.register_plugin(SharedMemoryPlugin(**OPTIONS))
+            seed = fresh()
+            under_way = asyncio.ensure_future(client.scatter(array(seed), broadcast=True, direct=direct))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await unregister(client)
+            future = await under_way
+            assert_same(await client.gather(future), array(seed))
+            seen = await client.gather(client.map(see, [future] * 2, workers=workers, pure=False))
+            for one in seen:
+                assert_descriptions_equal(one.description, describe(array(seed)))
+
+    with local_cluster(2, options=None) as client:
+        workers = addresses(client)
+        before = all_traces(client)
+        for turns in (1, 4, 16, 32, 64, 128, 512):
+            asyncio.run(scatter_and_unregister(client.scheduler.address, turns))
+            assert all_traces(client) == before

@@ -18,7 +18,7 @@ from other_processes import JOIN, Process, wait_until
 
 from dask_shm_plugin import membership, rendezvous, segment
 from dask_shm_plugin.arena import Arena
-from dask_shm_plugin.rolebook import Member
+from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.segment import PAGE, Segment
 from dask_shm_plugin.table import TABLE_BYTES, Table
 from dask_shm_plugin.views import ATLAS

@@ -13,7 +13,7 @@ import pytest
 from other_processes import Process, publish, wait_until, wait_until_empty
 
 from dask_shm_plugin.arena import Arena
-from dask_shm_plugin.exceptions import ArenaUnavailable, SharedMemoryError
+from dask_shm_plugin.exceptions import ArenaFull, ArenaUnavailable, SharedMemoryError
 from dask_shm_plugin.segment import PAGE
 
 KIB = 1024
@@ -130,7 +130,7 @@ class TestTrimming:
             threads.append(threading.Thread(target=draft))
             threads[-1].start()
             # It may wait for the end of this, but not the other way round.
-            threads[-1].join(0.2)
+            threads[-1].join(0.05)
             real(offset, length)
 
         monkeypatch.setattr(arena.segment, "give_back", give_back)
@@ -141,6 +141,26 @@ class TestTrimming:
         for thread in threads:
             thread.join()
         assert set(outcomes) == {"there was room"}
+
+    def test_the_trimming_of_another_member_keeps_nobody_from_free_space(
+        self, make: Callable[[int], Arena], process: Callable[[], Process]
+    ) -> None:
+        """The others wait for it, as they would for one of their own threads."""
+        arena, other = make(0), process()
+        other("arena = Arena.attach(at, id)", at=arena.segment.whereabouts, id=arena.arena_id)
+        other("row = arena._take_if_free(table.Extent(0, 16 << 20))")
+        other("threading.Timer(0.05, arena.abandon, [row]).start()")
+        with arena.draft(16 * MIB):
+            pass
+
+    def test_nobody_waits_for_long(self, make: Callable[[int], Arena], process: Callable[[], Process]) -> None:
+        """A member that was stopped while it trimmed costs a moment, then values go the usual way."""
+        arena, other = make(0), process()
+        other("arena = Arena.attach(at, id)", at=arena.segment.whereabouts, id=arena.arena_id)
+        other("row = arena._take_if_free(table.Extent(0, 16 << 20))")
+        with pytest.raises(ArenaFull):
+            arena.draft(16 * MIB)
+        other("arena.abandon(row)")
 
 
 class TestClosing:

@@ -8,11 +8,11 @@ import os
 import pickle
 
 import pytest
-from other_processes import publish, wait_until_empty
+from other_processes import Process, publish, wait_until_empty
 
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.block import Descriptor
-from dask_shm_plugin.exceptions import ArenaBusy, StaleBlock
+from dask_shm_plugin.exceptions import ArenaBusy, MemoryExhausted, StaleBlock
 from dask_shm_plugin.segment import PAGE
 
 KIB = 1024
@@ -39,6 +39,34 @@ class TestDraft:
                 assert arena.stats().used == pages * PAGE
                 draft.write(pages * PAGE - 1, memoryview(b"x"))
                 draft.write(pages * PAGE, memoryview(b""))
+
+    @pytest.mark.parametrize("written", [[], [0], [5], [11], [7, 2], [2, 7]])
+    def test_all_its_pages_exist_when_it_is_sealed(self, arena: Arena, written: list[int]) -> None:
+        """Also those that nobody wrote."""
+        before = arena.stats().resident
+        with arena.draft(12 * PAGE) as draft:
+            for page in written:
+                draft.write(page * PAGE + 9, memoryview(b"x"))
+            block = draft.seal()
+        with block:
+            assert arena.stats().resident - before == 12 * PAGE
+            for page in written:
+                assert block.view(page * PAGE + 9, 1) == b"x"
+
+    def test_without_pages_for_the_rest_it_is_not_sealed(self, in_small_shm: Process) -> None:
+        """To read a page that does not exist, where none is left, would be answered by SIGBUS."""
+        in_small_shm("""
+            arena = Arena.create(8 << 20)
+            draft = arena.draft(8 << 20)
+            draft.write(0, memoryview(b"mine"))
+            with open("/dev/shm/of somebody else", "wb") as file:
+                file.write(bytes(44 << 20))
+            """)
+        with pytest.raises(MemoryExhausted, match=r"lower shm\.capacity"):
+            in_small_shm("draft.seal()")
+        in_small_shm("draft.__exit__(None, None, None); os.unlink('/dev/shm/of somebody else')")
+        in_small_shm("block = arena.draft(8 << 20).seal()")
+        assert in_small_shm("sum(block.view(0, 8 << 20)[::4096]) >= 0")
 
     @pytest.mark.parametrize(
         ("offset", "length"), [(0, 2 * PAGE + 1), (2 * PAGE, 1), (2 * PAGE - 1, 2), (-1, 1), (-PAGE, PAGE)]

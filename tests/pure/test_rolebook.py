@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dask_shm_plugin.rolebook import ENTRIES, Member, Role
+from dask_shm_plugin.memberbook import Member
+from dask_shm_plugin.rolebook import ENTRIES, Role
 from dask_shm_plugin.table import Table
 
 

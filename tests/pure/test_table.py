@@ -7,7 +7,7 @@ import pytest
 
 from dask_shm_plugin import table as tables
 from dask_shm_plugin.exceptions import ArenaFull, StaleBlock, TableCorrupt, TableFull
-from dask_shm_plugin.rolebook import Member
+from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.table import BLOCKS, CLAIM_BYTES, MEMBERS, SHARED_BYTES, TABLE_BYTES, Extent, Row, Table
 
 PAGE = 4096

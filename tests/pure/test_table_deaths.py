@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from other_processes import watcher
 
-from dask_shm_plugin.rolebook import Member, Role
+from dask_shm_plugin.memberbook import Member
+from dask_shm_plugin.rolebook import Role
 from dask_shm_plugin.table import TABLE_BYTES, Extent, Row, Table
 
 PAGE = 4096

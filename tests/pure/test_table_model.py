@@ -12,7 +12,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multip
 
 from dask_shm_plugin import placement
 from dask_shm_plugin.exceptions import StaleBlock
-from dask_shm_plugin.rolebook import Member, Role
+from dask_shm_plugin.memberbook import Member
+from dask_shm_plugin.rolebook import Role
 from dask_shm_plugin.table import MEMBERS, TABLE_BYTES, Extent, Row, Table
 
 PAGE = 4096

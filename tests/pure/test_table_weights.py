@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dask_shm_plugin.rolebook import Member
+from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.table import TABLE_BYTES, Extent, Table, Weight
 
 PAGE = 4096

@@ -1,0 +1,81 @@
+"""Who is a member: one entry per slot over a part of the table."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+SLOTS = 256
+_ENTRY = 4
+WORDS = SLOTS * _ENTRY
+"""Words of eight bytes that a book takes."""
+
+_STATE_BITS, _STATE_MASK = 2, 3
+_LIVE = 1
+
+
+class Member(NamedTuple):
+    """One incarnation of a process in an arena. A slot is used again, an incarnation never."""
+
+    slot: int
+    incarnation: int
+
+
+class MemberBook:
+    """The members of an arena.
+
+    Parameters
+    ----------
+    words
+        ``WORDS`` words; per slot ``[incarnation | state, pid, start time, other shared memory]``. The first word is
+        written last, and never becomes zero again.
+    """
+
+    def __init__(self, words: memoryview) -> None:
+        self._words = words
+        self._states = np.frombuffer(words, dtype=np.uint64).reshape(SLOTS, _ENTRY)[:, 0]
+
+    def enter(self, member: Member, pid: int, started: int) -> None:
+        """Enter a process in a vacant slot."""
+        at = member.slot * _ENTRY
+        self._words[at + 1], self._words[at + 2], self._words[at + 3] = pid, started, 0
+        self._words[at] = member.incarnation << _STATE_BITS | _LIVE
+
+    def cross_out(self, member: Member) -> None:
+        """Make a slot vacant."""
+        self._words[member.slot * _ENTRY] = member.incarnation << _STATE_BITS
+
+    def is_live(self, member: Member) -> bool:
+        """Tell whether this very incarnation is entered. Needs no mutex: it reads one word."""
+        in_range = 0 <= member.slot < SLOTS
+        return in_range and self._words[member.slot * _ENTRY] == member.incarnation << _STATE_BITS | _LIVE
+
+    def note_other_shared(self, member: Member, size: int) -> None:
+        """Note how much shared memory, in bytes, a member's process uses that is not the arena's."""
+        self._words[member.slot * _ENTRY + 3] = size
+
+    def other_shared(self, pid: int, started: int) -> int | None:
+        """Return what a process has noted by :meth:`note_other_shared`, or None where it is no member."""
+        for slot in self.slots():
+            at = int(slot) * _ENTRY
+            if (self._words[at + 1], self._words[at + 2]) == (pid, started):
+                return self._words[at + 3]
+        return None
+
+    def slots(self) -> npt.NDArray[np.intp]:
+        """Return the slots that are taken."""
+        return np.flatnonzero(self._states & np.uint64(_STATE_MASK))
+
+    def vacant(self) -> list[int]:
+        """Return the slots that are not."""
+        return [int(slot) for slot in np.flatnonzero((self._states & np.uint64(_STATE_MASK)) == 0)]
+
+    def slots_ever_taken(self) -> int:
+        """Count the slots that are or were taken."""
+        return int(np.count_nonzero(self._states))
+
+    def members(self) -> list[Member]:
+        """Return all members."""
+        return [Member(int(slot), int(self._states[slot]) >> _STATE_BITS) for slot in self.slots()]

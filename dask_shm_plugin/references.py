@@ -1,0 +1,51 @@
+"""What one process refers to: how often each block, and what it keeps for its forked children."""
+
+from __future__ import annotations
+
+from dask_shm_plugin.forks import Pins
+from dask_shm_plugin.table import Row
+
+
+class References:
+    """Counts references to blocks, so that the table needs to know only whether there are any.
+
+    Notes
+    -----
+    Every method but :meth:`keep` wants the caller to hold the arena's mutex.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[Row, int] = {}
+        self._pins: list[Pins] = []
+
+    def add(self, row: Row) -> None:
+        """Count one more."""
+        self._counts[row] = self._counts.get(row, 0) + 1
+
+    def drop(self, row: Row) -> bool:
+        """Count one less; return whether that was the last."""
+        if self._counts[row] > 1:
+            self._counts[row] -= 1
+            return False
+        del self._counts[row]
+        return True
+
+    def pin(self) -> Pins | None:
+        """Count one more of everything, for a child about to be forked."""
+        rows = list(self._counts)
+        for row in rows:
+            self._counts[row] += 1
+        return Pins.take(rows) if rows else None
+
+    def keep(self, pins: Pins) -> None:
+        """Remember what is kept for a child, until it has ended."""
+        self._pins.append(pins)
+
+    def unpinned(self) -> list[Row]:
+        """Return what is not kept any more, for children that have ended."""
+        over = [pins for pins in self._pins if pins.are_over()]
+        self._pins = [pins for pins in self._pins if pins not in over]
+        return [row for pins in over for row in pins.rows]
+
+    def __len__(self) -> int:
+        return len(self._counts)

@@ -1,0 +1,38 @@
+"""Which freed memory goes back to the operating system: what is resident, free, and more than shall stay warm."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dask_shm_plugin import placement
+from dask_shm_plugin.segment import Segment, round_up
+from dask_shm_plugin.table import Extent, Table
+
+_STEP = 64 << 20
+
+
+def find(segment: Segment, table: Table, blocks_from: int, warm: int) -> Extent | None:
+    """Find a part to give back, or None; the highest first, because blocks are placed low.
+
+    Needs no mutex, for asking the kernel may have to wait for those who write. The caller must make sure that what is
+    found is still free.
+
+    Parameters
+    ----------
+    segment, table
+        Of one arena.
+    blocks_from
+        Where in the segment the blocks begin.
+    warm
+        Bytes of free memory that stay.
+    """
+    taken = table.taken()
+    free = segment.resident - table.reserved_bytes() - int(np.sum(taken[:, 1]))
+    if free <= warm:
+        return None
+    for offset, length in placement.gaps(taken, table.capacity)[::-1]:
+        first = segment.first_page(blocks_from + int(offset), int(length))
+        if first is not None:
+            start = first - blocks_from
+            return Extent(start, min(int(offset + length) - start, _STEP, round_up(free - warm)))
+    return None
