@@ -95,12 +95,16 @@ def used_by_strangers() -> str:
                 found += [os.readlink(fd) for fd in (process / "fd").iterdir()]
             with suppress(OSError):
                 found += (process / "maps").read_text().splitlines()
-    return "\n".join(line for line in found if "dask-shm" in line)
+    return "\n".join(line for line in found if _is_ours(line))
+
+
+def _is_ours(line: str) -> bool:
+    return "/dev/shm/dask-shm" in line or "/memfd:dask-shm" in line
 
 
 def mappings() -> int:
     """Return how many mappings of the package's shared memory this process holds."""
-    return Path("/proc/self/maps").read_text().count("dask-shm")
+    return sum(map(_is_ours, Path("/proc/self/maps").read_text().splitlines()))
 
 
 def descriptors() -> int:
