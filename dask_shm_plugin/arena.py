@@ -8,11 +8,13 @@ import os
 import secrets
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from dask_shm_plugin import liveness, placement, syscalls, tidying, trimming, views
+from dask_shm_plugin import footprint, limits, liveness, placement, syscalls, tidying, trimming, views
 from dask_shm_plugin import table as tables
 from dask_shm_plugin.block import Block, Descriptor, Draft
 from dask_shm_plugin.exceptions import (
@@ -20,6 +22,7 @@ from dask_shm_plugin.exceptions import (
     ArenaFull,
     ArenaUnavailable,
     MembersFull,
+    NoHeadRoom,
     StaleBlock,
 )
 from dask_shm_plugin.forks import Pins
@@ -27,10 +30,12 @@ from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.references import References
 from dask_shm_plugin.rolebook import Role
 from dask_shm_plugin.segment import PAGE, Segment, Whereabouts, round_up
-from dask_shm_plugin.table import Extent, Row, Table
+from dask_shm_plugin.table import Extent, Row, Table, Weight
 from dask_shm_plugin.views import Dropped, Place
 
 _BLOCKS_FROM = round_up(tables.TABLE_BYTES)
+_AT_ONCE = 64 << 20
+"""Bytes that are written before head-room is looked for again."""
 _TRIMMING_TAKES = 0.2
 """Seconds for which a draft waits for what others are giving back to the system."""
 
@@ -154,11 +159,17 @@ class Arena:
 
     def reserve(self, extent: Extent, offset: int, length: int) -> None:
         """Make pages of a draft of this process exist."""
-        self.segment.reserve(_BLOCKS_FROM + extent.offset + offset, length)
+        start = _BLOCKS_FROM + extent.offset + offset
+        self._find_head_room(start, length)
+        self.segment.reserve(start, length)
 
     def write(self, extent: Extent, offset: int, data: memoryview) -> None:
         """Copy bytes into a draft of this process."""
-        self.segment.write(_BLOCKS_FROM + extent.offset + offset, data)
+        start = _BLOCKS_FROM + extent.offset + offset
+        for done in range(0, len(data), _AT_ONCE):
+            # Again and again, for the others may be writing, too.
+            self._find_head_room(start + done, len(data) - done)
+            self.segment.write(start + done, data[done : done + _AT_ONCE])
 
     def seal(self, row: Row) -> None:
         """Seal a draft of this process and refer to it."""
@@ -242,6 +253,34 @@ class Arena:
             blocks, members = self._table.count(), len(self._table.members())
         return ArenaStats(self._table.capacity, used, self.segment.resident, blocks, members)
 
+    def weigh(self) -> Weight:
+        """Weigh what this process refers to."""
+        return self._table.weigh(self.member)
+
+    def size_of(self, row: Row) -> int:
+        """Return the bytes that a block takes."""
+        return self._table.extent(row.index).length
+
+    def count_holders(self, rows: Sequence[Row]) -> npt.NDArray[np.intp]:
+        """Count the members that refer to each of some blocks."""
+        return self._table.count_holders(rows)
+
+    def note_other_shared(self) -> None:
+        """Let the others know how much shared memory this process uses that is no arena's."""
+        self._table.note_other_shared(self.member, footprint.other_shared())
+
+    def private_memory(self, pid: int) -> int:
+        """Return the bytes of a process that it shares with nobody through an arena.
+
+        Raises
+        ------
+        OSError
+            The process is gone.
+        """
+        used = footprint.read(pid)
+        shared = self._table.other_shared(pid, liveness.start_time(pid))
+        return used.anonymous + used.file + (used.shared if shared is None else min(shared, used.shared))
+
     def validate(self) -> None:
         """Check the invariants of the table; see :meth:`Table.validate`."""
         with self._mutex:
@@ -277,7 +316,10 @@ class Arena:
 
     def trim(self) -> None:
         """Return freed memory beyond ``warm`` to the operating system."""
-        while (extent := trimming.find(self.segment, self._table, _BLOCKS_FROM, self.warm)) is not None:
+        self._trim_to(self.warm)
+
+    def _trim_to(self, warm: int) -> None:
+        while (extent := trimming.find(self.segment, self._table, _BLOCKS_FROM, warm)) is not None:
             row = self._take_if_free(extent)
             if row is None:
                 return
@@ -337,6 +379,15 @@ class Arena:
         if table is None:
             raise ArenaUnavailable("this process has left the arena")
         return table
+
+    def _find_head_room(self, start: int, length: int) -> None:
+        missing = self.segment.missing(start, length)
+        if missing and limits.head_room() < missing:
+            self._trim_to(0)
+            if limits.head_room() < missing:
+                raise NoHeadRoom(
+                    f"the machine or its control group has less than {missing} bytes left; free memory or raise the limit"
+                )
 
     def _join(self) -> Member:
         with self._mutex:

@@ -22,6 +22,7 @@ from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.block import Block, Descriptor
 from dask_shm_plugin.exceptions import Unshareable
 from dask_shm_plugin.handles import Handle, Span, map_spans
+from dask_shm_plugin.reach import address_of, bounds
 from dask_shm_plugin.segment import round_up
 from dask_shm_plugin.table import Row
 
@@ -147,7 +148,7 @@ def still_holds(published: Published, value: object, arena: Arena) -> bool:
 def _is_same(frame: memoryview, shared: memoryview, span: Span) -> bool:
     if frame.nbytes != span.length:
         return False
-    address = _address(frame)
+    address = address_of(frame)
     place = views.ATLAS.locate(address, frame.nbytes)
     if place is not None and (place.row, place.offset) == (span.row, span.offset):
         return not views.is_written(address, frame.nbytes)
@@ -160,7 +161,7 @@ def _already_there(
     """Recognise a frame that lies in the arena and still holds there what it holds here."""
     if frame.nbytes <= _INLINE_FRAME:
         return None
-    address = _address(frame)
+    address = address_of(frame)
     place = views.ATLAS.locate(address, frame.nbytes)
     if place is None or place.arena_id != arena.arena_id or views.is_written(address, frame.nbytes):
         return None
@@ -203,31 +204,18 @@ def _copy(
 def is_shared(value: object) -> bool:
     """Tell whether all buffers of a value, at least one, are mapped from an arena; small ones do not count."""
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        return _is_mapped(*_bounds(value))
+        return _is_mapped(*bounds(value))
     frames = [ensure_memoryview(frame) for frame in Serialized.of(value).frames if not isinstance(frame, bytes)]
     large = [frame for frame in frames if frame.nbytes > _INLINE_FRAME]
-    return bool(large) and all(_is_mapped(_address(frame), frame.nbytes) for frame in large)
+    return bool(large) and all(_is_mapped(address_of(frame), frame.nbytes) for frame in large)
 
 
 def has_overlaps(value: object) -> bool:
     """Tell whether parts of a value share memory, which those of a rebuilt value would not."""
     frames = [ensure_memoryview(frame) for frame in Serialized.of(value).frames]
-    places = sorted((_address(frame), frame.nbytes) for frame in frames if frame.nbytes)
+    places = sorted((address_of(frame), frame.nbytes) for frame in frames if frame.nbytes)
     return any(start + length > following for (start, length), (following, _) in itertools.pairwise(places))
 
 
 def _is_mapped(address: int, length: int) -> bool:
     return views.ATLAS.locate(address, length) is not None
-
-
-def _address(frame: memoryview) -> int:
-    return int(np.frombuffer(frame, dtype=np.uint8).__array_interface__["data"][0])
-
-
-def _bounds(array: np.ndarray[Any, Any]) -> tuple[int, int]:
-    """Return address and length of the memory that an array looks at."""
-    if array.size == 0:
-        return 0, 0
-    reach = [(count - 1) * stride for count, stride in zip(array.shape, array.strides, strict=True)]
-    low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
-    return int(array.__array_interface__["data"][0]) + low, high - low + array.itemsize

@@ -37,6 +37,12 @@ class MemoryExhausted(ArenaFull):
     reason = "memory-exhausted"
 
 
+class NoHeadRoom(ArenaFull):
+    """The machine, or a control group above this process, has not enough memory left; the kernel would kill."""
+
+    reason = "no-head-room"
+
+
 class TableFull(ArenaFull):
     """Every row of the table is taken; raise ``shm.threshold`` so that fewer and larger values are shared."""
 

@@ -8,6 +8,7 @@ from typing import Any
 from distributed.diagnostics.plugin import NannyPlugin
 
 from dask_shm_plugin import config
+from dask_shm_plugin.meters import NannyMeter
 from dask_shm_plugin.role import Role
 
 _ON: weakref.WeakKeyDictionary[Any, SharedMemoryNanny] = weakref.WeakKeyDictionary()
@@ -27,6 +28,7 @@ class SharedMemoryNanny(NannyPlugin):
     def __init__(self, **options: Any) -> None:
         self._options = options
         self._role: Role | None = None
+        self._meter: NannyMeter | None = None
 
     async def setup(self, nanny: Any) -> None:
         """Join; never raises."""
@@ -35,12 +37,14 @@ class SharedMemoryNanny(NannyPlugin):
         if earlier is not None:
             await earlier.teardown(nanny)
         role = Role("nanny", nanny.scheduler, nanny.address, config.options(self._options))
-        if await role.join(create=True) is not None:
-            self._role = role
+        arena = await role.join(create=True)
+        if arena is not None:
+            self._role, self._meter = role, NannyMeter(nanny, arena)
             _ON[nanny] = self
 
     async def teardown(self, nanny: Any) -> None:
         """Leave; the arena lives on as long as it has members."""
         role, self._role = self._role, None
-        if role is not None:
+        if role is not None and self._meter is not None:
+            self._meter.stop()
             await role.leave()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -133,7 +133,7 @@ class Replacement:
 
     def __init__(self, owner: Any, name: str, new: Any) -> None:
         self._owner, self._name, self._new = owner, name, new
-        self._is_item = isinstance(owner, MutableMapping)
+        self._is_item = isinstance(owner, dict)
         held = owner if self._is_item else vars(owner)
         self._was_there = name in held
         self.old = held[name] if self._was_there else getattr(owner, name)

@@ -135,6 +135,19 @@ class Segment:
             return None
         return found if found < offset + length else None
 
+    def missing(self, offset: int, length: int) -> int:
+        """Return how many bytes of a part, at least, the operating system holds no pages for."""
+        end, at, present = offset + length, offset, 0
+        try:
+            while at < end:
+                at = os.lseek(self.fd, at, os.SEEK_DATA)
+                hole = os.lseek(self.fd, at, os.SEEK_HOLE)
+                present += max(0, min(hole, end) - at)
+                at = hole
+        except OSError:  # nothing follows
+            pass
+        return length - present
+
     def map_shared(self, offset: int, length: int) -> int:
         """Map a part for reading and writing in place, and return its address."""
         return self._mapped(syscalls.map_shared, offset, length)

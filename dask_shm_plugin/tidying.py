@@ -73,6 +73,9 @@ class Tidied(Protocol):
     def unpin(self) -> None:
         """Drop what was kept for forked children."""
 
+    def note_other_shared(self) -> None:
+        """Measure what else this process shares."""
+
     def trim(self) -> None:
         """Return memory to the operating system."""
 
@@ -96,6 +99,7 @@ def _tidy(arena: Tidied, dropped: Bin) -> None:
                 arena.unpin()
                 arena.reclaim_dead()
                 arena.trim()
+                arena.note_other_shared()
             arena.finish_leaving()
         except Exception:
             # Whatever it is, it must not end the tidying.

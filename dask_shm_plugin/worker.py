@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import Any
 
@@ -10,10 +11,11 @@ from distributed.core import error_message
 from distributed.diagnostics.plugin import WorkerPlugin
 from tornado.ioloop import PeriodicCallback
 
-from dask_shm_plugin import codec, config, fetch, metrics, seams
+from dask_shm_plugin import codec, config, fetch, metrics, reach, seams
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.codec import Published
-from dask_shm_plugin.exceptions import StaleBlock
+from dask_shm_plugin.exceptions import SharedMemoryError, StaleBlock
+from dask_shm_plugin.meters import WorkerMeter
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.publisher import Publisher
 from dask_shm_plugin.role import Role
@@ -74,7 +76,8 @@ class _Running:
         self.publisher = Publisher(arena, role.options.threshold, worker.data)
         self._background: set[asyncio.Task[Any]] = set()
         self._get_data_before = seams.Replacement(worker.handlers, "get_data", self._get_data)
-        self._scatter_guard = _ScatterGuard.around(worker.handlers)
+        self._meter = WorkerMeter(worker, arena)
+        self._scatter_guard = _ScatterGuard.around(worker.handlers, arena)
         self._pruning = PeriodicCallback(self.publisher.prune, _PRUNE_EVERY * 1000)
         self._pruning.start()
         before = COUNTERS.snapshot()
@@ -92,6 +95,7 @@ class _Running:
         self._pruning.stop()
         self._worker.metrics.pop("shm", None)
         self.publisher.close()
+        self._meter.stop()
         await self._role.leave()
 
     def completed(self, key: Any) -> None:
@@ -166,12 +170,15 @@ class _ScatterGuard:
     """
 
     @classmethod
-    def around(cls, handlers: dict[str, Any]) -> _ScatterGuard:
+    def around(cls, handlers: dict[str, Any], arena: Arena) -> _ScatterGuard:
         """Return the guard of a worker, set up if there is none."""
         present = handlers["update_data"]
-        return present if isinstance(present, cls) else cls(handlers)
+        guard = present if isinstance(present, cls) else cls(handlers)
+        guard._arena = arena
+        return guard
 
     def __init__(self, handlers: dict[str, Any]) -> None:
+        self._arena: Arena | None = None
         self._before = seams.Replacement(handlers, "update_data", self)
         self.undo = self._before.undo
 
@@ -181,7 +188,15 @@ class _ScatterGuard:
         if keys:
             # An answer, not an exception: the sender repeats with bytes, and nobody's log needs a traceback.
             return error_message(StaleBlock(f"{keys} cannot be mapped here"), status="uncaught-error")
-        return self._before.old(data, stimulus_id=stimulus_id)
+        answer = self._before.old(data, stimulus_id=stimulus_id)
+        return {**answer, "nbytes": {key: self._share(data[key], size) for key, size in answer["nbytes"].items()}}
+
+    def _share(self, value: object, size: int) -> int:
+        """Return what the scheduler is told: it refuses tasks whose inputs are larger than a worker's limit."""
+        with contextlib.suppress(SharedMemoryError):
+            if self._arena is not None and reach.rows_of(value, self._arena.arena_id):
+                return size // max(1, sum(role.kind == "worker" for role in self._arena.roles()))
+        return size
 
     @property
     def __name__(self) -> str:

@@ -186,7 +186,7 @@ def test_a_scatter_to_a_worker_that_does_not_exist_fails_as_in_stock_dask(four: 
 def test_a_scatter_without_workers_times_out_as_in_stock_dask() -> None:
     """With no worker there, `scatter` raises `TimeoutError`; with the first worker it works."""
     with local_cluster(0) as client:
-        with pytest.raises(TimeoutError, match="No valid workers"):
+        with pytest.raises((TimeoutError, asyncio.TimeoutError), match="No valid workers"):
             client.scatter(array(fresh()), timeout=0.1)
         client.cluster.scale(2)
         client.wait_for_workers(2)

@@ -194,11 +194,13 @@ KINDS |= {
     "objects": lambda n: np.array([str(x) for x in integers(n)] + [None], dtype=object),
     "objects_2d": lambda n: np.array([[x, str(x)] for x in integers(n).tolist()], dtype=object),
     "structured_objects": lambda n: np.array([(x, str(x)) for x in range(n // 2)], dtype=[("a", "i8"), ("b", "O")]),
-    "variable_strings": lambda n: np.array(words(n), dtype=np.dtypes.StringDType()),
     "masked_structured": lambda n: np.ma.array(structured(n), mask=False),
     "masked_constant": lambda n: np.ma.masked,
     "scalar": lambda n: np.float32(1.5),
 }
+IS_NUMPY_2 = np.lib.NumpyVersion(np.__version__) >= "2.0.0"
+if IS_NUMPY_2:
+    KINDS["variable_strings"] = lambda n: np.array(words(n), dtype=np.dtypes.StringDType())
 
 # --------------------------------------------------------------------------------------------------------- pandas
 
@@ -244,6 +246,9 @@ FRAMES: dict[str, Callable[[int], Any]] = {
 }
 KINDS |= FRAMES
 BUFFERS |= FRAMES.keys()
+if not IS_NUMPY_2:
+    # What is neither in C nor in Fortran order was pickled in band.
+    BUFFERS.remove("frame_of_rows")
 KINDS |= {
     "frame_texts": lambda n: pd.DataFrame({"a": pd.Series(words(n), dtype="string[pyarrow]"), "b": words(n)}),
     "frame_arrow": lambda n: pd.DataFrame({"x": numbers(n), "s": words(n)}).convert_dtypes(dtype_backend="pyarrow"),

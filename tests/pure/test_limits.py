@@ -22,7 +22,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     """Pretend to be on a machine of 64 GiB, with these control groups and limits."""
 
     def elsewhere(path: str, *rest: Any) -> Any:
-        assert str(path).startswith(("/sys/fs/cgroup", "/proc/self/cgroup")), f"why is {path} of interest?"
+        assert str(path).startswith(("/sys/fs/cgroup", "/proc/self/cgroup", "/proc/meminfo")), (
+            f"why is {path} of interest?"
+        )
         return builtins.open(f"{tmp_path}{path}", *rest)
 
     def machine(membership: str | None, limited: dict[str, str]) -> None:
