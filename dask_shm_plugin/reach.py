@@ -67,7 +67,7 @@ def _buffers(value: object) -> Iterator[tuple[int, int]]:
 
 
 def _parts(item: object) -> list[Any]:
-    if type(item) is np.ndarray:
+    if type(item) is np.ndarray or isinstance(item, memoryview):
         return []
     parts = gc.get_referents(item)
     return [part for part in parts[:_AT_MOST] if not isinstance(part, _NO_WAY_ON) and part is not None]

@@ -18,8 +18,10 @@ import distributed.core
 import distributed.nanny
 import distributed.scheduler
 import distributed.spill
+import distributed.system_monitor
 import distributed.utils_comm
 import distributed.worker
+import distributed.worker_memory
 import zict
 from distributed.protocol.serialize import families
 
@@ -39,6 +41,8 @@ def _takes(function: Any, *names: str) -> bool:
 def _names(function: Any, *names: str) -> bool:
     return set(names) <= set(inspect.unwrap(function).__code__.co_names)
 
+
+_MANAGER = distributed.worker_memory.WorkerMemoryManager
 
 SEAMS = (
     Seam(
@@ -100,6 +104,42 @@ SEAMS = (
             issubclass(distributed.spill.SpillBuffer, zict.Buffer)
             and _takes(zict.Buffer, "fast", "fast_to_slow_callbacks")
             and _takes(zict.LRU, "d")
+        ),
+    ),
+    Seam(
+        "SpillBuffer.evict, .weight and those of its LRU",
+        "what others hold, too, weighs nothing and is not spilled",
+        lambda: (
+            _names(zict.LRU.set_noevict, "weight", "weights", "heavy", "total_weight")
+            and _names(zict.LRU.evict_until_below_target, "evict", "KeyError")
+            and _names(zict.LRU.evict, "heavy", "order", "unlock")
+            and _names(distributed.spill.SpillBuffer.evict, "fast", "evict")
+        ),
+    ),
+    Seam(
+        "WorkerMemoryManager.memory_monitor",
+        "pauses and spills by private memory and by what spilling would free",
+        lambda: (
+            _takes(_MANAGER._maybe_pause_or_unpause, "worker", "memory")
+            and _takes(_MANAGER._maybe_spill, "worker", "memory")
+            and _names(_MANAGER.__init__, "memory_monitor", "periodic_callbacks", "memory_target_fraction")
+            and _names(_MANAGER.__init__, "memory_limit", "memory_spill_fraction")
+        ),
+    ),
+    Seam(
+        "SystemMonitor.get_process_memory",
+        "reports private memory and a share of what is shared",
+        lambda: (
+            _names(distributed.system_monitor.SystemMonitor.update, "get_process_memory")
+            and "get_process_memory" in inspect.getsource(_MANAGER._spill)
+        ),
+    ),
+    Seam(
+        "NannyMemoryManager.memory_monitor",
+        "terminates by private memory",
+        lambda: (
+            _names(distributed.worker_memory.NannyMemoryManager.__init__, "periodic_callbacks", "memory_monitor")
+            and _names(distributed.worker_memory.NannyMemoryManager.memory_monitor, "memory_terminate_fraction")
         ),
     ),
 )

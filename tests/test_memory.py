@@ -29,6 +29,8 @@ from observing import (
     wait_until,
 )
 
+pytestmark = pytest.mark.slow
+
 #: An array of this many doubles is larger than the limit of a worker.
 LIMIT = "800 MB"
 LARGER_THAN_LIMIT = 110 << 20

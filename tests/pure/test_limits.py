@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from dask_shm_plugin import limits
-from dask_shm_plugin.limits import memory_limit
+from dask_shm_plugin.limits import head_room, memory_limit
 
 GIB = 1 << 30
 PHYSICAL = 64 * GIB
@@ -119,3 +119,78 @@ def test_every_limit_above_this_process_counts(
     """In version 1 and version 2 of control groups, in containers and outside."""
     machine(membership, limited)
     assert memory_limit() == expected
+
+
+class TestHeadRoom:
+    """What may still be written: the least of what is available and of what every group has left, less a margin."""
+
+    MARGIN = 256 << 20
+
+    @pytest.fixture(autouse=True)
+    def forget(self) -> Iterator[None]:
+        """Measure the margin anew for each pretended machine."""
+        limits._known_limit.cache_clear()
+        yield
+        limits._known_limit.cache_clear()
+
+    def test_on_this_machine_it_is_less_than_what_is_installed(self) -> None:
+        """And has something to do with what is available."""
+        assert head_room() < psutil.virtual_memory().available + GIB
+
+    @pytest.mark.parametrize(
+        ("membership", "files", "expected"),
+        [
+            pytest.param("0::/\n", {}, 9 * GIB - MARGIN, id="what the machine has available"),
+            pytest.param(
+                "0::/a\n",
+                {"/a/memory.max": f"{8 * GIB}", "/a/memory.current": f"{5 * GIB}"},
+                3 * GIB - MARGIN,
+                id="what the group has left",
+            ),
+            pytest.param(
+                "0::/a\n",
+                {
+                    "/a/memory.max": f"{8 * GIB}",
+                    "/a/memory.current": f"{5 * GIB}",
+                    "/a/memory.stat": f"anon 7\ninactive_file {2 * GIB}\nactive_file 5\n",
+                },
+                5 * GIB - MARGIN,
+                id="cached files count as free",
+            ),
+            pytest.param(
+                "0::/a/b\n",
+                {
+                    "/a/b/memory.max": "max",
+                    "/a/b/memory.current": "1",
+                    "/a/memory.max": f"{8 * GIB}",
+                    "/a/memory.current": f"{7 * GIB}",
+                },
+                GIB - MARGIN,
+                id="an ancestor",
+            ),
+            pytest.param(
+                "5:memory:/a\n",
+                {"/memory/a/memory.limit_in_bytes": f"{8 * GIB}", "/memory/a/memory.usage_in_bytes": f"{6 * GIB}"},
+                2 * GIB - MARGIN,
+                id="version 1",
+            ),
+            pytest.param(
+                "0::/a\n",
+                {"/a/memory.max": f"{GIB}", "/a/memory.current": f"{2 * GIB}"},
+                -GIB - GIB // 20,
+                id="beyond the limit",
+            ),
+        ],
+    )
+    def test_every_group_above_this_process_counts(
+        self,
+        machine: Callable[..., None],
+        tmp_path: Path,
+        membership: str,
+        files: dict[str, str],
+        expected: int,
+    ) -> None:
+        """In both versions of control groups."""
+        machine(membership, files)
+        (tmp_path / "proc/meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {9 * GIB >> 10} kB\n")
+        assert head_room() == expected

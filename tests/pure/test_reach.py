@@ -1,0 +1,80 @@
+"""Which blocks a value lies in is told by its living buffers, wherever in the value they hang."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from other_processes import publish
+
+from dask_shm_plugin.arena import Arena
+from dask_shm_plugin.reach import rows_of
+
+SIZE = 8192
+
+
+class Model:
+    """A class of a user."""
+
+    def __init__(self, weights: np.ndarray) -> None:
+        self.layers = [{"weights": weights}]
+
+
+class Slotted:
+    """A class without a dict."""
+
+    __slots__ = ("weights",)
+
+    def __init__(self, weights: np.ndarray) -> None:
+        self.weights = weights
+
+
+KINDS: dict[str, Callable[[np.ndarray], Any]] = {
+    "array": lambda x: x,
+    "matrix": lambda x: x.reshape(2, -1).T,
+    "backwards": lambda x: x[::-1],
+    "list": lambda x: [1, [x]],
+    "dict": lambda x: {"a": {"b": x}},
+    "memoryview": lambda x: memoryview(x),
+    "frame": lambda x: pd.DataFrame({"x": x}, copy=False),
+    "series": lambda x: pd.Series(x, copy=False),
+    "masked": lambda x: np.ma.array(x, copy=False),
+    "table": lambda x: pa.table({"x": pa.Array.from_buffers(pa.float64(), len(x), [None, pa.py_buffer(x)])}),
+    "object": Model,
+    "slots": Slotted,
+    "cycle": lambda x: types.SimpleNamespace(x=x, me=[]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_value_over_a_block_is_found(arena: Arena, kind: str) -> None:
+    """With as many bytes as it has there."""
+    with publish(arena, np.arange(SIZE // 8, dtype="f8").tobytes()) as block:
+        value = KINDS[kind](np.frombuffer(block.view(0, SIZE), "f8"))
+        if kind == "cycle":
+            value.me.append(value)
+        assert rows_of(value, arena.arena_id) == {block.row: SIZE}
+        assert rows_of(value, bytes(16)) == {}
+        assert rows_of([np.arange(9.0), "text", None, Model(np.ones(3))], arena.arena_id) == {}
+        del value
+
+
+def test_parts_of_several_blocks_are_all_found(arena: Arena) -> None:
+    """Each with its own bytes; what is private is not among them."""
+    with publish(arena, b"a" * SIZE) as one, publish(arena, b"b" * SIZE) as two:
+        value = {"x": np.asarray(one.view(0, SIZE))[:100], "y": [np.asarray(two.view(0, SIZE)), np.ones(5)]}
+        assert rows_of(value, arena.arena_id) == {one.row: 100, two.row: SIZE}
+        del value
+
+
+def test_a_value_of_very_many_objects_is_given_up(arena: Arena) -> None:
+    """In bounded time: it counts as private."""
+    with publish(arena, b"a" * SIZE) as block:
+        value = [[[number] for number in range(5000)] for _ in range(3)] + [np.asarray(block.view(0, SIZE))]
+        assert rows_of(value, arena.arena_id) in ({}, {block.row: SIZE})
+        del value
