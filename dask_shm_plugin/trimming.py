@@ -27,12 +27,14 @@ def find(segment: Segment, table: Table, blocks_from: int, warm: int) -> Extent 
         Bytes of free memory that stay.
     """
     taken = table.taken()
+    # Less than there is, while drafts are written: where all shall go, it is not asked.
     free = segment.resident - table.reserved_bytes() - int(np.sum(taken[:, 1]))
-    if free <= warm:
+    if warm and free <= warm:
         return None
+    at_most = min(_STEP, round_up(free - warm)) if warm else _STEP
     for offset, length in placement.gaps(taken, table.capacity)[::-1]:
         first = segment.first_page(blocks_from + int(offset), int(length))
         if first is not None:
             start = first - blocks_from
-            return Extent(start, min(int(offset + length) - start, _STEP, round_up(free - warm)))
+            return Extent(start, min(int(offset + length) - start, at_most))
     return None
