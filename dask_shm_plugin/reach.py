@@ -7,7 +7,6 @@ never pickles. What it does not find counts as private.
 from __future__ import annotations
 
 import gc
-import sys
 import types
 from collections import defaultdict
 from collections.abc import Iterator
@@ -51,14 +50,16 @@ def bounds(array: np.ndarray[Any, Any]) -> tuple[int, int]:
 def _buffers(value: object) -> Iterator[tuple[int, int]]:
     # Keeps what was seen alive, or another object might get its identity.
     seen = {id(value): value}
-    waiting = [value]
+    waiting: list[Any] = [value]
     while waiting and len(seen) <= _AT_MOST:
         item = waiting.pop()
-        if isinstance(item, np.ndarray) and not item.dtype.hasobject:
+        # Not isinstance: a proxy of a user's would be asked for its class, and may do anything.
+        kind = type(item)
+        if issubclass(kind, np.ndarray) and not item.dtype.hasobject:
             yield bounds(item)
-        elif isinstance(item, memoryview) and item.contiguous and item.nbytes:
+        elif kind is memoryview and item.contiguous and item.nbytes:
             yield address_of(item.cast("B") if item.c_contiguous else np.asarray(item).ravel("K")), item.nbytes
-        elif _is_arrow(item):
+        elif str(kind.__module__).startswith("pyarrow."):
             yield from _arrow_buffers(item)
         for part in _parts(item):
             if id(part) not in seen:
@@ -67,14 +68,10 @@ def _buffers(value: object) -> Iterator[tuple[int, int]]:
 
 
 def _parts(item: object) -> list[Any]:
-    if type(item) is np.ndarray or isinstance(item, memoryview):
+    if type(item) in (np.ndarray, memoryview):
         return []
     parts = gc.get_referents(item)
-    return [part for part in parts[:_AT_MOST] if not isinstance(part, _NO_WAY_ON) and part is not None]
-
-
-def _is_arrow(item: object) -> bool:
-    return type(item).__module__.startswith("pyarrow.") and "pyarrow" in sys.modules
+    return [part for part in parts[:_AT_MOST] if not issubclass(type(part), _NO_WAY_ON) and part is not None]
 
 
 def _arrow_buffers(item: Any) -> Iterator[tuple[int, int]]:

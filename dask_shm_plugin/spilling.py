@@ -6,7 +6,9 @@ so the weights of values that lie in the arena are brought up to date before any
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -15,7 +17,10 @@ from distributed.spill import SpillBuffer
 
 from dask_shm_plugin import reach, seams
 from dask_shm_plugin.arena import Arena
+from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.table import Row
+
+logger = logging.getLogger("dask_shm_plugin")
 
 
 class _Held(NamedTuple):
@@ -68,8 +73,9 @@ class Spilling:
 
     def reweigh(self) -> None:
         """Bring the weights up to date."""
-        for key, weight in self._weights(self._present()).items():
-            self._set_weight(key, weight)
+        with contextlib.suppress(SharedMemoryError):
+            for key, weight in self._weights(self._present()).items():
+                self._set_weight(key, weight)
 
     def alone(self) -> int:
         """Return the bytes of blocks that spilling would free: of values in memory, held by no other member."""
@@ -85,13 +91,20 @@ class Spilling:
         return self._held
 
     def _weigh(self, key: Any, value: object) -> int:
+        """Stand in for the weight of a value that is about to be stored: must not raise, or the value would be lost."""
         weight = int(self._weight(key, value))
-        rows = reach.rows_of(value, self._arena.arena_id)
-        if not rows:
-            self._held.pop(key, None)
-            return weight
-        self._held[key] = held = _Held(weight, rows)
-        return self._weights({key: held})[key]
+        self._held.pop(key, None)
+        try:
+            rows = reach.rows_of(value, self._arena.arena_id)
+            if not rows:
+                return weight
+            held = _Held(weight, rows)
+            weight = self._weights({key: held})[key]
+        except Exception:
+            logger.debug("the value of %r is weighed as a private one", key, exc_info=True)
+        else:
+            self._held[key] = held
+        return weight
 
     def _weights(self, of: dict[Any, _Held]) -> dict[Any, int]:
         """Return the weights of values less what would not be freed."""

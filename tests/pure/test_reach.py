@@ -78,3 +78,24 @@ def test_a_value_of_very_many_objects_is_given_up(arena: Arena) -> None:
         value = [[[number] for number in range(5000)] for _ in range(3)] + [np.asarray(block.view(0, SIZE))]
         assert rows_of(value, arena.arena_id) in ({}, {block.row: SIZE})
         del value
+
+
+class Proxy:
+    """Pretends to be something else, and objects to being asked."""
+
+    __module__ = property(lambda self: 1 / 0)  # type: ignore[assignment]
+
+    @property
+    def __class__(self) -> type:
+        raise RuntimeError("working outside of context")
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+
+def test_nothing_of_a_users_is_called(arena: Arena) -> None:
+    """What an object says of itself does not matter, only what it holds."""
+    with publish(arena, b"a" * SIZE) as block:
+        value = Proxy([np.asarray(block.view(0, SIZE))])
+        assert rows_of(value, arena.arena_id) == {block.row: SIZE}
+        del value
