@@ -166,10 +166,13 @@ class Arena:
     def write(self, extent: Extent, offset: int, data: memoryview) -> None:
         """Copy bytes into a draft of this process."""
         start = _BLOCKS_FROM + extent.offset + offset
+        self._find_head_room(start, len(data))
         for done in range(0, len(data), _AT_ONCE):
-            # Again and again, for the others may be writing, too.
-            self._find_head_room(start + done, len(data) - done)
-            self.segment.write(start + done, data[done : done + _AT_ONCE])
+            part = data[done : done + _AT_ONCE]
+            if done:
+                # The others may have been writing meanwhile.
+                self._find_head_room(start + done, len(part))
+            self.segment.write(start + done, part)
 
     def seal(self, row: Row) -> None:
         """Seal a draft of this process and refer to it."""
@@ -267,7 +270,9 @@ class Arena:
 
     def note_other_shared(self) -> None:
         """Let the others know how much shared memory this process uses that is no arena's."""
-        self._table.note_other_shared(self.member, footprint.other_shared())
+        # Without a measurement the last one stands; it must not keep anybody from tidying up.
+        with contextlib.suppress(OSError):
+            self._table.note_other_shared(self.member, footprint.other_shared())
 
     def private_memory(self, pid: int) -> int:
         """Return the bytes of a process that it shares with nobody through an arena.

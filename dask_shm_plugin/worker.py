@@ -14,7 +14,7 @@ from tornado.ioloop import PeriodicCallback
 from dask_shm_plugin import codec, config, fetch, metrics, reach, seams
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.codec import Published
-from dask_shm_plugin.exceptions import SharedMemoryError, StaleBlock
+from dask_shm_plugin.exceptions import StaleBlock
 from dask_shm_plugin.meters import WorkerMeter
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.publisher import Publisher
@@ -193,7 +193,8 @@ class _ScatterGuard:
 
     def _share(self, value: object, size: int) -> int:
         """Return what the scheduler is told: it refuses tasks whose inputs are larger than a worker's limit."""
-        with contextlib.suppress(SharedMemoryError):
+        # The values are stored by now: whatever goes wrong here must not make the scatter fail.
+        with contextlib.suppress(Exception):
             if self._arena is not None and reach.rows_of(value, self._arena.arena_id):
                 return size // max(1, sum(role.kind == "worker" for role in self._arena.roles()))
         return size
