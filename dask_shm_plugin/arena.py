@@ -7,14 +7,11 @@ import functools
 import os
 import secrets
 import threading
-import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from dask_shm_plugin import footprint, limits, liveness, placement, syscalls, tidying, trimming, views
+from dask_shm_plugin import liveness, placement, syscalls, tidying, trimming, views
 from dask_shm_plugin import table as tables
 from dask_shm_plugin.block import Block, Descriptor, Draft
 from dask_shm_plugin.exceptions import (
@@ -22,22 +19,19 @@ from dask_shm_plugin.exceptions import (
     ArenaFull,
     ArenaUnavailable,
     MembersFull,
-    NoHeadRoom,
     StaleBlock,
 )
 from dask_shm_plugin.forks import Pins
 from dask_shm_plugin.memberbook import Member
+from dask_shm_plugin.pages import Pages
 from dask_shm_plugin.references import References
 from dask_shm_plugin.rolebook import Role
 from dask_shm_plugin.segment import PAGE, Segment, Whereabouts, round_up
-from dask_shm_plugin.table import Extent, Row, Table, Weight
+from dask_shm_plugin.table import Extent, Row, Table
 from dask_shm_plugin.views import Dropped, Place
+from dask_shm_plugin.weights import Weights
 
 _BLOCKS_FROM = round_up(tables.TABLE_BYTES)
-_AT_ONCE = 64 << 20
-"""Bytes that are written before head-room is looked for again."""
-_TRIMMING_TAKES = 0.2
-"""Seconds for which a draft waits for what others are giving back to the system."""
 
 
 class ArenaStats(NamedTuple):
@@ -86,6 +80,8 @@ class Arena:
         self._tidying = threading.Lock()
         self._leaving = False
         self.member = self._join()
+        self.pages = Pages(segment, _BLOCKS_FROM, self.trim_all)
+        self.weights = Weights(lambda: self._table, self.member)
         tidying.start(self, self._dropped)
 
     @classmethod
@@ -136,7 +132,7 @@ class Arena:
         size = max(size, 1)
         extent_length = round_up(size)
         row = self._reserve(extent_length, size)
-        for find_more in (self.tidy, self.reclaim_dead, self._wait_for_trimming):
+        for find_more in (self.tidy, self.reclaim_dead, lambda: trimming.wait(self._table)):
             if row is None:
                 # Whether it found anything does not matter: another thread may have been quicker.
                 find_more()
@@ -157,23 +153,6 @@ class Arena:
             raise StaleBlock("the block belongs to another arena")
         return Block(self, descriptor.row, self._refer(descriptor.row))
 
-    def reserve(self, extent: Extent, offset: int, length: int) -> None:
-        """Make pages of a draft of this process exist."""
-        start = _BLOCKS_FROM + extent.offset + offset
-        self._find_head_room(start, length)
-        self.segment.reserve(start, length)
-
-    def write(self, extent: Extent, offset: int, data: memoryview) -> None:
-        """Copy bytes into a draft of this process."""
-        start = _BLOCKS_FROM + extent.offset + offset
-        self._find_head_room(start, len(data))
-        for done in range(0, len(data), _AT_ONCE):
-            part = data[done : done + _AT_ONCE]
-            if done:
-                # The others may have been writing meanwhile.
-                self._find_head_room(start + done, len(part))
-            self.segment.write(start + done, part)
-
     def seal(self, row: Row) -> None:
         """Seal a draft of this process and refer to it."""
         with self._mutex:
@@ -183,6 +162,13 @@ class Arena:
         """Give a draft of this process up, now or, when the table is busy, soon."""
         self._dropped.put(Dropped(row))
         self.tidy()
+
+    def take_if_free(self, extent: Extent) -> Row | None:
+        """Make a part of the arena a draft that nobody will write, so that its pages can be given back."""
+        with self._mutex:
+            gaps = placement.gaps(self._table.taken(), self._table.capacity)
+            around = (gaps[:, 0] <= extent.offset) & (extent.offset + extent.length <= gaps[:, 0] + gaps[:, 1])
+            return self._take(extent, tables.TRIMMING) if np.any(around) else None
 
     def map(self, place: Place, extent: Extent) -> memoryview:
         """Map a part of a block that this process refers to, copy-on-write."""
@@ -256,36 +242,6 @@ class Arena:
             blocks, members = self._table.count(), len(self._table.members())
         return ArenaStats(self._table.capacity, used, self.segment.resident, blocks, members)
 
-    def weigh(self) -> Weight:
-        """Weigh what this process refers to."""
-        return self._table.weigh(self.member)
-
-    def size_of(self, row: Row) -> int:
-        """Return the bytes that a block takes."""
-        return self._table.extent(row.index).length
-
-    def count_holders(self, rows: Sequence[Row]) -> npt.NDArray[np.intp]:
-        """Count the members that refer to each of some blocks."""
-        return self._table.count_holders(rows)
-
-    def note_other_shared(self) -> None:
-        """Let the others know how much shared memory this process uses that is no arena's."""
-        # Without a measurement the last one stands; it must not keep anybody from tidying up.
-        with contextlib.suppress(OSError):
-            self._table.note_other_shared(self.member, footprint.other_shared())
-
-    def private_memory(self, pid: int) -> int:
-        """Return the bytes of a process that it shares with nobody through an arena.
-
-        Raises
-        ------
-        OSError
-            The process is gone.
-        """
-        used = footprint.read(pid)
-        shared = self._table.other_shared(pid, liveness.start_time(pid))
-        return used.anonymous + used.file + (used.shared if shared is None else min(shared, used.shared))
-
     def validate(self) -> None:
         """Check the invariants of the table; see :meth:`Table.validate`."""
         with self._mutex:
@@ -323,20 +279,12 @@ class Arena:
         """Return freed memory beyond ``warm`` to the operating system."""
         self._trim_to(self.warm)
 
-    def _trim_to(self, warm: int) -> None:
-        while (extent := trimming.find(self.segment, self._table, _BLOCKS_FROM, warm)) is not None:
-            row = self._take_if_free(extent)
-            if row is None:
-                return
-            try:
-                self.segment.give_back(_BLOCKS_FROM + extent.offset, extent.length)
-            finally:
-                self.abandon(row)
+    def trim_all(self) -> None:
+        """Return all freed memory to the operating system."""
+        self._trim_to(0)
 
-    def _wait_for_trimming(self) -> None:
-        until = time.monotonic() + _TRIMMING_TAKES
-        while self._table.is_trimmed() and time.monotonic() < until:
-            time.sleep(0.001)
+    def _trim_to(self, warm: int) -> None:
+        trimming.trim(self, self.segment, self._table, _BLOCKS_FROM, warm)
 
     @property
     def has_left(self) -> bool:
@@ -385,15 +333,6 @@ class Arena:
             raise ArenaUnavailable("this process has left the arena")
         return table
 
-    def _find_head_room(self, start: int, length: int) -> None:
-        missing = self.segment.missing(start, length)
-        if missing and limits.head_room() < missing:
-            self._trim_to(0)
-            if limits.head_room() < missing:
-                raise NoHeadRoom(
-                    f"the machine or its control group has less than {missing} bytes left; free memory or raise the limit"
-                )
-
     def _join(self) -> Member:
         with self._mutex:
             for slot in self._table.vacant():
@@ -426,12 +365,6 @@ class Arena:
     def _drop_reference(self, row: Row) -> None:
         if self._references.drop(row):
             self._table.release(row, self.member)
-
-    def _take_if_free(self, extent: Extent) -> Row | None:
-        with self._mutex:
-            gaps = placement.gaps(self._table.taken(), self._table.capacity)
-            around = (gaps[:, 0] <= extent.offset) & (extent.offset + extent.length <= gaps[:, 0] + gaps[:, 1])
-            return self._take(extent, tables.TRIMMING) if np.any(around) else None
 
     def __repr__(self) -> str:
         if self.has_left:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
+from dask_shm_plugin.pages import Pages
 from dask_shm_plugin.segment import PAGE, round_up
 from dask_shm_plugin.table import Extent, Row
 from dask_shm_plugin.views import Place
@@ -17,12 +18,7 @@ class Home(Protocol):
     """What drafts and blocks want of the arena in which they lie."""
 
     arena_id: bytes
-
-    def reserve(self, extent: Extent, offset: int, length: int) -> None:
-        """Make pages of a draft exist."""
-
-    def write(self, extent: Extent, offset: int, data: memoryview) -> None:
-        """Copy bytes into a draft."""
+    pages: Pages
 
     def seal(self, row: Row) -> None:
         """Make a draft a block."""
@@ -77,12 +73,12 @@ class Draft:
         if self._row is None or offset < 0 or offset + len(data) > self._extent.length:
             raise ValueError("write goes beyond the draft" if self._row else "the draft is sealed or given up")
         self._reserve_up_to(offset // PAGE * PAGE)
-        self._arena.write(self._extent, offset, data)
+        self._arena.pages.write(self._extent, offset, data)
         self._exists_up_to = max(self._exists_up_to, round_up(offset + len(data)))
 
     def _reserve_up_to(self, end: int) -> None:
         if end > self._exists_up_to:
-            self._arena.reserve(self._extent, self._exists_up_to, end - self._exists_up_to)
+            self._arena.pages.reserve(self._extent, self._exists_up_to, end - self._exists_up_to)
             self._exists_up_to = end
 
     def seal(self) -> Block:

@@ -53,8 +53,8 @@ class WorkerMeter:
     def read(self) -> int:
         """Return bytes of memory: what is acted on while Dask decides whether to act, what is reported otherwise."""
         try:
-            private = self._arena.private_memory(os.getpid())
-            return private + (self._spilling.alone() if _IS_ACTING.get() else self._arena.weigh().share)
+            private = self._arena.weights.private_memory(os.getpid())
+            return private + (self._spilling.alone() if _IS_ACTING.get() else self._arena.weights.weigh().share)
         except (SharedMemoryError, OSError):
             return int(self._read_before.old())
 
@@ -68,7 +68,7 @@ class WorkerMeter:
         with _acting():
             if self._worker.status == Status.running:
                 with contextlib.suppress(SharedMemoryError, OSError):
-                    manager._maybe_pause_or_unpause(self._worker, self._arena.private_memory(os.getpid()))
+                    manager._maybe_pause_or_unpause(self._worker, self._arena.weights.private_memory(os.getpid()))
             await manager._maybe_spill(self._worker, self.read())
             manager._maybe_pause_or_unpause(self._worker, self.read())
 
@@ -115,7 +115,7 @@ class NannyMeter:
         """
         manager = self._nanny.memory_manager
         with contextlib.suppress(SharedMemoryError, OSError, AttributeError):
-            private = self._arena.private_memory(self._nanny.process.process.pid)
+            private = self._arena.weights.private_memory(self._nanny.process.process.pid)
             if private <= manager.memory_limit * manager.memory_terminate_fraction:
                 return
         self._watch_before.old()

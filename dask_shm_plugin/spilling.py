@@ -81,8 +81,10 @@ class Spilling:
         """Return the bytes of blocks that spilling would free: of values in memory, held by no other member."""
         going = [held for held in self._present().values() if not self._is_too_large(held)]
         rows = list({row: None for held in going for row in held.rows})
-        alone = [row for row, holders in zip(rows, self._arena.count_holders(rows), strict=True) if holders <= 1]
-        return sum(self._arena.size_of(row) for row in alone)
+        alone = [
+            row for row, holders in zip(rows, self._arena.weights.count_holders(rows), strict=True) if holders <= 1
+        ]
+        return sum(self._arena.weights.size_of(row) for row in alone)
 
     def _present(self) -> dict[Any, _Held]:
         """Return what is known of the values in memory."""
@@ -109,7 +111,7 @@ class Spilling:
     def _weights(self, of: dict[Any, _Held]) -> dict[Any, int]:
         """Return the weights of values less what would not be freed."""
         rows = list({row: None for held in of.values() for row in held.rows})
-        holders = dict(zip(rows, self._arena.count_holders(rows), strict=True))
+        holders = dict(zip(rows, self._arena.weights.count_holders(rows), strict=True))
         return {
             key: max(
                 0, held.weight - sum(n for row, n in held.rows.items() if self._is_too_large(held) or holders[row] > 1)

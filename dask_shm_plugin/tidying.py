@@ -15,6 +15,7 @@ import time
 from typing import Protocol
 
 from dask_shm_plugin.views import Dropped
+from dask_shm_plugin.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ class Bin:
 class Tidied(Protocol):
     """What an arena can do about it."""
 
+    weights: Weights
+
     @property
     def has_left(self) -> bool:
         """Whether there is nothing to tidy any more."""
@@ -72,9 +75,6 @@ class Tidied(Protocol):
 
     def unpin(self) -> None:
         """Drop what was kept for forked children."""
-
-    def note_other_shared(self) -> None:
-        """Measure what else this process shares."""
 
     def trim(self) -> None:
         """Return memory to the operating system."""
@@ -99,7 +99,7 @@ def _tidy(arena: Tidied, dropped: Bin) -> None:
                 arena.unpin()
                 arena.reclaim_dead()
                 arena.trim()
-                arena.note_other_shared()
+                arena.weights.note_other_shared()
             arena.finish_leaving()
         except Exception:
             # Whatever it is, it must not end the tidying.

@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
+import time
+from typing import Protocol
+
 import numpy as np
 
 from dask_shm_plugin import placement
 from dask_shm_plugin.segment import Segment, round_up
-from dask_shm_plugin.table import Extent, Table
+from dask_shm_plugin.table import Extent, Row, Table
 
 _STEP = 64 << 20
+_TAKES = 0.2
+"""Seconds for which a draft waits for what others are giving back to the system."""
+
+
+class Trimmed(Protocol):
+    """What trimming wants of an arena."""
+
+    def take_if_free(self, extent: Extent) -> Row | None:
+        """Make a part of the arena a draft that nobody will write."""
+
+    def abandon(self, row: Row) -> None:
+        """Give a draft up."""
+
+
+def trim(arena: Trimmed, segment: Segment, table: Table, blocks_from: int, warm: int) -> None:
+    """Give free pages back until at most ``warm`` bytes of them stay.
+
+    Holes are punched under a draft: there must never be a moment when somebody else could reserve that place.
+    """
+    while (extent := find(segment, table, blocks_from, warm)) is not None:
+        row = arena.take_if_free(extent)
+        if row is None:
+            return
+        try:
+            segment.give_back(blocks_from + extent.offset, extent.length)
+        finally:
+            arena.abandon(row)
+
+
+def wait(table: Table) -> None:
+    """Wait, for a bounded time, until nobody gives pages back."""
+    until = time.monotonic() + _TAKES
+    while table.is_trimmed() and time.monotonic() < until:
+        time.sleep(0.001)
 
 
 def find(segment: Segment, table: Table, blocks_from: int, warm: int) -> Extent | None:

@@ -148,7 +148,7 @@ class TestTrimming:
         """The others wait for it, as they would for one of their own threads."""
         arena, other = make(0), process()
         other("arena = Arena.attach(at, id)", at=arena.segment.whereabouts, id=arena.arena_id)
-        other("row = arena._take_if_free(table.Extent(0, 16 << 20))")
+        other("row = arena.take_if_free(table.Extent(0, 16 << 20))")
         other("threading.Timer(0.05, arena.abandon, [row]).start()")
         with arena.draft(16 * MIB):
             pass
@@ -157,7 +157,7 @@ class TestTrimming:
         """A member that was stopped while it trimmed costs a moment, then values go the usual way."""
         arena, other = make(0), process()
         other("arena = Arena.attach(at, id)", at=arena.segment.whereabouts, id=arena.arena_id)
-        other("row = arena._take_if_free(table.Extent(0, 16 << 20))")
+        other("row = arena.take_if_free(table.Extent(0, 16 << 20))")
         with pytest.raises(ArenaFull):
             arena.draft(16 * MIB)
         other("arena.abandon(row)")
