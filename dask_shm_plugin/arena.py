@@ -14,6 +14,7 @@ import numpy as np
 from dask_shm_plugin import liveness, placement, syscalls, tidying, trimming, views
 from dask_shm_plugin import table as tables
 from dask_shm_plugin.block import Block, Descriptor, Draft
+from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import (
     ArenaBusy,
     ArenaFull,
@@ -158,6 +159,7 @@ class Arena:
         with self._mutex:
             self._table.seal(row, self.member)
 
+    @step("abandon")
     def abandon(self, row: Row) -> None:
         """Give a draft of this process up, now or, when the table is busy, soon."""
         self._dropped.put(Dropped(row))
@@ -249,6 +251,7 @@ class Arena:
 
     # -- tidying up
 
+    @step("tidy")
     def tidy(self) -> bool:
         """Give back what was dropped, or leave it for later where the table is busy; return whether anything went."""
         if os.getpid() != self._pid:
@@ -308,6 +311,7 @@ class Arena:
             return False
         return True
 
+    @step("leave")
     def finish_leaving(self) -> None:
         """Leave now, if that is wanted and nothing of this process refers to a block; otherwise later."""
         if not self._leaving:
@@ -333,6 +337,7 @@ class Arena:
             raise ArenaUnavailable("this process has left the arena")
         return table
 
+    @step("join")
     def _join(self) -> Member:
         with self._mutex:
             for slot in self._table.vacant():

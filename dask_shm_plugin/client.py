@@ -19,6 +19,7 @@ from dask_shm_plugin import codec, fetch, membership, metrics, notices, rendezvo
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.codec import Published, Serialized
 from dask_shm_plugin.config import Options
+from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.role import Role
@@ -170,6 +171,7 @@ class SharedMemoryClient:
         with self._handing_over():
             return await self._hand_over(*args)
 
+    @step("hand over")
     async def _hand_over(
         self, data: Data, published: dict[Any, Published], targets: _Targets, broadcast: bool | int, kwargs: Any
     ) -> Any:

@@ -20,6 +20,7 @@ from distributed.utils import ensure_memoryview
 from dask_shm_plugin import arrow, views
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.block import Block, Descriptor
+from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import Unshareable
 from dask_shm_plugin.handles import Handle, Span, map_spans
 from dask_shm_plugin.reach import address_of, bounds
@@ -97,6 +98,7 @@ def _is_well_measured(value: object) -> bool:
     return kind in _WELL_MEASURED or kind.__module__.partition(".")[0] in ("pandas", "pyarrow")
 
 
+@step("publish")
 def publish(serialized: Serialized, arena: Arena) -> Published:
     """Put the large frames of a value into the arena, those that are not there yet.
 

@@ -18,6 +18,7 @@ from distributed.protocol.serialize import deserialize
 from dask_shm_plugin import membership
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.block import Descriptor
+from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import ArenaUnavailable, SharedMemoryError
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.table import Row
@@ -81,6 +82,7 @@ class Deferred:
     handle: Handle
 
 
+@step("resolve")
 def resolve(handle: Handle, *, writeable: bool = True) -> Any:
     """Rebuild the value of a handle over mappings of its own.
 

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from dask_shm_plugin import syscalls
+from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import ArenaBusy, ArenaUnavailable
 
 _FLOCK = struct.Struct("hhxxxxqqixxxx")
@@ -105,6 +106,7 @@ class Mutex:
             self._among_threads.release()
             raise
 
+    @step("unlock")
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -124,6 +126,7 @@ class Mutex:
         """
         self.retired, self._close = True, close
 
+    @step("lock")
     def _lock_file(self, deadline: float) -> None:
         pause = _FIRST_PAUSE
         while True:

@@ -13,6 +13,7 @@ from distributed.protocol.serialize import Serialized as DaskSerialized
 from dask_shm_plugin import adoption, codec, handles, notices, seams
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.codec import Published, Serialized
+from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.handles import Handle
 from dask_shm_plugin.metrics import COUNTERS
@@ -137,6 +138,7 @@ class Publisher:
             await self._remember(key, value, published)
         return published
 
+    @step("adopt")
     async def _remember(self, key: Any, value: object, published: Published) -> None:
         self._records[key] = _Record(value, published)
         if not published.copied or not adoption.may_adopt(value):

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from dask_shm_plugin import liveness
+from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import ArenaBusy, ArenaUnavailable
 from dask_shm_plugin.segment import NAME_PREFIX, SHM_DIRECTORY, Whereabouts
 from dask_shm_plugin.table import LAYOUT_VERSION, MEMBERS
@@ -94,6 +95,7 @@ class Rendezvous:
         )
         return Meeting(arena_id, device, inode, tuple(entry for entry in entries if entry.pid))
 
+    @step("list")
     def write(self, meeting: Meeting) -> None:
         """Say something else."""
         entries = b"".join(_ENTRY.pack(*entry) for entry in meeting.listed)
@@ -110,6 +112,7 @@ class Rendezvous:
         """Whether any other process that was listed here lives, or a forked child of one."""
         return liveness.is_held(self._fd, _PRESENCE)
 
+    @step("attend")
     def attend(self) -> None:
         """Show that this process lives, for as long as it does."""
         liveness.hold(self._fd, _PRESENCE, shared=True)
@@ -118,6 +121,7 @@ class Rendezvous:
         """Let others change it; presence is kept."""
         liveness.let_go(self._fd, _CHANGE)
 
+    @step("remove")
     def remove(self) -> None:
         """Remove the name."""
         with contextlib.suppress(FileNotFoundError):
@@ -143,6 +147,7 @@ def name_for(cluster: str) -> str:
     return f"/{NAME_PREFIX}{os.getuid()}-{digest}"
 
 
+@step("enter")
 def enter(name: str, *, create: bool) -> Rendezvous | None:
     """Open a rendezvous and lock it for changes; return None when there is none and ``create`` is false.
 
@@ -180,6 +185,7 @@ def purge() -> None:
                 _purge_one(f"/{entry}")
 
 
+@step("purge")
 def _purge_one(name: str) -> None:
     with contextlib.suppress(ArenaUnavailable, OSError):
         fd = _open(name, create=False)

@@ -14,6 +14,7 @@ import stat
 from typing import NamedTuple
 
 from dask_shm_plugin import syscalls
+from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import ArenaUnavailable, MappingRefused, MemoryExhausted
 
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
@@ -59,6 +60,7 @@ class Segment:
         self.device, self.inode = status.st_dev, status.st_ino
 
     @classmethod
+    @step("create segment")
     def create(cls, size: int) -> Segment:
         """Create a sparse segment of ``size`` bytes: POSIX shared memory where it fits, a memfd where it does not."""
         try:
@@ -69,6 +71,7 @@ class Segment:
             ) from error
 
     @classmethod
+    @step("open segment")
     def open(cls, at: Whereabouts) -> Segment:
         """Open the segment that another process holds.
 
@@ -100,6 +103,7 @@ class Segment:
         """Bytes for which the operating system holds pages."""
         return os.fstat(self.fd).st_blocks * 512
 
+    @step("make pages")
     def reserve(self, offset: int, length: int) -> None:
         """Make the pages of a part exist, so that touching them through a mapping cannot fail."""
         try:
@@ -107,6 +111,7 @@ class Segment:
         except OSError as error:
             raise _no_pages(error) from error
 
+    @step("write")
     def write(self, offset: int, data: memoryview) -> None:
         """Copy flat bytes into the segment, without holding the GIL and without touching a mapping.
 
@@ -123,6 +128,7 @@ class Segment:
                 raise MemoryExhausted("the operating system took no more bytes; free memory or lower shm.capacity")
             done += written
 
+    @step("give pages back")
     def give_back(self, offset: int, length: int) -> None:
         """Return the pages of a part to the operating system."""
         syscalls.punch_hole(self.fd, offset, length)
@@ -152,6 +158,7 @@ class Segment:
         """Map a part for reading and writing in place, and return its address."""
         return self._mapped(syscalls.map_shared, offset, length)
 
+    @step("map")
     def map_private(self, offset: int, length: int) -> int:
         """Map a part copy-on-write, and return its address."""
         return self._mapped(syscalls.map_private, offset, length)

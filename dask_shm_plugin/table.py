@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dask_shm_plugin import memberbook, rolebook
+from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import StaleBlock, TableCorrupt, TableFull
 from dask_shm_plugin.memberbook import Member, MemberBook
 from dask_shm_plugin.rolebook import Role, RoleBook
@@ -176,6 +177,7 @@ class Table:
         """Return all members."""
         return self._book.members()
 
+    @step("reclaim")
     def reclaim(self, member: Member) -> list[Extent]:
         """Take back everything that a member holds, and its slot; return the extents that became free.
 
@@ -206,6 +208,7 @@ class Table:
 
     # -- blocks
 
+    @step("reserve")
     def reserve(self, extent: Extent, size: int, owner: Member) -> Row:
         """Enter a draft over an extent that the caller knows to be free.
 
@@ -224,12 +227,14 @@ class Table:
         self._words[at] = generation << _STATE_BITS | DRAFT
         return Row(index, generation)
 
+    @step("seal")
     def seal(self, row: Row, owner: Member) -> None:
         """Turn a draft into a block that its owner refers to."""
         self._demand(row, DRAFT)
         self._claims[owner.slot, row.index] = row.generation
         self._words[_BLOCKS_AT + row.index * _BLOCK] = row.generation << _STATE_BITS | SEALED
 
+    @step("acquire")
     def acquire(self, row: Row, member: Member) -> Extent:
         """Note that a member refers to a sealed block.
 
@@ -242,6 +247,7 @@ class Table:
         self._claims[member.slot, row.index] = row.generation
         return self.extent(row.index)
 
+    @step("release")
     def release(self, row: Row, member: Member) -> Extent | None:
         """Drop what a member has of a block, its claim or its draft; return the extent if that made it free."""
         is_mine = self._claims[member.slot, row.index] == row.generation

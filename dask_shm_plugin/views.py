@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dask_shm_plugin import syscalls
+from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.segment import PAGE
 from dask_shm_plugin.table import Row
 
@@ -181,6 +182,7 @@ def touched(address: int, length: int) -> int:
     return length * present // seen if seen else length
 
 
+@step("unmap")
 def unmap(dropped: Dropped) -> None:
     """Give the mapping of a dropped reference back, if it has one."""
     if dropped.length:

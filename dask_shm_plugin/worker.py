@@ -14,6 +14,7 @@ from tornado.ioloop import PeriodicCallback
 from dask_shm_plugin import codec, config, fetch, metrics, reach, seams
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.codec import Published
+from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import StaleBlock
 from dask_shm_plugin.meters import WorkerMeter
 from dask_shm_plugin.metrics import COUNTERS
@@ -211,6 +212,7 @@ class _HandingOver:
         self._comm, self._running = comm, running
         self._kept: list[Published] = []
 
+    @step("answer")
     async def write(self, message: Any, serializers: list[str] | None = None) -> Any:
         if message.get("status") == "OK":
             try:
