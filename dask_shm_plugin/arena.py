@@ -7,6 +7,7 @@ import functools
 import os
 import secrets
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,6 +56,11 @@ class Arena:
     warm
         Bytes of freed memory that stay resident, to be written again quickly.
 
+    Attributes
+    ----------
+    upkeep
+        Called once a second by the tidying thread, for whoever must look after something as long as the arena is used.
+
     Raises
     ------
     TableCorrupt
@@ -80,6 +86,7 @@ class Arena:
         self._dropped = tidying.Bin()
         self._tidying = threading.Lock()
         self._leaving = False
+        self.upkeep: Callable[[], None] = lambda: None
         self.member = self._join()
         self.pages = Pages(segment, _BLOCKS_FROM, self.trim_all)
         self.weights = Weights(lambda: self._table, self.member)

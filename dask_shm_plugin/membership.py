@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from dask_shm_plugin import liveness, rendezvous
@@ -68,6 +69,7 @@ def join(
             if found is None:
                 return None
             joined = _by_cluster[cluster] = _Joined(*found, [])
+            joined.arena.upkeep = functools.partial(_restore, cluster)
         joined.roles.append((kind, address))
     with contextlib.suppress(SharedMemoryError):
         joined.arena.add_role(kind, address)
@@ -142,16 +144,16 @@ def _find_or_create(meeting: Rendezvous, capacity: Callable[[], int] | None, war
         said = None
     if arena is not None:
         try:
-            meeting.write(_with_us(arena, said))
+            meeting.write(_with_us(arena, said.listed if said else ()))
         except BaseException:
             arena.close()
             raise
     return arena
 
 
-def _with_us(arena: Arena, said: Meeting | None) -> Meeting:
+def _with_us(arena: Arena, listed: Iterable[Listed]) -> Meeting:
     own = Listed(os.getpid(), liveness.start_time(os.getpid()), arena.segment.fd)
-    others = tuple(listed for listed in said.listed if listed.is_alive) if said else ()
+    others = tuple(process for process in listed if process.is_alive and process.pid != own.pid)
     return Meeting(arena.arena_id, arena.segment.device, arena.segment.inode, (*others, own))
 
 
@@ -167,6 +169,41 @@ def _attach(said: Meeting, warm: int) -> Arena | None:
         except ArenaUnavailable as error:
             logger.debug("%s cannot help to join: %s", at, error)
     return None
+
+
+def _restore(cluster: str) -> None:
+    """Make a new rendezvous for an arena whose name somebody has removed, unless others were quicker."""
+    # The tidying thread, which comes here, does not wait for those who join or leave; it comes again.
+    if not _lock.acquire(blocking=False):
+        return
+    try:
+        joined = _by_cluster.get(cluster)
+        if joined is not None and not joined.meeting.can_be_found:
+            meeting = _meet_again(joined)
+            if meeting is not None:
+                joined.meeting.close()
+                _by_cluster[cluster] = joined._replace(meeting=meeting)
+    finally:
+        _lock.release()
+
+
+def _meet_again(joined: _Joined) -> Rendezvous | None:
+    before, meeting = joined.meeting.read(), rendezvous.enter(joined.meeting.name, create=True)
+    if before is None or meeting is None:
+        return None
+    try:
+        said = meeting.read()
+        if said is not None and said.arena_id != before.arena_id and meeting.is_attended:
+            # Somebody came in between and began anew. Both arenas work; between them, values are sent.
+            meeting.close()
+            return None
+        meeting.write(_with_us(joined.arena, {*before.listed, *(said.listed if said else ())}))
+        meeting.attend()
+        meeting.unlock()
+    except BaseException:
+        meeting.close()
+        raise
+    return meeting
 
 
 def _depart(joined: _Joined) -> None:

@@ -9,6 +9,9 @@ shared, as long as it lives. So a rendezvous of which nobody holds the second by
 anyone who holds the first. Nobody distinguishes "just created" from "left over": whoever gets the first byte of an
 empty or dead rendezvous fills it anew, and whoever waited for the lock of a removed one notices that the name now
 means another file, and begins again.
+
+The name may go while members live: a logout with ``RemoveIPC`` or the epilogue of a batch system clears ``/dev/shm``. The
+memory does not go with it, and members make a new rendezvous for it.
 """
 
 from __future__ import annotations
@@ -117,6 +120,11 @@ class Rendezvous:
         """Show that this process lives, for as long as it does."""
         liveness.hold(self._fd, _PRESENCE, shared=True)
 
+    @property
+    def can_be_found(self) -> bool:
+        """Whether its name still leads to it."""
+        return _has_name(self._fd, self.name)
+
     def unlock(self) -> None:
         """Let others change it; presence is kept."""
         liveness.let_go(self._fd, _CHANGE)
@@ -218,8 +226,10 @@ def _open(name: str, *, create: bool) -> int | None:
 
 def _lock(fd: int, name: str) -> bool:
     """Lock a rendezvous; return False when somebody else has it or it has lost its name."""
-    if not liveness.hold(fd, _CHANGE):
-        return False
+    return liveness.hold(fd, _CHANGE) and _has_name(fd, name)
+
+
+def _has_name(fd: int, name: str) -> bool:
     try:
         named = os.stat(f"{SHM_DIRECTORY}{name}")
     except FileNotFoundError:

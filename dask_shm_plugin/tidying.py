@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from dask_shm_plugin.views import Dropped
@@ -62,6 +63,7 @@ class Tidied(Protocol):
     """What an arena can do about it."""
 
     weights: Weights
+    upkeep: Callable[[], None]
 
     @property
     def has_left(self) -> bool:
@@ -100,6 +102,7 @@ def _tidy(arena: Tidied, dropped: Bin) -> None:
                 arena.reclaim_dead()
                 arena.trim()
                 arena.weights.note_other_shared()
+                arena.upkeep()
             arena.finish_leaving()
         except Exception:
             # Whatever it is, it must not end the tidying.

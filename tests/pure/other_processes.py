@@ -110,6 +110,10 @@ def is_running(pid: int) -> bool:
     return os.path.exists(f"/proc/{pid}")
 
 
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 class Process:
     """Another process.
 
@@ -177,6 +181,15 @@ class Process:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._handle, signal.SIGKILL)
         self.is_gone()
+
+    def stop(self) -> None:
+        """Stop it, and wait until it stands still."""
+        signal.pidfd_send_signal(self._handle, signal.SIGSTOP)
+        wait_until(lambda: _state(self.pid) == "T", f"process {self.pid} stands still", _PATIENCE)
+
+    def go_on(self) -> None:
+        """Let it go on after a stop."""
+        signal.pidfd_send_signal(self._handle, signal.SIGCONT)
 
     def leave(self) -> None:
         """Let it end as a program does that has nothing more to do, and wait until it is gone."""
