@@ -168,9 +168,17 @@ class Block:
         MappingRefused
             The process has too many mappings or too little address space.
         """
+        self._insist_on(offset, length)
+        return self._arena.map(Place(self._arena.arena_id, self.row, offset, length), self._extent)
+
+    def read(self, offset: int, length: int) -> memoryview:
+        """Copy a part of the block into private memory, for a process that can map no more."""
+        self._insist_on(offset, length)
+        return self._arena.pages.read(self._extent, offset, length)
+
+    def _insist_on(self, offset: int, length: int) -> None:
         if offset < 0 or length <= 0 or offset + length > self._extent.length:
             raise ValueError(f"{length} bytes at {offset} are not in a block of {self._extent.length}")
-        return self._arena.map(Place(self._arena.arena_id, self.row, offset, length), self._extent)
 
     def close(self) -> None:
         """Drop the reference; the space is free when the last one of all processes goes."""

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 from distributed.protocol.serialize import deserialize
 
-from dask_shm_plugin import membership
+from dask_shm_plugin import membership, notices
 from dask_shm_plugin.arena import Arena
-from dask_shm_plugin.block import Descriptor
+from dask_shm_plugin.block import Block, Descriptor
 from dask_shm_plugin.crashpoints import step
-from dask_shm_plugin.exceptions import ArenaUnavailable, SharedMemoryError
+from dask_shm_plugin.exceptions import ArenaUnavailable, MappingRefused, SharedMemoryError
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.table import Row
 
@@ -82,8 +82,12 @@ class Deferred:
     handle: Handle
 
 
+Take = Callable[[Block, int, int], memoryview]
+"""How bytes of a block are had: ``Block.view`` maps them, ``Block.read`` copies them."""
+
+
 @step("resolve")
-def resolve(handle: Handle, *, writeable: bool = True) -> Any:
+def resolve(handle: Handle, *, writeable: bool = True, take: Take = Block.view) -> Any:
     """Rebuild the value of a handle over mappings of its own.
 
     Raises
@@ -94,7 +98,7 @@ def resolve(handle: Handle, *, writeable: bool = True) -> Any:
     arena = membership.find(handle.arena_id)
     if arena is None:
         raise ArenaUnavailable("this process is not a member of the arena")
-    mapped = map_spans([part for part in handle.parts if isinstance(part, Span)], arena)
+    mapped = map_spans([part for part in handle.parts if isinstance(part, Span)], arena, take)
     frames = [mapped[part].pop() if isinstance(part, Span) else memoryview(bytearray(part)) for part in handle.parts]
     header = pickle.loads(handle.header)
     if not writeable:
@@ -102,14 +106,14 @@ def resolve(handle: Handle, *, writeable: bool = True) -> Any:
     return deserialize(header, frames)
 
 
-def map_spans(spans: list[Span], arena: Arena) -> dict[Span, list[memoryview]]:
+def map_spans(spans: list[Span], arena: Arena, take: Take = Block.view) -> dict[Span, list[memoryview]]:
     """Map every span; those that overlap in different mappings, for Dask would have sent independent copies."""
     mapped: dict[Span, list[memoryview]] = defaultdict(list)
     for row in {span.row for span in spans}:
         with arena.attach_block(Descriptor(arena.arena_id, row)) as block:
             for group in _without_overlap(sorted(span for span in spans if span.row == row)):
                 start = group[0].offset
-                view = block.view(start, group[-1].offset + group[-1].length - start)
+                view = take(block, start, group[-1].offset + group[-1].length - start)
                 for span in group:
                     mapped[span].append(view[span.offset - start : span.offset - start + span.length])
     return mapped
@@ -160,11 +164,21 @@ def _receive(*fields: Any) -> Any:
 def become(handle: Handle) -> Any:
     """Return the value of a handle, or an :class:`Unresolved`."""
     try:
-        value = resolve(handle, writeable=_views.get(handle.arena_id) != "read-only")
+        return _mapped_or_copied(handle, writeable=_views.get(handle.arena_id) != "read-only")
     except SharedMemoryError as error:
         return Unresolved(error.reason)
     except Exception:
         # Whatever the value's own deserializer has against it, it shall say about the bytes, as without us.
         return Unresolved("deserializer")
+
+
+def _mapped_or_copied(handle: Handle, *, writeable: bool) -> Any:
+    try:
+        value = resolve(handle, writeable=writeable)
+    except MappingRefused as error:
+        if asyncio._get_running_loop() is not None:
+            return Deferred(handle)
+        notices.refused(error, handle.size)
+        return resolve(handle, writeable=writeable, take=Block.read)
     COUNTERS.count("attached", handle.size)
     return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 
-from dask_shm_plugin.exceptions import ArenaFull, SharedMemoryError
+from dask_shm_plugin.exceptions import ArenaFull, MappingRefused, SharedMemoryError
 from dask_shm_plugin.metrics import COUNTERS
 
 logger = logging.getLogger("dask_shm_plugin")
@@ -18,9 +18,9 @@ def warn_once(message: str) -> None:
 
 
 def refused(error: SharedMemoryError, size: int) -> None:
-    """Count a value that goes as bytes, and say once per reason what the user can do about it."""
+    """Count a value that is not shared, and say once per reason what the user can do about it."""
     COUNTERS.count_sent(error.reason, size)
-    if isinstance(error, ArenaFull):
+    if isinstance(error, (ArenaFull, MappingRefused)):
         _warn_of(error.reason, str(error))
     logger.debug("sent %d bytes instead of sharing them: %s", size, error)
 
@@ -31,4 +31,4 @@ _told: set[str] = set()
 def _warn_of(reason: str, remedy: str) -> None:
     if reason not in _told:
         _told.add(reason)
-        logger.warning("Values are sent instead of shared (%s): %s", reason, remedy)
+        logger.warning("Values are copied instead of shared (%s): %s", reason, remedy)

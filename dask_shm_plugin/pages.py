@@ -14,7 +14,7 @@ _AT_ONCE = 64 << 20
 
 
 class Pages:
-    """What is written to the blocks of an arena.
+    """What is written to the blocks of an arena, and read from them without a mapping.
 
     Parameters
     ----------
@@ -61,6 +61,10 @@ class Pages:
                 # The others may have been writing meanwhile.
                 self._find_head_room(start + done, len(part))
             self._segment.write(start + done, part)
+
+    def read(self, extent: Extent, offset: int, length: int) -> memoryview:
+        """Copy bytes of a block to which this process refers into private memory."""
+        return self._segment.read(self._blocks_from + extent.offset + offset, length)
 
     def _find_head_room(self, start: int, length: int) -> None:
         missing = self._segment.missing(start, length)

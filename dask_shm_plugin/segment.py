@@ -128,6 +128,16 @@ class Segment:
                 raise MemoryExhausted("the operating system took no more bytes; free memory or lower shm.capacity")
             done += written
 
+    def read(self, offset: int, length: int) -> memoryview:
+        """Copy bytes out of the segment into private memory, without a mapping."""
+        data, done = memoryview(bytearray(length)), 0
+        while done < length:
+            count = os.preadv(self.fd, [data[done : done + _WRITE_STEP]], offset + done)
+            if count == 0:
+                raise ArenaUnavailable("the segment is shorter than it was; somebody has truncated it")
+            done += count
+        return data
+
     @step("give pages back")
     def give_back(self, offset: int, length: int) -> None:
         """Return the pages of a part to the operating system."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
+import logging
+import logging.handlers
 import os
 import signal
 import subprocess
@@ -351,6 +354,53 @@ def test_a_full_arena_is_no_error(nothing_leaks: None) -> None:
         del futures, future, scattered
         assert_empties(client)
         assert_usable(client)
+
+
+def test_a_worker_that_can_map_no_more_copies(mortal: Client) -> None:
+    """Scattered, fetched and gathered values are right all the same; one warning has the remedy, and no log a traceback."""
+    a, b, *_ = addresses(mortal)
+    start = totals(mortal)
+    mortal.run(refuse_mappings, workers=[b])
+    try:
+        seed = fresh()
+        scattered, made = mortal.scatter(array(seed), broadcast=True), mortal.submit(array, 2 * seed, workers=[a])
+        for future, expected in ((scattered, array(seed)), (made, array(2 * seed))):
+            (seen,) = see_on(mortal, future, [b])
+            assert_descriptions_equal(seen.description, describe(expected))
+            assert seen.writeable
+            assert not seen.shared
+        assert_same(mortal.gather(mortal.submit(np.negative, scattered, workers=[b])), -array(seed))
+    finally:
+        (warnings,) = mortal.run(allow_mappings, workers=[b]).values()
+    counted = totals(mortal) - start
+    assert counted.sent == 2
+    assert counted.sent_bytes == 2 * 8 * BIG
+    logs = [text for log in (mortal.get_scheduler_logs(), *mortal.get_worker_logs().values()) for _, text in log]
+    assert not [text for text in logs if "Traceback" in text]
+    assert len(warnings) == 1
+    assert "raise vm.max_map_count" in warnings[0]
+    assert_usable(mortal)
+
+
+def refuse_mappings() -> None:
+    """Let the kernel refuse this process private mappings, as at ``vm.max_map_count``."""
+    from dask_shm_plugin import syscalls
+
+    def refuse(fd: int, offset: int, length: int) -> int:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    syscalls.allowed, syscalls.map_private = syscalls.map_private, refuse
+    syscalls.said = logging.handlers.BufferingHandler(1000)
+    logging.getLogger("dask_shm_plugin").addHandler(syscalls.said)
+
+
+def allow_mappings() -> list[str]:
+    """Undo it, and return what was logged meanwhile."""
+    from dask_shm_plugin import syscalls
+
+    syscalls.map_private = syscalls.allowed
+    logging.getLogger("dask_shm_plugin").removeHandler(syscalls.said)
+    return [record.getMessage() for record in syscalls.said.buffer if record.levelno >= logging.WARNING]
 
 
 def test_registering_twice_does_not_disturb_living_values(mortal: Client) -> None:

@@ -261,6 +261,25 @@ class TestLimits:
         other("block.close()")
         wait_until(lambda: other("arena.stats().used") == 0, "the arena is empty")
 
+    def test_what_cannot_be_mapped_can_be_read(self, process: Callable[[], Process]) -> None:
+        """A copy needs no mapping: the same bytes, private from the beginning."""
+        other = process()
+        other("""
+            arena = Arena.create(1 << 30)
+            with arena.draft(300 << 20) as draft:
+                draft.write(299 << 20, memoryview(b"the end"))
+                block = draft.seal()
+            in_use = int(open("/proc/self/statm").read().split()[0]) * 4096
+            resource.setrlimit(resource.RLIMIT_AS, (in_use + (200 << 20),) * 2)
+            """)
+        with pytest.raises(MappingRefused):
+            other("block.view(0, 300 << 20)")
+        assert other("bytes(copy := block.read(299 << 20, 7))") == b"the end"
+        other("copy[:3] = b'own'")
+        assert other("bytes(block.read(299 << 20, 7))") == b"the end"
+        other("block.close()")
+        wait_until(lambda: other("arena.stats().used") == 0, "the arena is empty")
+
     def test_a_full_tmpfs_is_an_exception(self, in_small_shm: Process) -> None:
         """No SIGBUS: neither for a draft, nor for whoever joins; what was there is readable, and space is given back."""
         in_small_shm("""
