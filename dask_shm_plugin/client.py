@@ -143,7 +143,7 @@ class SharedMemoryClient:
         response = {**response, "data": await fetch.finish(response["data"])}
         missing = fetch.unusable(response["data"])
         if missing:
-            again = await gather(keys=missing, **kwargs)
+            again = await gather(keys=missing, **{**kwargs, "serializers": seams.tagged([fetch.BYTES_PLEASE])})
             if again["status"] != "OK":
                 return again
             response["data"].update(again["data"])

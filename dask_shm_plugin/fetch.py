@@ -18,6 +18,9 @@ from dask_shm_plugin.handles import Deferred, Unresolved
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.metrics import COUNTERS
 
+BYTES_PLEASE = "bytes"
+"""Stands in the place of a membership in a request for what was answered before, in a way that was of no use."""
+
 
 def askers() -> list[str]:
     """Return the memberships of this process, as a request names them."""
@@ -29,6 +32,8 @@ def askers() -> list[str]:
 def is_member(arena: Arena, asked_by: list[str]) -> bool:
     """Tell whether one of those who ask is a member of an arena, alive and in this incarnation."""
     for asker in asked_by:
+        if asker == BYTES_PLEASE:
+            continue
         arena_id, slot, incarnation = asker.split(":")
         if arena_id == arena.arena_id.hex():
             return arena.is_live(Member(int(slot), int(incarnation)))
@@ -46,7 +51,7 @@ def unusable(data: Mapping[Any, Any]) -> list[Any]:
     """Return the keys of which a handle could not be resolved, and count them."""
     keys = [key for key, value in data.items() if type(value) is Unresolved]
     for key in keys:
-        COUNTERS.count_sent(f"unresolved-{data[key].reason}", 0)
+        COUNTERS.count_sent(f"unresolved-{data[key].reason}", data[key].size)
     return keys
 
 
@@ -69,7 +74,9 @@ async def _get_data_from_worker(
     response = {**response, "data": await finish(response["data"])}
     missing = unusable(response["data"])
     if missing:
-        again = await ask(rpc, missing, worker, who=who, deserializers=deserializers)
+        again = await ask(
+            rpc, missing, worker, who=who, serializers=seams.tagged([BYTES_PLEASE]), deserializers=deserializers
+        )
         if again["status"] != "OK":
             return again
         kept = {key: value for key, value in response["data"].items() if key not in missing}

@@ -73,6 +73,7 @@ class Unresolved:
     """What a handle becomes when it cannot become its value; whoever made the request asks again for bytes."""
 
     reason: str
+    size: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,10 +167,10 @@ def become(handle: Handle) -> Any:
     try:
         return _mapped_or_copied(handle, writeable=_views.get(handle.arena_id) != "read-only")
     except SharedMemoryError as error:
-        return Unresolved(error.reason)
+        return Unresolved(error.reason, handle.size)
     except Exception:
         # Whatever the value's own deserializer has against it, it shall say about the bytes, as without us.
-        return Unresolved("deserializer")
+        return Unresolved("deserializer", handle.size)
 
 
 def _mapped_or_copied(handle: Handle, *, writeable: bool) -> Any:

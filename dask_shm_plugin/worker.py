@@ -115,7 +115,7 @@ class _Running:
         asked_by, serializers = seams.untag(serializers)
         if fetch.is_member(self._arena, asked_by) and not comm.peer_address.startswith("inproc://"):
             comm = _HandingOver(comm, self)
-        else:
+        elif fetch.BYTES_PLEASE not in asked_by:
             self._count_as_sent(keys)
         return await self._get_data_before.old(comm, keys, who=who, serializers=serializers)
 
