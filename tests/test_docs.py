@@ -6,6 +6,7 @@ import ast
 import configparser
 import doctest
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -105,6 +106,13 @@ def test_the_reference_explains_every_reason() -> None:
     classes = [kind for kind in vars(exceptions).values() if isinstance(kind, type)]
     reasons = {kind.reason for kind in classes if issubclass(kind, exceptions.SharedMemoryError)} - {"error"}
     assert {reason for reason in reasons if f"| `{reason}` |" not in reference} == set()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="shared memory needs Linux")
+def test_the_picture_of_a_blocks_life_is_what_the_table_does() -> None:
+    """It is drawn by trying every operation and every death in every state."""
+    drawing = runpy.run_path(str(ROOT / "docs" / "draw_block_life.py"))
+    assert drawing["PICTURE"].read_text() == drawing["picture"]()
 
 
 def test_every_test_says_in_a_sentence_what_it_shows() -> None:
