@@ -15,31 +15,47 @@ from dask_shm_plugin.table import Row
 
 
 class Pins(NamedTuple):
-    """References kept for a child: the ends of a pipe, and the blocks."""
+    """References kept for a child: the ends of a pipe, if there is one, and the blocks."""
 
-    reading: int
-    writing: int
+    reading: int | None
+    writing: int | None
     rows: list[Row]
 
     @classmethod
     def take(cls, rows: list[Row]) -> Pins:
-        """Open the pipe, before the fork."""
-        reading, writing = os.pipe()
+        """Open the pipe, before the fork. Where no descriptor is left, all children are waited for."""
+        try:
+            reading, writing = os.pipe()
+        except OSError:
+            return cls(None, None, rows)
         os.set_blocking(reading, False)
         return cls(reading, writing, rows)
 
     def in_parent(self) -> None:
         """Leave the writing end to the child."""
-        os.close(self.writing)
+        if self.writing is not None:
+            os.close(self.writing)
 
     def in_child(self) -> None:
         """Keep the writing end open for good."""
-        os.close(self.reading)
+        if self.reading is not None:
+            os.close(self.reading)
 
     def are_over(self) -> bool:
         """Tell whether the child has ended; if so, close the pipe."""
+        if self.reading is None:
+            return not _has_children()
         with contextlib.suppress(BlockingIOError):
             os.read(self.reading, 1)
             os.close(self.reading)
             return True
         return False
+
+
+def _has_children() -> bool:
+    """Tell whether this process has any child that lives or was not waited for."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True

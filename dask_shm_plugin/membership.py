@@ -236,8 +236,12 @@ _forking = threading.local()
 
 
 def _before_fork() -> None:
-    arenas = [*all_arenas(), *_lingering]
-    _forking.pins = [(arena, pins) for arena in arenas if (pins := arena.pin()) is not None]
+    # First of all: whatever fails below, what was kept for an earlier child is not given back twice.
+    _forking.pins = []
+    for arena in [*all_arenas(), *_lingering]:
+        pins = arena.pin()
+        if pins is not None:
+            _forking.pins.append((arena, pins))
 
 
 def _after_fork() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 
 import numpy as np
 import pytest
 from other_processes import wait_until
 
 from dask_shm_plugin import membership
+from dask_shm_plugin.exceptions import ArenaFull
 
 SIZE = 1 << 20
 
@@ -84,3 +86,35 @@ def test_a_child_may_join_as_itself(arena):
 
     assert fork(join)() == 1
     wait_until(lambda: arena.reclaim_dead() or arena.stats().members == 1, "the child is still a member")
+
+
+def test_a_fork_without_a_descriptor_left_keeps_what_the_child_looks_at(arena):
+    """Nothing of an earlier fork is closed or given back again, and the child's view holds."""
+    view = share(arena, 7)
+    fork(lambda: 0)()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    ready, go = os.pipe()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        pid = os.fork()
+        if pid == 0:
+            os.close(go)
+            os.read(ready, 1)
+            os._exit(int(view[-1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    taken = os.open(os.devnull, os.O_RDONLY)
+    del view
+    gc.collect()
+    arena.tidy()
+    arena.unpin()
+    arena.tidy()
+    others = [share(arena, 8)]
+    with pytest.raises(ArenaFull):
+        share(arena, 9)
+    os.close(go)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    wait_until(lambda: arena.stats().used == SIZE, "the child's references stay")
+    assert [other[0] for other in others] == [8]
+    for descriptor in (ready, taken):
+        os.close(descriptor)  # nobody else has closed it
