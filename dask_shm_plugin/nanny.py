@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 from distributed.diagnostics.plugin import NannyPlugin
 
 from dask_shm_plugin import config
 from dask_shm_plugin.meters import NannyMeter
-from dask_shm_plugin.role import Role
-
-_ON: weakref.WeakKeyDictionary[Any, SharedMemoryNanny] = weakref.WeakKeyDictionary()
+from dask_shm_plugin.role import Role, switch_off, switch_on
 
 
 class SharedMemoryNanny(NannyPlugin):
@@ -31,19 +28,22 @@ class SharedMemoryNanny(NannyPlugin):
         self._meter: NannyMeter | None = None
 
     async def setup(self, nanny: Any) -> None:
-        """Join; never raises."""
-        # A nanny to which a plugin is added again, unlike a worker, does not tell the first one.
-        earlier = _ON.get(nanny)
-        if earlier is not None:
-            await earlier.teardown(nanny)
+        """Switch on; never raises."""
+        await switch_on(nanny, self)
+
+    async def teardown(self, nanny: Any) -> None:
+        """Switch off; the arena lives on as long as it has members."""
+        await switch_off(nanny, self)
+
+    async def start(self, nanny: Any) -> None:
+        """Join."""
         role = Role("nanny", nanny.scheduler, nanny.address, config.options(self._options))
         arena = await role.join(create=True)
         if arena is not None:
             self._role, self._meter = role, NannyMeter(nanny, arena)
-            _ON[nanny] = self
 
-    async def teardown(self, nanny: Any) -> None:
-        """Leave; the arena lives on as long as it has members."""
+    async def stop(self) -> None:
+        """Leave."""
         role, self._role = self._role, None
         if role is not None and self._meter is not None:
             self._meter.stop()

@@ -19,7 +19,7 @@ from dask_shm_plugin.exceptions import StaleBlock
 from dask_shm_plugin.meters import WorkerMeter
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.publisher import Publisher
-from dask_shm_plugin.role import Role
+from dask_shm_plugin.role import Role, switch_off, switch_on
 
 _PRUNE_EVERY = 5.0
 
@@ -42,15 +42,23 @@ class SharedMemoryWorker(WorkerPlugin):
         self._running: _Running | None = None
 
     async def setup(self, worker: Any) -> None:
-        """Join and take over the two handlers; never raises."""
+        """Switch on; never raises."""
+        await switch_on(worker, self)
+
+    async def teardown(self, worker: Any) -> None:
+        """Switch off; values that live on stay valid."""
+        await switch_off(worker, self)
+
+    async def start(self, worker: Any) -> None:
+        """Join and take over the two handlers."""
         options = config.options(self._options)
         role = Role("worker", worker.scheduler, worker.contact_address or worker.address, options)
         arena = await role.join(create=True)
         if arena is not None:
             self._running = _Running(worker, role, arena)
 
-    async def teardown(self, worker: Any) -> None:
-        """Put everything back; values that live on stay valid."""
+    async def stop(self) -> None:
+        """Put everything back."""
         running, self._running = self._running, None
         if running is not None:
             await running.stop()

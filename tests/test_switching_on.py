@@ -6,13 +6,13 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 
 import dask
 import pytest
 from clusters import OPTIONS, local_cluster, register
 from describing import assert_descriptions_equal, assert_same, describe
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Worker
 from observing import (
     BIG,
     addresses,
@@ -29,6 +29,8 @@ from observing import (
     wait_until,
 )
 from processes import cluster, environment, run_script, scheduler, workers
+
+from dask_shm_plugin import SharedMemoryPlugin, membership, stats, unregister
 
 #: A threshold by way of the environment, as operators set it.
 THRESHOLD = {"DASK_SHM__THRESHOLD": "64 KiB"}
@@ -246,3 +248,51 @@ def test_a_scheduler_with_a_preload_switches_the_whole_cluster_on() -> None:
         for first, second in [(a, b), (b, c), (c, a)]:
             assert_shared_between(client, first, second)
         assert totals(client).arenas == 1
+
+
+# ------------------------------------------------------------------------------------------------ what may go wrong
+
+
+def what_stands_in_front(dask_worker: Worker) -> list[str]:
+    """Name what of a worker is replaced by something of this package, but for the guard of handles under way."""
+    found = {
+        "get_data": dask_worker.handlers["get_data"],
+        "get_process_memory": dask_worker.monitor.get_process_memory,
+        "memory_monitor": dask_worker.periodic_callbacks["memory_monitor"].callback,
+    }
+    return [name for name, it in found.items() if type(getattr(it, "__self__", it)).__module__.startswith("dask_shm")]
+
+
+def test_many_clients_that_register_at_the_same_time_leave_nothing_behind() -> None:
+    """Dask may tear a plugin down before it is set up, for another of the same name: one is on, and then none."""
+
+    async def main() -> None:
+        async with (
+            LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", asynchronous=True) as cluster,
+            Client(cluster, asynchronous=True) as client,
+            AsyncExitStack() as stack,
+        ):
+            others = [await stack.enter_async_context(Client(cluster, asynchronous=True)) for _ in range(6)]
+            nannies = list(cluster.workers.values())
+            before = [nanny.periodic_callbacks["memory_monitor"].callback for nanny in nannies]
+            await asyncio.gather(*(other.register_plugin(SharedMemoryPlugin(**OPTIONS)) for other in others))
+            (seen,) = (await stats(client)).values()
+            assert sorted(seen["workers"]) == sorted(cluster.scheduler.workers)
+            for other in [*others, client]:
+                await unregister(other)
+            assert await client.run(what_stands_in_front) == dict.fromkeys(cluster.scheduler.workers, [])
+            assert [nanny.periodic_callbacks["memory_monitor"].callback for nanny in nannies] == before
+            assert not membership.all_arenas()
+
+    asyncio.run(main())
+
+
+def test_a_setting_that_makes_no_sense_on_a_node_leaves_that_node_as_it_is() -> None:
+    """Said once on the node, as a warning; the cluster works, and what stands there is Dask's."""
+    env = environment({"DASK_SHM__THRESHOLD": "nonsense"})
+    with scheduler() as address, Client(address) as client, workers(client, env=env) as (worker,):
+        register(client, capacity="64 MiB")
+        assert client.submit(len, [1, 2, 3]).result() == 3
+        assert client.run(what_stands_in_front) == {worker: []}
+        said = [line for level, line in client.get_worker_logs()[worker] if level == "ERROR"]
+        assert not said
