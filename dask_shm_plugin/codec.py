@@ -22,7 +22,7 @@ from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.block import Block, Descriptor
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import Unshareable
-from dask_shm_plugin.handles import Handle, Span, map_spans
+from dask_shm_plugin.handles import Handle, Span, map_spans, packed
 from dask_shm_plugin.reach import address_of, bounds
 from dask_shm_plugin.segment import round_up
 from dask_shm_plugin.table import Row
@@ -109,6 +109,7 @@ def publish(serialized: Serialized, arena: Arena) -> Published:
     """
     if any(serialized.header.get("compression") or ()):
         raise Unshareable("the value's own serializer has compressed it")
+    header = packed(serialized.header)
     flat = [ensure_memoryview(frame) for frame in serialized.frames]
     blocks: dict[Row, Block] = {}
     with contextlib.ExitStack() as undo:
@@ -125,7 +126,7 @@ def publish(serialized: Serialized, arena: Arena) -> Published:
         undo.pop_all()
     ordered = tuple(parts[number] for number in range(len(flat)))
     in_band = sum(len(frame) for frame in serialized.frames if isinstance(frame, (bytes, bytearray)))
-    handle = Handle(arena.arena_id, pickle.dumps(serialized.header), ordered, serialized.size, in_band)
+    handle = Handle(arena.arena_id, header, ordered, serialized.size, in_band)
     return Published(handle, list(blocks.values()), copied)
 
 
@@ -136,7 +137,7 @@ def still_holds(published: Published, value: object, arena: Arena) -> bool:
     """
     serialized = Serialized.of(value)
     handle = published.handle
-    if len(serialized.frames) != len(handle.parts) or pickle.dumps(serialized.header) != handle.header:
+    if len(serialized.frames) != len(handle.parts) or packed(serialized.header) != handle.header:
         return False
     flat = [ensure_memoryview(frame) for frame in serialized.frames]
     spans = [part for part in handle.parts if isinstance(part, Span)]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import pickle
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from distributed.protocol.serialize import deserialize
+import msgpack
+from distributed.protocol.serialize import deserialize, msgpack_decode_default, msgpack_encode_default
+from distributed.protocol.utils import msgpack_opts
 
 from dask_shm_plugin import membership, notices
 from dask_shm_plugin.arena import Arena
@@ -44,7 +45,7 @@ class Handle:
     arena_id
         The arena in which the spans lie.
     header
-        Dask's header of the serialized value, pickled: some of its deserializers take a header apart.
+        Dask's header of the serialized value, :func:`packed`.
     parts
         The frames, in order: the bytes of a small one, the place of a large one.
     size
@@ -83,6 +84,16 @@ class Deferred:
     handle: Handle
 
 
+def packed(header: dict[str, Any]) -> bytes:
+    """Return a header as Dask sends it: the keys of a dict travel there, and msgpack makes an ``int`` of an ``IntEnum``."""
+    return bytes(msgpack.dumps(header, default=msgpack_encode_default, use_bin_type=True))
+
+
+def unpacked(header: bytes) -> Any:
+    """Undo :func:`packed`. A new one each time, for some of Dask's deserializers take a header apart."""
+    return msgpack.loads(header, object_hook=msgpack_decode_default, use_list=False, **msgpack_opts)
+
+
 Take = Callable[[Block, int, int], memoryview]
 """How bytes of a block are had: ``Block.view`` maps them, ``Block.read`` copies them."""
 
@@ -101,7 +112,7 @@ def resolve(handle: Handle, *, writeable: bool = True, take: Take = Block.view) 
         raise ArenaUnavailable("this process is not a member of the arena")
     mapped = map_spans([part for part in handle.parts if isinstance(part, Span)], arena, take)
     frames = [mapped[part].pop() if isinstance(part, Span) else memoryview(bytearray(part)) for part in handle.parts]
-    header = pickle.loads(handle.header)
+    header = unpacked(handle.header)
     if not writeable:
         header, frames = _read_only(header), [frame.toreadonly() for frame in frames]
     return deserialize(header, frames)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import distributed.client
 import distributed.core
 import distributed.nanny
+import distributed.protocol.core
 import distributed.scheduler
 import distributed.spill
 import distributed.system_monitor
@@ -40,6 +41,12 @@ def _takes(function: Any, *names: str) -> bool:
 
 def _names(function: Any, *names: str) -> bool:
     return set(names) <= set(inspect.unwrap(function).__code__.co_names)
+
+
+def _packs(function: Any, *names: str) -> bool:
+    # What does it are functions within the function.
+    source = inspect.getsource(function)
+    return all(name in source for name in names)
 
 
 _MANAGER = distributed.worker_memory.WorkerMemoryManager
@@ -86,6 +93,14 @@ SEAMS = (
         "ConnectionPool.deserialize",
         "tells those who unpack what they fetch from the scheduler, who passes it on",
         lambda: _takes(distributed.core.ConnectionPool, "deserialize", "serializers", "deserializers"),
+    ),
+    Seam(
+        "distributed.protocol.core.dumps, .loads",
+        "a header is packed as Dask packs it",
+        lambda: (
+            _packs(distributed.protocol.core.dumps, "msgpack_encode_default", "use_bin_type")
+            and _packs(distributed.protocol.core.loads, "msgpack_decode_default", "use_list", "msgpack_opts")
+        ),
     ),
     Seam(
         "Client._close",

@@ -11,6 +11,7 @@ import functools
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,7 @@ KINDS |= {
     "list_of_arrays": lambda n: [numbers(n, seed) for seed in range(3)],
     "tuple_mixed": lambda n: (numbers(n), "name", 3, numbers(2), numbers(n).tobytes()),
     "dict_mixed": lambda n: {"big": numbers(n), ("a", 1): numbers(3), 7: None, "text": "t" * n},
+    "dict_special_keys": lambda n: {HTTPStatus.OK: numbers(n), np.str_("a"): integers(n), np.float64(0.5): numbers(n)},
     "ordered_dict": lambda n: OrderedDict(b=numbers(n), a=integers(n)),
     "deep": lambda n: {"one": [{"two": ({"three": numbers(n)}, [numbers(n, 2)])}, 5]},
     "many_arrays": lambda n: [numbers(n // 8, seed) for seed in range(12)],
