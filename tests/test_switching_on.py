@@ -280,7 +280,7 @@ def test_many_clients_that_register_at_the_same_time_leave_nothing_behind() -> N
             assert sorted(seen["workers"]) == sorted(cluster.scheduler.workers)
             for other in [*others, client]:
                 await unregister(other)
-            assert await client.run(what_stands_in_front) == dict.fromkeys(cluster.scheduler.workers, [])
+            assert await client.run(what_stands_in_front) == {address: [] for address in cluster.scheduler.workers}
             assert [nanny.periodic_callbacks["memory_monitor"].callback for nanny in nannies] == before
             assert not membership.all_arenas()
 
