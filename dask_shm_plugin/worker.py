@@ -204,8 +204,10 @@ class _ScatterGuard:
         """Return what the scheduler is told: it refuses tasks whose inputs are larger than a worker's limit."""
         # The values are stored by now: whatever goes wrong here must not make the scatter fail.
         with contextlib.suppress(Exception):
-            if self._arena is not None and reach.rows_of(value, self._arena.arena_id):
-                return size // max(1, sum(role.kind == "worker" for role in self._arena.roles()))
+            if self._arena is not None:
+                shared = min(size, sum(reach.rows_of(value, self._arena.arena_id).values()))
+                workers = sum(role.kind == "worker" for role in self._arena.roles()) if shared else 1
+                return size - shared + shared // max(1, workers)
         return size
 
     @property

@@ -34,6 +34,18 @@ SCATTERS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_the_scheduler_is_told_a_share_of_what_is_shared_and_all_of_the_rest(four: Client) -> None:
+    """What lies in the arena counts once for all workers; the text beside it is each worker's own."""
+
+    def told(key: str, dask_scheduler: Any) -> int:
+        return int(dask_scheduler.tasks[key].nbytes)
+
+    shared, own = 8 * BIG, 16 * BIG  # bytes
+    (future,) = four.scatter([[array(fresh(), BIG), "t" * own]])
+    nbytes = four.run_on_scheduler(told, future.key)
+    assert own + shared // 4 <= nbytes < own + shared // 2
+
+
 def test_a_broadcast_is_written_once_and_mapped_by_every_worker(four: Client) -> None:
     """One publication serves four workers, and no bytes are sent instead."""
     seed = fresh()
