@@ -91,6 +91,17 @@ class Publisher:
         outcome: Published | DaskSerialized | None = await asyncio.shield(flight.task)
         return outcome
 
+    def small(self, key: Any, value: object, size: int) -> DaskSerialized | None:
+        """Return, serialized, a value that is estimated to be too small to be shared, and is; takes no detour.
+
+        The same for each of the thousands of small values in one answer would cost more than all the rest
+        (25 of 90 microseconds for each, 2 cores, November 2026).
+        """
+        if size >= self._threshold or key in self._records or key in self._flights:
+            return None
+        serialized = Serialized.of(value)
+        return DaskSerialized(serialized.header, serialized.frames) if serialized.size < self._threshold else None
+
     def forget(self, key: Any) -> None:
         """Drop the record of a key that the worker holds no longer in memory."""
         self._records.pop(key, None)
@@ -146,7 +157,11 @@ class Publisher:
         shared = await self._in_thread(_rebuild, published.handle, value)
         # While the thread was at work the key may have been released, replaced or spilled.
         if shared is not None and self._has(key, value):
-            self._data[key] = shared
+            # What a task has returned as it came is one object under several keys, and stays one.
+            for also in seams.keys_of(self._data, value):
+                if self._has(also, value):  # storing one may spill another
+                    self._records.pop(also, None)
+                    self._data[also] = shared
             self._records[key] = _Record(shared, published, is_adopted=True)
             COUNTERS.count("adopted", published.handle.size)
 

@@ -277,6 +277,12 @@ def in_memory(data: Any, key: Any) -> Any:
     return data.get(key) if type(data) is dict else None
 
 
+def keys_of(data: Any, value: object) -> list[Any]:
+    """Return the keys under which a worker has this very object in memory."""
+    held = data.fast.d if isinstance(data, distributed.spill.SpillBuffer) else data
+    return [key for key, item in held.items() if item is value]
+
+
 def on_spill(data: Any, callback: Callable[[Any, Any], None]) -> Callable[[], None]:
     """Call back with key and value whenever a value has gone to disk; return how to stop that."""
     if not isinstance(data, distributed.spill.SpillBuffer):

@@ -135,11 +135,13 @@ class _Running:
 
     async def share(self, data: dict[Any, Any], keep: list[Published]) -> dict[Any, Any]:
         """Return the data of an answer with handles in the place of what is shared."""
-        large = [key for key, wrapped in data.items() if self._may_be_large(key, wrapped.data)]
-        if not large:
+        unknown = [key for key, wrapped in data.items() if self._may_be_large(key, wrapped.data)]
+        if not unknown:
             return data
+        small = {key: self.publisher.small(key, data[key].data, self._size(key)) for key in unknown}
+        large = [key for key, serialized in small.items() if serialized is None]
         shared = await asyncio.gather(*(self._share(key, data[key], keep) for key in large))
-        return {**data, **dict(zip(large, shared, strict=True))}
+        return {**data, **small, **dict(zip(large, shared, strict=True))}
 
     def _may_be_large(self, key: Any, value: object) -> bool:
         is_actor = key in self._worker.state.actors

@@ -9,6 +9,7 @@ import threading
 
 import numpy as np
 import pytest
+from distributed.protocol.serialize import deserialize
 from distributed.spill import SpillBuffer
 
 from dask_shm_plugin import codec, handles, membership, publisher
@@ -80,6 +81,33 @@ async def test_a_result_is_published_once_and_adopted(arena):
     assert codec.is_shared(data["x"])
     np.testing.assert_array_equal(data["x"], expected)
     assert await ours.publish("x", data["x"], expected.nbytes) is first
+    ours.close()
+
+
+@pytest.mark.parametrize("spills", [False, True])
+@in_loop
+async def test_one_object_under_two_keys_is_copied_once_and_stays_one(arena, tmp_path, spills):
+    """A task that returns its input as it came makes no second value, here as in stock Dask."""
+    data = SpillBuffer(str(tmp_path), target=1 << 24) if spills else {}
+    data["x"] = data["y"] = value = big()
+    ours = Publisher(arena, THRESHOLD, data)
+    await ours.publish("x", value, value.nbytes)
+    assert data["y"] is data["x"]
+    published = await ours.publish("y", data["y"], value.nbytes)
+    assert published.copied == 0
+    np.testing.assert_array_equal(handles.resolve(published.handle), big())
+    assert arena.stats().blocks == 1
+    ours.close()
+
+
+@in_loop
+async def test_a_small_value_takes_no_detour(arena):
+    """It is serialized where the answer is made; what only looked small is published."""
+    ours = Publisher(arena, THRESHOLD, {})
+    serialized = ours.small("x", (1, [2, 3]), 100)
+    assert deserialize(serialized.header, serialized.frames) == (1, [2, 3])
+    assert ours.small("x", Model(), 100) is None
+    assert ours.small("x", (1, 2), THRESHOLD) is None
     ours.close()
 
 
