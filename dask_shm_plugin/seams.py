@@ -45,8 +45,7 @@ def _names(function: Any, *names: str) -> bool:
 
 def _packs(function: Any, *names: str) -> bool:
     # What does it are functions within the function.
-    source = inspect.getsource(function)
-    return all(name in source for name in names)
+    return all(name in inspect.getsource(function) for name in names)
 
 
 _MANAGER = distributed.worker_memory.WorkerMemoryManager
