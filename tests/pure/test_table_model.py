@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from deaths import dies
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule
@@ -18,6 +21,8 @@ from dask_shm_plugin.table import MEMBERS, TABLE_BYTES, Extent, Row, Table
 
 PAGE = 4096
 CAPACITY = 24 * PAGE
+#: What a member may be at when it dies.
+ACTIONS = ["reserve", "seal", "acquire", "release", "add a role", "reclaim", "leave"]
 
 
 @dataclass
@@ -70,16 +75,71 @@ class TableMachine(RuleBasedStateMachine):
     @rule(member=members)
     def reclaim(self, member: Member) -> None:
         """Let a member leave, or another clean up behind it; for one that has gone before, nothing happens."""
+        freed = self.depart(member)
+        assert sorted(self.table.reclaim(member)) == sorted(freed)
+        self.changes += len(freed)
+
+    @rule(member=members)
+    def reclaim_drafts(self, member: Member) -> None:
+        """Let another clean up behind a dead member whose forked child lives: its drafts are free, and no more."""
+        drafts = [row for row, entry in self.blocks.items() if not entry.is_sealed and entry.owner == member]
+        freed = [self.blocks.pop(row).extent for row in drafts]
+        assert sorted(self.table.reclaim_drafts(member)) == sorted(freed)
+        self.changes += len(freed)
+
+    @rule(member=members, other=members, row=rows | st.none(), store=st.integers(0, 9), what=st.sampled_from(ACTIONS))
+    def die(self, member: Member, other: Member, row: Row | None, store: int, what: str) -> None:
+        """Let a member die before a store of something that it does, and another clean up; nothing of it is left.
+
+        What it did to the table was either to something that only it had, or it was about a claim of its own: so it makes
+        no difference how far it came, but for one that it was itself cleaning up behind.
+        """
+        if member not in self.live or (row is None and what in ("seal", "acquire", "release")):
+            return
+        whom = other if what == "reclaim" else member
+        self.start_to(what, member, other, row, store)
+        self.table.validate()
+        for gone in {whom, member}:
+            self.table.reclaim(gone)
+            self.depart(gone)
+        assert self.table.changes >= self.changes
+        self.changes = self.table.changes
+
+    def start_to(self, what: str, member: Member, other: Member, row: Row | None, store: int) -> None:
+        """Do something up to a store."""
+        table = self.table
+        action: Callable[[], object] = {
+            "reserve": lambda: self.reserve_page(table, member),
+            "seal": lambda: table.seal(row, member),
+            "acquire": lambda: table.acquire(row, member),
+            "release": lambda: table.release(row, member),
+            "add a role": lambda: table.add_role(member, "client", "tcp://127.0.0.1:9"),
+            "reclaim": lambda: table.reclaim(other),
+            "leave": lambda: table.reclaim(member),
+        }[what]
+        entry = self.blocks.get(row)
+        if what == "seal" and (entry is None or entry.is_sealed or entry.owner != member):
+            return
+        with contextlib.suppress(StaleBlock):
+            dies(action, store)
+
+    def reserve_page(self, table: Table, member: Member) -> None:
+        """Reserve a page where placement says, if there is one."""
+        offset = placement.place(table.taken(), table.capacity, PAGE)
+        if offset is not None:
+            table.reserve(Extent(offset, PAGE), 1, member)
+
+    def depart(self, member: Member) -> list[Extent]:
+        """Let the model forget a member, and return what became free."""
         freed = []
         for row, entry in list(self.blocks.items()):
             if member in self.live and (entry.owner == member if not entry.is_sealed else entry.holders == {member}):
                 freed.append(entry.extent)
                 del self.blocks[row]
             entry.holders.discard(member)
-        assert sorted(self.table.reclaim(member)) == sorted(freed)
         self.live.discard(member)
         self.roles = [role for role in self.roles if role.member != member]
-        self.changes += len(freed)
+        return freed
 
     # -------------------------------------------------------------------------------------------------- blocks
 
