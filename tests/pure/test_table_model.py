@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule
 
 from dask_shm_plugin import placement
+from dask_shm_plugin import table as table_module
 from dask_shm_plugin.exceptions import StaleBlock
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.rolebook import Role
@@ -21,8 +22,6 @@ from dask_shm_plugin.table import MEMBERS, TABLE_BYTES, Extent, Row, Table
 
 PAGE = 4096
 CAPACITY = 24 * PAGE
-#: What a member may be at when it dies.
-ACTIONS = ["reserve", "seal", "acquire", "release", "add a role", "reclaim", "leave"]
 
 
 @dataclass
@@ -87,41 +86,75 @@ class TableMachine(RuleBasedStateMachine):
         assert sorted(self.table.reclaim_drafts(member)) == sorted(freed)
         self.changes += len(freed)
 
-    @rule(member=members, other=members, row=rows | st.none(), store=st.integers(0, 9), what=st.sampled_from(ACTIONS))
-    def die(self, member: Member, other: Member, row: Row | None, store: int, what: str) -> None:
-        """Let a member die before a store of something that it does, and another clean up; nothing of it is left.
+    @rule(member=members, other=members, data=st.data())
+    def die(self, member: Member, other: Member, data: st.DataObject) -> None:
+        """Let a member die before each store of each thing that it could do now, and others clean up behind it.
 
-        What it did to the table was either to something that only it had, or it was about a claim of its own: so it makes
-        no difference how far it came, but for one that it was itself cleaning up behind.
+        Whatever it did was to something that only it had, or to a claim of its own: so it makes no difference how far it
+        came, and nothing of it is left.
         """
-        if member not in self.live or (row is None and what in ("seal", "acquire", "release")):
+        if member not in self.live:
             return
-        whom = other if what == "reclaim" else member
-        self.start_to(what, member, other, row, store)
-        self.table.validate()
-        for gone in {whom, member}:
-            self.table.reclaim(gone)
-            self.depart(gone)
-        assert self.table.changes >= self.changes
-        self.changes = self.table.changes
+        for action, behind in self.possible(member, other, data):
+            for store in itertools.count():
+                before = self.remember()
+                is_dead = dies(action, store)
+                self.table.validate()
+                for gone in (behind, member):
+                    self.table.reclaim(gone)
+                assert self.taken() == sorted(
+                    entry.extent
+                    for entry in self.blocks.values()
+                    if (entry.holders if entry.is_sealed else {entry.owner}) - {behind, member}
+                )
+                assert set(self.table.members()) == self.live - {behind, member}
+                assert self.table.changes >= self.changes
+                self.recall(before)
+                if not is_dead:
+                    break
+        self.reclaim(member)
 
-    def start_to(self, what: str, member: Member, other: Member, row: Row | None, store: int) -> None:
-        """Do something up to a store."""
+    def possible(
+        self, member: Member, other: Member, data: st.DataObject
+    ) -> Iterator[tuple[Callable[[], object], Member]]:
+        """Return what a member can do, and behind whom it cleans up."""
         table = self.table
-        action: Callable[[], object] = {
-            "reserve": lambda: self.reserve_page(table, member),
-            "seal": lambda: table.seal(row, member),
-            "acquire": lambda: table.acquire(row, member),
-            "release": lambda: table.release(row, member),
-            "add a role": lambda: table.add_role(member, "client", "tcp://127.0.0.1:9"),
-            "reclaim": lambda: table.reclaim(other),
-            "leave": lambda: table.reclaim(member),
-        }[what]
-        entry = self.blocks.get(row)
-        if what == "seal" and (entry is None or entry.is_sealed or entry.owner != member):
-            return
-        with contextlib.suppress(StaleBlock):
-            dies(action, store)
+        yield (lambda: self.reserve_page(table, member)), member
+        yield (lambda: table.add_role(member, "client", "tcp://127.0.0.1:9")), member
+        yield (lambda: table.reclaim(member)), member
+        yield (lambda: table.reclaim(other)), other
+        yield (lambda: table.reclaim_drafts(other)), other
+        drafts = [row for row, entry in self.blocks.items() if not entry.is_sealed and entry.owner == member]
+        sealed = [row for row, entry in self.blocks.items() if entry.is_sealed]
+        held = [row for row in sealed if member in self.blocks[row].holders]
+        for rows, act in (
+            (drafts, table.seal),
+            (drafts, table.release),
+            (sealed, table.acquire),
+            (held, table.release),
+        ):
+            if rows:
+                row = data.draw(st.sampled_from(rows))
+                yield (lambda act=act, row=row: act(row, member)), member
+
+    def remember(self) -> list[np.ndarray]:
+        """Copy the parts of the table that are in use."""
+        return [part.copy() for part in self.parts()]
+
+    def recall(self, parts: list[np.ndarray]) -> None:
+        """Let the table be as it was."""
+        for part, old in zip(self.parts(), parts, strict=True):
+            part[:] = old
+
+    def parts(self) -> list[np.ndarray]:
+        """Return the parts that are in use: no more rows than there are pages, and few members."""
+        table = self.table
+        words = np.frombuffer(self.buffer, np.uint64)
+        return [words[: table_module._BLOCKS_AT], table._blocks[:32], table._claims[:6, :32], table._claims[-1, :32]]
+
+    def taken(self) -> list[tuple[int, ...]]:
+        """Return what is taken, in order."""
+        return sorted(map(tuple, self.table.taken().tolist()))
 
     def reserve_page(self, table: Table, member: Member) -> None:
         """Reserve a page where placement says, if there is one."""
@@ -245,7 +278,7 @@ class TableMachine(RuleBasedStateMachine):
     def has_the_same_blocks(self) -> None:
         """See that the same places are taken, by blocks with as many holders."""
         table = self.table
-        assert sorted(map(tuple, table.taken().tolist())) == sorted(entry.extent for entry in self.blocks.values())
+        assert self.taken() == sorted(entry.extent for entry in self.blocks.values())
         assert table.count() == len(self.blocks)
         for row, entry in self.blocks.items():
             assert table.extent(row.index) == entry.extent
