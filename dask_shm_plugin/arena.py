@@ -230,14 +230,23 @@ class Arena:
         return self._table.roles()
 
     def reclaim_dead(self) -> bool:
-        """Take back what members hold whose death is proved; return whether any space became free."""
+        """Take back what members hold whose death is proved; return whether any space became free.
+
+        A forked child of the dead keeps what it may look at. Drafts it has no use for, and nobody else will seal them.
+        """
         # Looked for without the mutex: an incarnation that is proved dead stays dead.
         others = [member for member in self._table.members() if member != self.member]
         dead = [member for member in others if not liveness.is_held(self.segment.fd, member.slot)]
-        if not dead:
+        orphans = [
+            member
+            for member in others
+            if self._table.has_drafts(member) and liveness.is_orphaned(self.segment.fd, member.slot)
+        ]
+        if not dead and not orphans:
             return False
         with self._mutex:
-            freed = [extent for member in dead for extent in self._table.reclaim(member)]
+            freed = [extent for member in orphans for extent in self._table.reclaim_drafts(member)]
+            freed += [extent for member in dead for extent in self._table.reclaim(member)]
         return bool(freed)
 
     def holders(self, row: Row) -> int:
@@ -348,9 +357,9 @@ class Arena:
     def _join(self) -> Member:
         with self._mutex:
             for slot in self._table.vacant():
-                # The lock comes first, or there would be a moment when a living member looks dead. A slot whose lock
+                # The locks come first, or there would be a moment when a living member looks dead. A slot whose lock
                 # is still held belonged to a process whose forked child lives on.
-                if liveness.hold(self.segment.fd, slot):
+                if liveness.appear(self.segment.fd, slot):
                     self.segment.reserve(tables.claims_offset(slot), tables.CLAIM_BYTES)
                     return self._table.join(slot, self._pid, liveness.start_time(self._pid))
         raise MembersFull(f"all {tables.MEMBERS} places for members are taken")

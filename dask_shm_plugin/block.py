@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
+from dask_shm_plugin.exceptions import ArenaUnavailable
 from dask_shm_plugin.pages import Pages
 from dask_shm_plugin.segment import PAGE, round_up
 from dask_shm_plugin.table import Extent, Row
@@ -68,7 +69,12 @@ class Draft:
         ------
         MemoryExhausted
             The operating system has no pages left.
+        ArenaUnavailable
+            This is a forked child of the process that has the draft.
         """
+        if os.getpid() != self._pid:
+            # The place is the parent's to seal, and somebody else's when the parent is dead.
+            raise ArenaUnavailable("a forked child does not write its parent's drafts")
         data = data.cast("B")
         if self._row is None or offset < 0 or offset + len(data) > self._extent.length:
             raise ValueError("write goes beyond the draft" if self._row else "the draft is sealed or given up")

@@ -46,8 +46,8 @@ def arm(moment: str, fate: Fate, *, skip: int = 0) -> None:
 
     def happen() -> None:
         left[0] -= 1
-        if left[0] < 0:
-            del _fates[moment]
+        # Two threads may come by at the same time.
+        if left[0] < 0 and _fates.pop(moment, None) is not None:
             fate()
 
     _fates[moment] = happen

@@ -6,6 +6,8 @@ Two kinds of lock, because each can do what the other cannot.
   descriptor, its mappings, and a forked child that inherited either. So it covers exactly the views that may exist.
 - Being at work on the table is a classic *record* lock. It falls with the process itself, even when a forked child
   lives on, so no death can keep it. It does not exclude threads of one process, so a ``threading.Lock`` goes with it.
+  Another one, per member, tells whether the process itself is left, or only a child of it. It falls when the last thread
+  has ended, so nobody writes any more, where ``/proc`` would call a process dead of which one thread still does.
 
 Both are taken on bytes that lie far behind the end of the file, where no data will ever be.
 """
@@ -56,6 +58,21 @@ def let_go(fd: int, byte: int) -> None:
 def is_held(fd: int, byte: int) -> bool:
     """Tell whether another open file description has a lock on a byte. Its own locks are not seen."""
     return _description_lock(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, byte) != fcntl.F_UNLCK
+
+
+def appear(fd: int, byte: int) -> bool:
+    """Take the lock on a byte, and another one that falls with this very process; return whether both were free."""
+    return hold(fd, byte) and syscalls.record_lock(fd, fcntl.F_WRLCK, _BEHIND_THE_FILE + _of_process(byte)) == 0
+
+
+def is_orphaned(fd: int, byte: int) -> bool:
+    """Tell whether the process that has appeared under a byte is gone, even if a forked child of it lives on."""
+    return not is_held(fd, _of_process(byte))
+
+
+def _of_process(byte: int) -> int:
+    # Before the mutex, going down.
+    return -2 - byte
 
 
 def start_time(pid: int) -> int:

@@ -256,8 +256,6 @@ def _forget_parent() -> None:
     _lock = threading.Lock()
     for _, pins in _forking.pins:
         pins.in_child()
-    for joined in _by_cluster.values():
-        joined.meeting.close()
     _by_cluster.clear()
     _lingering.clear()
     ATLAS.forget()

@@ -10,6 +10,9 @@ anyone who holds the first. Nobody distinguishes "just created" from "left over"
 empty or dead rendezvous fills it anew, and whoever waited for the lock of a removed one notices that the name now
 means another file, and begins again.
 
+These locks would outlast a process of which a forked child lives on, for they belong to the open file. So a child closes
+what it has inherited of rendezvous before it does anything else, and a process that closes one lets go of it first.
+
 The name may go while members live: a logout with ``RemoveIPC`` or the epilogue of a batch system clears ``/dev/shm``. The
 memory does not go with it, and members make a new rendezvous for it.
 """
@@ -21,6 +24,7 @@ import hashlib
 import os
 import stat
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -37,6 +41,10 @@ _ENTRY = struct.Struct("<QQQ")
 _SIZE = 4096 * -(-(_HEAD.size + MEMBERS * _ENTRY.size) // 4096)
 _CHANGE, _PRESENCE = 0, 1
 _PATIENCE = 2.0
+
+_opening = threading.Lock()
+_opened: set[int] = set()
+"""The descriptors of all rendezvous that this process has open."""
 
 
 class Listed(NamedTuple):
@@ -112,7 +120,7 @@ class Rendezvous:
 
     @property
     def is_attended(self) -> bool:
-        """Whether any other process that was listed here lives, or a forked child of one."""
+        """Whether any other process that was listed here lives."""
         return liveness.is_held(self._fd, _PRESENCE)
 
     @step("attend")
@@ -138,7 +146,7 @@ class Rendezvous:
     def close(self) -> None:
         """Let go of everything."""
         if self._fd >= 0:
-            os.close(self._fd)
+            _close(self._fd)
             self._fd = -1
 
     def __repr__(self) -> str:
@@ -173,7 +181,7 @@ def enter(name: str, *, create: bool) -> Rendezvous | None:
             return None
         if _lock(fd, name):
             return Rendezvous(name, fd)
-        os.close(fd)
+        _close(fd)
         if time.monotonic() > deadline:
             raise ArenaBusy(f"{name} was locked by others for {_PATIENCE} s")
         time.sleep(0.001)
@@ -203,25 +211,49 @@ def _purge_one(name: str) -> None:
             if _lock(fd, name) and not liveness.is_held(fd, _PRESENCE):
                 os.unlink(f"{SHM_DIRECTORY}{name}")
         finally:
-            os.close(fd)
+            _close(fd)
 
 
 def _open(name: str, *, create: bool) -> int | None:
     import posix_ipc
 
     try:
-        memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREAT if create else 0, mode=0o600)
+        # No process is forked between these two.
+        with _opening:
+            fd = int(posix_ipc.SharedMemory(name, posix_ipc.O_CREAT if create else 0, mode=0o600).fd)
+            _opened.add(fd)
     except posix_ipc.ExistentialError:
         return None
     except (OSError, ValueError, posix_ipc.Error) as error:
         raise ArenaUnavailable(f"POSIX shared memory {name} cannot be opened: {error}") from error
-    fd = int(memory.fd)
     status = os.fstat(fd)
     if status.st_uid != os.getuid() or not stat.S_ISREG(status.st_mode) or stat.S_IMODE(status.st_mode) & 0o077:
-        os.close(fd)
+        _close(fd)
         raise ArenaUnavailable(f"POSIX shared memory {name} is not this user's own; remove it")
     os.set_inheritable(fd, False)
     return fd
+
+
+def _close(fd: int) -> None:
+    """Let go of a rendezvous, also on behalf of children that were forked without telling this package."""
+    if fd not in _opened:  # this is a child, which has closed it already
+        return
+    with contextlib.suppress(OSError):
+        liveness.let_go(fd, _CHANGE)
+        liveness.let_go(fd, _PRESENCE)
+    _opened.discard(fd)
+    os.close(fd)
+
+
+def _forget_parents() -> None:
+    """Close what a forked child has inherited. The locks are its parent's, and stay."""
+    _opening.release()
+    while _opened:
+        os.close(_opened.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_forget_parents)
 
 
 def _lock(fd: int, name: str) -> bool:

@@ -192,6 +192,15 @@ class Table:
         self._book.cross_out(member)
         return freed
 
+    def has_drafts(self, member: Member) -> bool:
+        """Tell whether a member has drafts. Needs no mutex: a change meanwhile makes the answer old."""
+        return bool(self._drafts_of(member))
+
+    @step("reclaim drafts")
+    def reclaim_drafts(self, member: Member) -> list[Extent]:
+        """Take back the drafts of a member whose process is proved to be gone; return the extents that became free."""
+        return [extent for row in self._drafts_of(member) if (extent := self.release(row, member))]
+
     # -- roles
 
     def add_role(self, member: Member, kind: str, address: str) -> None:

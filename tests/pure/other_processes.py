@@ -34,7 +34,7 @@ T = TypeVar("T")
 PRELUDE = """
 import gc, os, resource, signal, sys, threading, warnings
 import numpy as np
-from dask_shm_plugin import liveness, membership, rendezvous, segment, syscalls, table, views
+from dask_shm_plugin import crashpoints, liveness, membership, rendezvous, segment, syscalls, table, tidying, views
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.exceptions import *
 from dask_shm_plugin.liveness import Mutex
@@ -151,6 +151,12 @@ class Process:
         self.forked.append(child)
         return child
 
+    def adopted(self) -> Process:
+        """Return the child that it has forked of itself, by ``fork_and_die``."""
+        child = Process(self._meet, *_accept(self._meet), self._path)
+        self.forked.append(child)
+        return child
+
     def __call__(self, lines: str, **values: Any) -> Any:
         """Run some lines, and return what came of them."""
         self.begin(lines, **values)
@@ -186,6 +192,11 @@ class Process:
         """Stop it, and wait until it stands still."""
         signal.pidfd_send_signal(self._handle, signal.SIGSTOP)
         wait_until(lambda: _state(self.pid) == "T", f"process {self.pid} stands still", _PATIENCE)
+
+    def is_stopped(self) -> bool:
+        """Wait until it stands still, or what it was told to run is done; tell whether it stands still."""
+        wait_until(lambda: _state(self.pid) == "T" or self._connection.poll(), "it stops or answers", _PATIENCE)
+        return _state(self.pid) == "T"
 
     def go_on(self) -> None:
         """Let it go on after a stop."""
@@ -232,8 +243,24 @@ def _serve(path: str) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     names: dict[str, Any] = {"__name__": "__other__", "publish": publish, "watcher": watcher}
     exec(PRELUDE, names)
-    connection = _connect(path)
+    names["fork_and_die"] = lambda: _fork_and_die(path, names)
+    _answer(path, _connect(path), names)
+
+
+def _fork_and_die(path: str, names: dict[str, Any]) -> None:
+    """Let a forked child of this process outlive it, wherever it is: the child does as it is told, and then ends."""
+    if os.fork():
+        os.kill(os.getpid(), signal.SIGKILL)
+    names["_connection"].close()
+    try:
+        _answer(path, _connect(path), names)
+    finally:
+        os._exit(0)
+
+
+def _answer(path: str, connection: Connection, names: dict[str, Any]) -> None:
     while True:
+        names["_connection"] = connection
         try:
             lines, values = connection.recv()
         except EOFError:

@@ -141,10 +141,36 @@ class TestFork:
         assert child("arena.stats().members") == 1
         child(LEAVE)
 
+    def test_a_child_does_not_keep_the_rendezvous_locked_when_its_parent_is_killed(
+        self, cluster: str, process: Callable[[], Process]
+    ) -> None:
+        """A thread of the parent was joining or leaving when it forked; others join, and the last one removes the name."""
+        parent = process()
+        parent("meeting = rendezvous.enter(name, create=True); meeting.attend()", name=name_for(cluster))
+        child = parent.fork()
+        parent.kill()
+        join(cluster)
+        membership.leave(cluster, "nanny", "tcp://here")
+        assert not exists(name_for(cluster))
+        assert child("1 + 1") == 2
+
+    def test_the_rendezvous_is_let_go_of_though_others_have_inherited_it(
+        self, cluster: str, process: Callable[[], Process]
+    ) -> None:
+        """A library may fork without telling Python, and the child closes nothing."""
+        parent = process()
+        parent("meeting = rendezvous.enter(name, create=True); meeting.attend()", name=name_for(cluster))
+        parent("import ctypes; libc = ctypes.PyDLL(None); child = libc.fork() or libc.pause()")
+        parent("meeting.close()")
+        join(cluster)
+        membership.leave(cluster, "nanny", "tcp://here")
+        assert not exists(name_for(cluster))
+        parent("os.kill(child, signal.SIGKILL)")
+
     def test_a_child_that_lives_on_does_not_keep_the_next_from_beginning_anew(
         self, cluster: str, member: Callable[..., Process]
     ) -> None:
-        """It is present for its dead parent, but nobody can join through it; its views stay as they are."""
+        """Nobody can join through it; its views stay as they are."""
         parent = member()
         parent("with publish(arena, b'parents') as block: view = block.view(0, 7)")
         before = parent("arena.arena_id")

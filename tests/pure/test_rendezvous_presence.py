@@ -36,17 +36,17 @@ class TestPresence:
         meeting.attend()
         assert not meeting.is_attended
 
-    def test_a_forked_child_is_present_for_its_parent(
+    def test_a_forked_child_is_not_present_for_its_parent(
         self, name: str, meet: Callable[..., Rendezvous], process: Callable[[], Process]
     ) -> None:
-        """It has what its parent had."""
+        """Nobody can join through it. What it does with what it has inherited changes nothing for its parent."""
         other = process()
         attended(other, name)
         child = other.fork()
-        other.kill()
+        child("meeting.close()")
         meeting = meet()
         assert meeting.is_attended
-        child.kill()
+        other.kill()
         assert not meeting.is_attended
 
     def test_only_the_living_can_help(self, process: Callable[[], Process]) -> None:
@@ -80,18 +80,18 @@ class TestPurging:
         assert not segment.exists()
 
     def test_what_is_attended_stays(self, name: str, process: Callable[[], Process]) -> None:
-        """Whether by the process itself or by a forked child of it."""
+        """Until the process itself is gone, whether a forked child of it lives or not."""
         other = process()
         attended(other, name)
         purge()
         assert exists(name)
         child = other.fork()
-        other.kill()
         purge()
         assert exists(name)
-        child.kill()
+        other.kill()
         purge()
         assert not exists(name)
+        assert child("1 + 1") == 2
 
     def test_what_is_being_changed_stays(self, name: str, process: Callable[[], Process]) -> None:
         """Somebody is about to attend it."""

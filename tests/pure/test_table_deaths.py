@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from itertools import count
 from typing import Any
 
 import numpy as np
 import pytest
-from other_processes import watcher
+from deaths import dies
 
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.rolebook import Role
 from dask_shm_plugin.table import TABLE_BYTES, Extent, Row, Table
 
 PAGE = 4096
-
-
-class Death(BaseException):
-    """Stands for SIGKILL."""
-
-
-def dies(action: Callable[[], Any], before: int) -> bool:
-    """Run an action up to, and without, a store into the table; return whether there was such a store."""
-
-    def die() -> None:
-        raise Death
-
-    others = sys.gettrace()
-    sys.settrace(watcher(die, before))
-    try:
-        action()
-    except Death:
-        return True
-    finally:
-        sys.settrace(others)
-    return False
 
 
 class Scene:

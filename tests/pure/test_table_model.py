@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from deaths import dies
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule
 
 from dask_shm_plugin import placement
+from dask_shm_plugin import table as table_module
 from dask_shm_plugin.exceptions import StaleBlock
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.rolebook import Role
@@ -70,16 +74,105 @@ class TableMachine(RuleBasedStateMachine):
     @rule(member=members)
     def reclaim(self, member: Member) -> None:
         """Let a member leave, or another clean up behind it; for one that has gone before, nothing happens."""
+        freed = self.depart(member)
+        assert sorted(self.table.reclaim(member)) == sorted(freed)
+        self.changes += len(freed)
+
+    @rule(member=members)
+    def reclaim_drafts(self, member: Member) -> None:
+        """Let another clean up behind a dead member whose forked child lives: its drafts are free, and no more."""
+        drafts = [row for row, entry in self.blocks.items() if not entry.is_sealed and entry.owner == member]
+        freed = [self.blocks.pop(row).extent for row in drafts]
+        assert sorted(self.table.reclaim_drafts(member)) == sorted(freed)
+        self.changes += len(freed)
+
+    @rule(member=members, other=members, data=st.data())
+    def die(self, member: Member, other: Member, data: st.DataObject) -> None:
+        """Let a member die before each store of each thing that it could do now, and others clean up behind it.
+
+        Whatever it did was to something that only it had, or to a claim of its own: so it makes no difference how far it
+        came, and nothing of it is left.
+        """
+        if member not in self.live:
+            return
+        for action, behind in self.possible(member, other, data):
+            for store in itertools.count():
+                before = self.remember()
+                is_dead = dies(action, store)
+                self.table.validate()
+                for gone in (behind, member):
+                    self.table.reclaim(gone)
+                assert self.taken() == sorted(
+                    entry.extent
+                    for entry in self.blocks.values()
+                    if (entry.holders if entry.is_sealed else {entry.owner}) - {behind, member}
+                )
+                assert set(self.table.members()) == self.live - {behind, member}
+                assert self.table.changes >= self.changes
+                self.recall(before)
+                if not is_dead:
+                    break
+        self.reclaim(member)
+
+    def possible(
+        self, member: Member, other: Member, data: st.DataObject
+    ) -> Iterator[tuple[Callable[[], object], Member]]:
+        """Return what a member can do, and behind whom it cleans up."""
+        table = self.table
+        yield (lambda: self.reserve_page(table, member)), member
+        yield (lambda: table.add_role(member, "client", "tcp://127.0.0.1:9")), member
+        yield (lambda: table.reclaim(member)), member
+        yield (lambda: table.reclaim(other)), other
+        yield (lambda: table.reclaim_drafts(other)), other
+        drafts = [row for row, entry in self.blocks.items() if not entry.is_sealed and entry.owner == member]
+        sealed = [row for row, entry in self.blocks.items() if entry.is_sealed]
+        held = [row for row in sealed if member in self.blocks[row].holders]
+        for rows, act in (
+            (drafts, table.seal),
+            (drafts, table.release),
+            (sealed, table.acquire),
+            (held, table.release),
+        ):
+            if rows:
+                row = data.draw(st.sampled_from(rows))
+                yield (lambda act=act, row=row: act(row, member)), member
+
+    def remember(self) -> list[np.ndarray]:
+        """Copy the parts of the table that are in use."""
+        return [part.copy() for part in self.parts()]
+
+    def recall(self, parts: list[np.ndarray]) -> None:
+        """Let the table be as it was."""
+        for part, old in zip(self.parts(), parts, strict=True):
+            part[:] = old
+
+    def parts(self) -> list[np.ndarray]:
+        """Return the parts that are in use: no more rows than there are pages, and few members."""
+        table = self.table
+        words = np.frombuffer(self.buffer, np.uint64)
+        return [words[: table_module._BLOCKS_AT], table._blocks[:32], table._claims[:6, :32], table._claims[-1, :32]]
+
+    def taken(self) -> list[tuple[int, ...]]:
+        """Return what is taken, in order."""
+        return sorted(map(tuple, self.table.taken().tolist()))
+
+    def reserve_page(self, table: Table, member: Member) -> None:
+        """Reserve a page where placement says, if there is one."""
+        offset = placement.place(table.taken(), table.capacity, PAGE)
+        if offset is not None:
+            table.reserve(Extent(offset, PAGE), 1, member)
+
+    def depart(self, member: Member) -> list[Extent]:
+        """Let the model forget a member, and return what became free."""
         freed = []
         for row, entry in list(self.blocks.items()):
             if member in self.live and (entry.owner == member if not entry.is_sealed else entry.holders == {member}):
                 freed.append(entry.extent)
                 del self.blocks[row]
             entry.holders.discard(member)
-        assert sorted(self.table.reclaim(member)) == sorted(freed)
         self.live.discard(member)
         self.roles = [role for role in self.roles if role.member != member]
-        self.changes += len(freed)
+        return freed
 
     # -------------------------------------------------------------------------------------------------- blocks
 
@@ -185,7 +278,7 @@ class TableMachine(RuleBasedStateMachine):
     def has_the_same_blocks(self) -> None:
         """See that the same places are taken, by blocks with as many holders."""
         table = self.table
-        assert sorted(map(tuple, table.taken().tolist())) == sorted(entry.extent for entry in self.blocks.values())
+        assert self.taken() == sorted(entry.extent for entry in self.blocks.values())
         assert table.count() == len(self.blocks)
         for row, entry in self.blocks.items():
             assert table.extent(row.index) == entry.extent

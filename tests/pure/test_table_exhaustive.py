@@ -1,0 +1,323 @@
+"""Two members, two blocks: every state of the table that operations and deaths between any two stores can lead to."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from dask_shm_plugin import memberbook, placement, rolebook, table
+from dask_shm_plugin.exceptions import StaleBlock
+from dask_shm_plugin.memberbook import Member
+from dask_shm_plugin.table import DRAFT, FREE, SEALED, TABLE_BYTES, Extent, Row, Table
+
+pytestmark = pytest.mark.slow
+
+SLOTS = ROWS = (0, 1)
+CAPACITY = 2
+"""In units of one; so there is no third block."""
+MEANINGLESS = 99
+"""What stands in words that mean nothing. Whoever reads it makes nonsense of it."""
+ENTERED = 1
+
+_MEMBER = [table._MEMBERS_AT + slot * memberbook._ENTRY for slot in SLOTS]
+_BLOCK = [table._BLOCKS_AT + row * table._BLOCK for row in ROWS]
+_CLAIM = [[table._CLAIMS_AT + slot * table.BLOCKS + row for row in ROWS] for slot in SLOTS]
+PLACES = np.array(
+    [table._INCARNATION_WORD, table._ROWS_WORD, *_MEMBER]
+    + [at + word for at in _BLOCK for word in (0, 1, 2, 4, 5)]
+    + list(itertools.chain(*_CLAIM))
+)
+"""The words that make a state."""
+AT = {int(place): n for n, place in enumerate(PLACES)}
+IGNORED = {table._CHANGES_WORD} | {at + n for at in _MEMBER for n in (1, 2, 3)} | {at + 3 for at in _BLOCK}
+"""Words that no operation reads: a counter, numbers of processes, sizes."""
+
+Words = tuple[int, ...]
+
+
+class State(NamedTuple):
+    """The words of the table in canonical form, and the slots whose process is dead."""
+
+    words: Words
+    dead: frozenset[int]
+
+
+class Scene(NamedTuple):
+    """The same as anybody would describe it: who is a member, and what each row is, with its owner or holders."""
+
+    members: frozenset[int]
+    rows: tuple[tuple[int, int, int, frozenset[int]] | None, ...]
+
+
+class Recorder:
+    """Memory that knows in which order it was written, word by word."""
+
+    def __init__(self, memory: Any, log: list[tuple[int, int]], first: int = 0, width: int = 0) -> None:
+        self.memory, self.log, self.first, self.width = memory, log, first, width
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.memory[key]
+
+    def __setitem__(self, key: Any, value: int) -> None:
+        slot, where = key if isinstance(key, tuple) else (0, key)
+        for index in range(*where.indices(self.width)) if isinstance(where, slice) else [where]:
+            self.log.append((self.first + int(slot) * self.width + int(index), int(value)))
+        self.memory[key] = value
+
+
+class Machine:
+    """A table that can be put into any state, and tells what an operation stores."""
+
+    def __init__(self) -> None:
+        buffer = np.zeros(TABLE_BYTES, np.uint8).data
+        self.table = Table.format(buffer, bytes(16), CAPACITY)
+        self.words = np.frombuffer(buffer, np.uint64)
+        self.log: list[tuple[int, int]] = []
+        book = self.table._book
+        book._words = Recorder(book._words, self.log, table._MEMBERS_AT)  # type: ignore[assignment]
+        self.table._claims = Recorder(self.table._claims, self.log, table._CLAIMS_AT, table.BLOCKS)  # type: ignore[assignment]
+        self.table._words = Recorder(self.table._words, self.log)  # type: ignore[assignment]
+
+    def run(self, words: Words, action: Callable[[Table], Any]) -> tuple[Any, list[Words]]:
+        """Return what an operation returns, and the states before each of its stores and after the last."""
+        self.words[PLACES] = words
+        self.log.clear()
+        result = action(self.table)
+        states = [words]
+        for place, value in self.log:
+            if place not in IGNORED:
+                after = list(states[-1])
+                after[AT[place]] = value
+                states.append(tuple(after))
+        assert states[-1] == tuple(self.words[PLACES].tolist())
+        return result, states
+
+
+def canonical(words: Words) -> Words:
+    """Rename generations and incarnations by their order, and overwrite what means nothing."""
+    new = list(words)
+    for row in ROWS:
+        state, at, claims = AT[_BLOCK[row]], AT[_BLOCK[row]], [AT[_CLAIM[slot][row]] for slot in SLOTS]
+        used = sorted({words[at] >> 2, *(words[claim] for claim in claims)} - {0})
+        order = {0: 0} | {generation: n for n, generation in enumerate(used, 1)}
+        new[state] = order[words[at] >> 2] << 2 | words[at] & 3
+        for claim in claims:
+            new[claim] = order[words[claim]]
+        if words[at] & 3 == FREE:
+            new[at + 1 : at + 3] = [MEANINGLESS] * 2
+        if words[at] & 3 != DRAFT:
+            new[at + 3 : at + 5] = [MEANINGLESS] * 2
+    entered = [AT[at] for at in _MEMBER if words[AT[at]] & 3 == ENTERED]
+    owners = [AT[at] + 4 for at in _BLOCK if words[AT[at]] & 3 == DRAFT]
+    used = sorted({words[at] >> 2 for at in entered} | {words[at] for at in owners})
+    order = {incarnation: n for n, incarnation in enumerate(used, 1)}
+    for at in (AT[at] for at in _MEMBER):
+        new[at] = order[words[at] >> 2] << 2 | ENTERED if at in entered else 0
+    for at in owners:
+        new[at] = order[words[at]]
+    new[AT[table._INCARNATION_WORD]] = len(used)
+    return tuple(new)
+
+
+def member(words: Words, slot: int) -> Member:
+    """Return who is in a slot."""
+    return Member(slot, words[AT[_MEMBER[slot]]] >> 2)
+
+
+def row_of(words: Words, row: int) -> Row:
+    """Return the present generation of a row."""
+    return Row(row, words[AT[_BLOCK[row]]] >> 2)
+
+
+def describe(words: Words) -> Scene:
+    """Read a state without the help of the table."""
+    members = frozenset(slot for slot in SLOTS if words[AT[_MEMBER[slot]]] & 3 == ENTERED)
+    rows: list[Any] = []
+    for row in ROWS:
+        word, offset, length, owner, incarnation = words[AT[_BLOCK[row]] : AT[_BLOCK[row]] + 5]
+        if word & 3 == FREE:
+            rows.append(None)
+        elif word & 3 == DRAFT:
+            assert incarnation == member(words, owner).incarnation
+            rows.append((DRAFT, offset, length, frozenset([owner])))
+        else:
+            claims = {slot for slot in members if words[AT[_CLAIM[slot][row]]] == word >> 2}
+            rows.append((SEALED, offset, length, frozenset(claims)))
+    return Scene(members, tuple(rows))
+
+
+# ---------------------------------------------------------------------------------- what should happen, without a table
+
+
+def replaced(scene: Scene, row: int, entry: Any) -> Scene:
+    """Put something else into a row."""
+    return scene._replace(rows=tuple(entry if n == row else old for n, old in enumerate(scene.rows)))
+
+
+def without(scene: Scene, slot: int, row: int, kinds: tuple[int, ...] = (DRAFT, SEALED)) -> Scene:
+    """Let somebody drop what he has of a row; what nobody has is free."""
+    if (entry := scene.rows[row]) is None or entry[0] not in kinds:
+        return scene
+    left = entry[3] - {slot}
+    return replaced(scene, row, (*entry[:3], left) if left else None)
+
+
+def departed(scene: Scene, slot: int) -> Scene:
+    """Let somebody drop everything, and his place."""
+    for row in ROWS:
+        scene = without(scene, slot, row)
+    return scene._replace(members=scene.members - {slot})
+
+
+class Move(NamedTuple):
+    """Something that a process may do: how, and what should come of it."""
+
+    actor: int
+    action: Callable[[Table], Any]
+    outcome: Scene
+    behind: int | None = None
+
+
+def moves(words: Words, dead: frozenset[int]) -> Iterator[Move]:
+    """Return all that the living may do in a state."""
+    scene = describe(words)
+    for slot in SLOTS:
+        if slot not in scene.members:
+            joined = scene._replace(members=scene.members | {slot})
+            yield Move(slot, lambda t, slot=slot: t.join(slot, 1, 1), joined)
+    for slot in scene.members - dead:
+        who = member(words, slot)
+        yield Move(slot, lambda t, who=who: t.reclaim(who), departed(scene, slot))
+        for other in scene.members & dead:
+            whom = member(words, other)
+            yield Move(slot, lambda t, whom=whom: t.reclaim(whom), departed(scene, other), other)
+            drafts = scene
+            for row in ROWS:
+                drafts = without(drafts, other, row, (DRAFT,))
+            yield Move(slot, lambda t, whom=whom: t.reclaim_drafts(whom), drafts, other)
+        yield from drafting(scene, slot, who)
+        for row, entry in enumerate(scene.rows):
+            yield from referring(scene, slot, who, row_of(words, row), entry)
+
+
+def drafting(scene: Scene, slot: int, who: Member) -> Iterator[Move]:
+    """Return what a member may reserve."""
+    for length in (1, 2):
+        taken = np.array([entry[1:3] for entry in scene.rows if entry], np.uint64).reshape(-1, 2)
+        offset = placement.place(taken, CAPACITY, length)
+        if offset is not None:
+            extent = Extent(offset, length)
+            drafted = replaced(scene, scene.rows.index(None), (DRAFT, *extent, frozenset([slot])))
+            yield Move(slot, lambda t, extent=extent: t.reserve(extent, 1, who), drafted)
+
+
+def referring(scene: Scene, slot: int, who: Member, row: Row, entry: Any) -> Iterator[Move]:
+    """Return what a member may do with a row, by its present generation and by those before and after."""
+    is_draft, is_block = entry is not None and entry[0] == DRAFT, entry is not None and entry[0] == SEALED
+    for stale in (row._replace(generation=row.generation + n) for n in (-1, 0, 1)):
+        if not (is_block and stale == row):
+            yield Move(slot, lambda t, stale=stale: refused(t, stale, who), scene)
+    if is_block:
+        shared = (*entry[:3], entry[3] | {slot})
+        yield Move(slot, lambda t: t.acquire(row, who), replaced(scene, row.index, shared))
+    if is_draft and slot in entry[3]:
+        sealed = (SEALED, *entry[1:3], entry[3])
+        yield Move(slot, lambda t: t.seal(row, who), replaced(scene, row.index, sealed))
+    if entry is not None and slot in entry[3]:
+        yield Move(slot, lambda t: t.release(row, who), without(scene, slot, row.index))
+
+
+def refused(t: Table, row: Row, who: Member) -> None:
+    """See that a descriptor of what is not there is of no use."""
+    with pytest.raises(StaleBlock):
+        t.acquire(row, who)
+
+
+# ------------------------------------------------------------------------------------------------------ the search
+
+
+class Search:
+    """All states, breadth first."""
+
+    def __init__(self) -> None:
+        self.machine = Machine()
+        start = State(canonical((0,) * len(PLACES)), frozenset())
+        self.seen, self.waiting, self.transitions = {start}, [start], 0
+        self.cleaned: dict[tuple[Words, tuple[int, ...]], Scene] = {}
+
+    def run(self) -> None:
+        """Go on until nothing new is found."""
+        while self.waiting:
+            todo, self.waiting = self.waiting, []
+            for state in todo:
+                self.check(state)
+                self.expand(state)
+
+    def reach(self, words: Words, dead: frozenset[int]) -> None:
+        """Note that a state can come about."""
+        self.transitions += 1
+        state = State(canonical(words), dead)
+        if state not in self.seen:
+            self.seen.add(state)
+            self.waiting.append(state)
+
+    def expand(self, state: State) -> None:
+        """Let each of the living do each thing, to the end and up to each store, and die at any time."""
+        words, dead = state
+        before = describe(words)
+        for slot in before.members - dead:
+            self.reach(words, dead | {slot})
+        for actor, action, outcome, behind in moves(words, dead):
+            _, states = self.machine.run(words, action)
+            assert describe(states[-1]) == outcome
+            self.reach(states[-1], dead & outcome.members)
+            for partly in states[1:-1]:
+                members = describe(partly).members
+                self.reach(partly, (dead | {actor}) & members)
+                # As if it had been done, or had not been begun; and who is half reclaimed is reclaimed by the next.
+                gone = (actor,) if behind is None else (behind, actor)
+                possible = [self.model_of(scene, gone) for scene in (before, outcome)]
+                assert self.after_reclaiming(partly, gone) in possible
+
+    def model_of(self, scene: Scene, gone: tuple[int, ...]) -> Scene:
+        """Return what should be left when some are gone."""
+        for slot in gone:
+            scene = departed(scene, slot)
+        return scene
+
+    def after_reclaiming(self, words: Words, gone: tuple[int, ...]) -> Scene:
+        """Return what is left when some have been reclaimed."""
+        key = canonical(words), gone
+        if key not in self.cleaned:
+            left = key[0]
+            for slot in gone:
+                who = member(left, slot)
+                left = self.machine.run(left, lambda t, who=who: t.reclaim(who))[1][-1]
+            self.cleaned[key] = describe(left)
+        return self.cleaned[key]
+
+    def check(self, state: State) -> None:
+        """See that the invariants hold, and that nothing is left when all have died, whoever is reclaimed first."""
+        words = state.words
+        self.machine.run(words, Table.validate)
+        scene = describe(words)
+        for slot in set(SLOTS) - scene.members:
+            assert not any(words[AT[place]] for place in _CLAIM[slot]), "nobody refers to something"
+        extents = sorted(entry[1:3] for entry in scene.rows if entry)
+        assert all(first[0] + first[1] <= second[0] for first, second in itertools.pairwise(extents))
+        for order in (SLOTS, SLOTS[::-1]):
+            assert self.after_reclaiming(words, order) == Scene(frozenset(), (None, None))
+
+
+def test_every_state_that_can_come_about_is_sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each operation does what it should or, when its process dies in it, what a reclaim makes good."""
+    # Nobody has a role here; to look for them takes most of the time.
+    monkeypatch.setattr(rolebook, "WORDS", rolebook._ENTRY)
+    search = Search()
+    search.run()
+    print(f"{len(search.seen)} states, {search.transitions} transitions")
+    assert len(search.seen) > 1000
