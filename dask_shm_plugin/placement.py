@@ -32,7 +32,7 @@ def gaps(taken: npt.NDArray[np.uint64], span: int) -> npt.NDArray[np.int64]:
 def place(taken: npt.NDArray[np.uint64], capacity: int, length: int, spread: int = 1) -> int | None:
     """Return the offset for a block of ``length`` bytes, or None when it would be too much or no gap is long enough.
 
-    The tightest gap wins, and of equals the lowest: what was freed last is low and warm, and large gaps stay large.
+    The lowest gap wins, because what is low and free is warm: pages are given back from the top.
 
     Parameters
     ----------
@@ -52,4 +52,4 @@ def place(taken: npt.NDArray[np.uint64], capacity: int, length: int, spread: int
     fitting = free[free[:, 1] >= length]
     if len(fitting) == 0:
         return None
-    return int(fitting[np.argmin(fitting[:, 1]), 0])
+    return int(fitting[0, 0])
