@@ -88,7 +88,7 @@ class Arena:
         self._leaving = False
         self.upkeep: Callable[[], None] = lambda: None
         self.member = self._join()
-        self.pages = Pages(segment, _BLOCKS_FROM, self.trim_all)
+        self.pages = Pages(segment, _BLOCKS_FROM, self._make_room, self.trim_all)
         self.weights = Weights(lambda: self._table, self.member)
         tidying.start(self, self._dropped)
 
@@ -98,7 +98,7 @@ class Arena:
         capacity = capacity // PAGE * PAGE
         if capacity <= 0:
             raise ArenaUnavailable("shm.capacity is zero: sharing is off")
-        segment = Segment.create(_BLOCKS_FROM + capacity)
+        segment = Segment.create(_BLOCKS_FROM + tables.SPREAD * capacity, _BLOCKS_FROM + capacity)
         try:
             segment.reserve(0, tables.SHARED_BYTES)
             Table.format(_map_table(segment), secrets.token_bytes(16), capacity)
@@ -175,7 +175,7 @@ class Arena:
     def take_if_free(self, extent: Extent) -> Row | None:
         """Make a part of the arena a draft that nobody will write, so that its pages can be given back."""
         with self._mutex:
-            gaps = placement.gaps(self._table.taken(), self._table.capacity)
+            gaps = placement.gaps(self._table.taken(), self._table.span)
             around = (gaps[:, 0] <= extent.offset) & (extent.offset + extent.length <= gaps[:, 0] + gaps[:, 1])
             return self._take(extent, tables.TRIMMING) if np.any(around) else None
 
@@ -256,8 +256,7 @@ class Arena:
     def stats(self) -> ArenaStats:
         """Count what the arena holds now."""
         with self._mutex:
-            used = int(np.sum(self._table.taken()[:, 1]))
-            blocks, members = self._table.count(), len(self._table.members())
+            used, blocks, members = self._used(), self._table.count(), len(self._table.members())
         return ArenaStats(self._table.capacity, used, self.segment.resident, blocks, members)
 
     def validate(self) -> None:
@@ -295,12 +294,21 @@ class Arena:
             self.drop(row)
 
     def trim(self) -> None:
-        """Return freed memory beyond ``warm`` to the operating system."""
-        self._trim_to(self.warm)
+        """Return freed memory beyond ``warm`` to the operating system, and what is beyond the capacity in any case."""
+        self._trim_to(min(self.warm, self._table.capacity - self._used()))
 
     def trim_all(self) -> None:
         """Return all freed memory to the operating system."""
         self._trim_to(0)
+
+    def _make_room(self, missing: int) -> None:
+        """Return so much freed memory that with ``missing`` more bytes there are pages for the capacity, not more."""
+        resident = self.segment.resident - self._table.reserved_bytes()
+        if resident + missing > self._table.capacity:
+            self._trim_to(self._table.capacity - self._used() - missing)
+
+    def _used(self) -> int:
+        return int(np.sum(self._table.taken()[:, 1]))
 
     def _trim_to(self, warm: int) -> None:
         trimming.trim(self, self.segment, self._table, _BLOCKS_FROM, warm)
@@ -368,7 +376,7 @@ class Arena:
         with self._mutex:
             if self._leaving:
                 raise ArenaUnavailable("this process is leaving the arena")
-            offset = placement.place(self._table.taken(), self._table.capacity, length)
+            offset = placement.place(self._table.taken(), self._table.capacity, length, tables.SPREAD)
             return None if offset is None else self._take(Extent(offset, length), size)
 
     def _take(self, extent: Extent, size: int) -> Row:

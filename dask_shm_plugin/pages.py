@@ -22,16 +22,21 @@ class Pages:
         Of the arena.
     blocks_from
         Where in the segment the blocks begin.
+    make_room
+        Gives so much warm memory back that a number of bytes more keep within the capacity.
     find_more
-        Gives warm memory that nobody needs back to the operating system.
+        Gives all warm memory that nobody needs back to the operating system.
 
     Notes
     -----
     Thread-safe: it keeps nothing. That an extent is a draft of this process is the caller's to know.
     """
 
-    def __init__(self, segment: Segment, blocks_from: int, find_more: Callable[[], None]) -> None:
-        self._segment, self._blocks_from, self._find_more = segment, blocks_from, find_more
+    def __init__(
+        self, segment: Segment, blocks_from: int, make_room: Callable[[int], None], find_more: Callable[[], None]
+    ) -> None:
+        self._segment, self._blocks_from = segment, blocks_from
+        self._make_room, self._find_more = make_room, find_more
 
     def reserve(self, extent: Extent, offset: int, length: int) -> None:
         """Make pages of a draft exist.
@@ -68,7 +73,10 @@ class Pages:
 
     def _find_head_room(self, start: int, length: int) -> None:
         missing = self._segment.missing(start, length)
-        if missing and limits.head_room() < missing:
+        if not missing:
+            return
+        self._make_room(missing)
+        if limits.head_room() < missing:
             self._find_more()
             if limits.head_room() < missing:
                 raise NoHeadRoom(

@@ -6,15 +6,15 @@ import numpy as np
 import numpy.typing as npt
 
 
-def gaps(taken: npt.NDArray[np.uint64], capacity: int) -> npt.NDArray[np.int64]:
-    """Return offset and length of the free parts of an arena, by offset.
+def gaps(taken: npt.NDArray[np.uint64], span: int) -> npt.NDArray[np.int64]:
+    """Return offset and length of the free parts among some offsets, by offset.
 
     Parameters
     ----------
     taken
         Offset and length of the parts in use, shape (n, 2), bytes, in any order, without overlap.
-    capacity
-        Bytes of the arena.
+    span
+        Where the offsets end, in bytes.
 
     Returns
     -------
@@ -25,17 +25,31 @@ def gaps(taken: npt.NDArray[np.uint64], capacity: int) -> npt.NDArray[np.int64]:
     starts = taken[order, 0].astype(np.int64)
     ends = starts + taken[order, 1].astype(np.int64)
     offsets = np.concatenate(([0], ends))
-    lengths = np.concatenate((starts, [capacity])) - offsets
+    lengths = np.concatenate((starts, [span])) - offsets
     return np.stack((offsets, lengths), axis=1)[lengths > 0]
 
 
-def place(taken: npt.NDArray[np.uint64], capacity: int, length: int) -> int | None:
-    """Return the offset for a block of ``length`` bytes, or None when no gap is long enough.
+def place(taken: npt.NDArray[np.uint64], capacity: int, length: int, spread: int = 1) -> int | None:
+    """Return the offset for a block of ``length`` bytes, or None when it would be too much or no gap is long enough.
 
-    The tightest gap wins, and of equals the lowest: what was freed last is low and warm, and large gaps stay large.
+    The lowest gap wins, because what is low and free is warm: pages are given back from the top.
+
+    Parameters
+    ----------
+    taken
+        Offset and length of the parts in use, shape (n, 2), bytes, in any order, without overlap.
+    capacity
+        Bytes that all blocks together may have.
+    length
+        Bytes of the block.
+    spread
+        How many times the capacity there are offsets. A gap takes no memory, for the segment is sparse: so with more
+        offsets than bytes, room is not lost to the gaps between blocks.
     """
-    free = gaps(taken, capacity)
+    if int(np.sum(taken[:, 1])) + length > capacity:
+        return None
+    free = gaps(taken, spread * capacity)
     fitting = free[free[:, 1] >= length]
     if len(fitting) == 0:
         return None
-    return int(fitting[np.argmin(fitting[:, 1]), 0])
+    return int(fitting[0, 0])

@@ -61,10 +61,19 @@ class Segment:
 
     @classmethod
     @step("create segment")
-    def create(cls, size: int) -> Segment:
-        """Create a sparse segment of ``size`` bytes: POSIX shared memory where it fits, a memfd where it does not."""
+    def create(cls, size: int, filled: int | None = None) -> Segment:
+        """Create a sparse segment: POSIX shared memory where it fits, a memfd where it does not.
+
+        Parameters
+        ----------
+        size
+            Bytes.
+        filled
+            How many of them will have pages at the same time; all, where it is not said.
+        """
+        fits = _posix_memory_free() >= (size if filled is None else filled)
         try:
-            return cls(_posix_segment(size) if _posix_memory_free() >= size else _memfd_segment(size))
+            return cls(_posix_segment(size) if fits else _memfd_segment(size))
         except (OSError, ValueError, OverflowError) as error:
             raise ArenaUnavailable(
                 f"cannot create {size} bytes of shared memory ({error}); lower shm.capacity"

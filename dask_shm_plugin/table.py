@@ -35,13 +35,16 @@ from dask_shm_plugin.exceptions import StaleBlock, TableCorrupt, TableFull
 from dask_shm_plugin.memberbook import Member, MemberBook
 from dask_shm_plugin.rolebook import Role, RoleBook
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 _MAGIC = int.from_bytes(b"daskshm" + bytes([LAYOUT_VERSION]), "little")
 
 FREE, DRAFT, SEALED = 0, 1, 2
 TRIMMING = 0
 """The size of a draft that nobody will write: its pages are being given back to the operating system."""
 _STATE_BITS, _STATE_MASK = 2, 3
+
+SPREAD = 4
+"""How many times the capacity there are offsets for blocks: gaps between them take no memory."""
 
 MEMBERS = memberbook.SLOTS
 BLOCKS = 16384
@@ -135,8 +138,13 @@ class Table:
 
     @property
     def capacity(self) -> int:
-        """Bytes for blocks."""
+        """Bytes that all blocks together may have."""
         return self._words[_CAPACITY_WORD]
+
+    @property
+    def span(self) -> int:
+        """Where the offsets of blocks end."""
+        return SPREAD * self.capacity
 
     @property
     def changes(self) -> int:
@@ -325,7 +333,8 @@ class Table:
         taken = taken[np.argsort(taken[:, 0])]
         ends = taken[:, 0] + taken[:, 1]
         _insist(bool(np.all(ends[:-1] <= taken[1:, 0])), "two blocks overlap")
-        _insist(len(taken) == 0 or int(ends[-1]) <= self.capacity, "a block ends behind the arena")
+        _insist(len(taken) == 0 or int(ends[-1]) <= self.span, "a block ends behind the arena")
+        _insist(int(np.sum(taken[:, 1])) <= self.capacity, "the blocks are more than the capacity")
         _insist(bool(np.all(taken[:, 1] > 0)), "a block is empty")
         for index in range(self._rows_in_use):
             state = self._state(index)

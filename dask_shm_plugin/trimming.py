@@ -61,7 +61,7 @@ def find(segment: Segment, table: Table, blocks_from: int, warm: int) -> Extent 
     blocks_from
         Where in the segment the blocks begin.
     warm
-        Bytes of free memory that stay.
+        Bytes of free memory that stay. Less than none, where drafts that are not written yet shall find room.
     """
     taken = table.taken()
     # Less than there is, while drafts are written: where all shall go, it is not asked.
@@ -69,7 +69,7 @@ def find(segment: Segment, table: Table, blocks_from: int, warm: int) -> Extent 
     if warm and free <= warm:
         return None
     at_most = min(_STEP, round_up(free - warm)) if warm else _STEP
-    for offset, length in placement.gaps(taken, table.capacity)[::-1]:
+    for offset, length in placement.gaps(taken, table.span)[::-1]:
         first = segment.first_page(blocks_from + int(offset), int(length))
         if first is not None:
             start = first - blocks_from

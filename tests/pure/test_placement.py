@@ -1,7 +1,8 @@
-"""A block goes into the tightest gap that holds it, and of equals into the lowest."""
+"""A block goes into the lowest gap that holds it, and no room is lost to the gaps between blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dask_shm_plugin.placement import gaps, place
+from dask_shm_plugin.table import SPREAD
 
 PAGE = 4096
 
@@ -56,13 +58,23 @@ def test_gaps_do_not_depend_on_the_order_of_the_rows(arena: tuple[np.ndarray, in
 
 
 @given(arenas(), st.integers(1, 12), st.sampled_from([1, PAGE]))
-def test_a_place_is_the_tightest_gap_and_of_equals_the_lowest(
-    arena: tuple[np.ndarray, int], units: int, unit: int
-) -> None:
-    """There is a place if and only if a gap is long enough, and it is the beginning of the best of these."""
+def test_a_place_is_the_lowest_gap_that_is_long_enough(arena: tuple[np.ndarray, int], units: int, unit: int) -> None:
+    """There is a place if and only if a gap is long enough, and it is the beginning of the first of these."""
     length = units * unit
-    fitting = [(size, offset) for offset, size in bytewise(*arena) if size >= length]
-    assert place(*arena, length) == (min(fitting)[1] if fitting else None)
+    fitting = [offset for offset, size in bytewise(*arena) if size >= length]
+    assert place(*arena, length) == (fitting[0] if fitting else None)
+
+
+@given(arenas(), st.integers(1, 12), st.integers(2, 4))
+def test_more_offsets_than_bytes_are_no_more_bytes(arena: tuple[np.ndarray, int], length: int, spread: int) -> None:
+    """Behind the last gap there is room for whatever is left of the capacity, and not for more."""
+    taken, capacity = arena
+    offset = place(taken, capacity, length, spread)
+    if length > capacity - int(taken[:, 1].sum()):
+        assert offset is None
+    else:
+        lowest = [start for start, size in bytewise(taken, spread * capacity) if size >= length]
+        assert offset == lowest[0]
 
 
 @given(arenas(), st.integers(1, 12))
@@ -98,7 +110,7 @@ def test_an_empty_arena_is_one_gap() -> None:
 
 
 def test_freed_space_is_used_again_before_untouched_space() -> None:
-    """A gap between blocks is tighter than the rest of the arena, and warm."""
+    """A gap between blocks lies lower than the rest of the arena, and is warm."""
     taken = taken_of((0, 2 * PAGE), (4 * PAGE, 2 * PAGE))
     assert place(taken, 1 << 40, PAGE) == 2 * PAGE
 
@@ -112,3 +124,49 @@ def test_offsets_beyond_four_gib_are_exact() -> None:
 def test_an_offset_is_a_plain_integer(length: int) -> None:
     """It goes into struct, mmap and memoryview, which want no NumPy scalars."""
     assert type(place(taken_of(), PAGE, length)) is int
+
+
+def mixed_load(seed: int, capacity: int) -> list[tuple[bool, int, int]]:
+    """Return what happens in order in a day of blocks from 64 KiB to 1 GiB that live for random times.
+
+    Each is (wanted or given up, number, bytes). Together they would be about a fifth more than the capacity.
+    """
+    random, count = np.random.default_rng(seed), 1000
+    sizes = np.exp(random.uniform(np.log(64 << 10), np.log(1 << 30), count)).astype(np.int64) // PAGE * PAGE
+    begins = np.cumsum(random.exponential(1, count))
+    ends = begins + random.exponential(1.2 * capacity / sizes.mean(), count)
+    order = np.argsort(np.concatenate((begins, ends))).tolist()
+    return [(at < count, at % count, int(sizes[at % count])) for at in order]
+
+
+def worst_fit(taken: np.ndarray, capacity: int, length: int, spread: int) -> int | None:
+    """Place in the largest gap, without a bound but the last offset."""
+    free = gaps(taken, capacity)
+    offset, size = free[np.argmax(free[:, 1])].tolist() if len(free) else (0, 0)
+    return offset if size >= length else None
+
+
+def usable(load: list[tuple[bool, int, int]], capacity: int, placing: Callable[..., int | None], spread: int) -> float:
+    """Return the least share of the capacity, with the block that was asked for, at which one was refused."""
+    blocks: dict[int, tuple[int, int]] = {}
+    least = 1.0
+    for is_wanted, number, size in load:
+        if not is_wanted:
+            blocks.pop(number, None)
+            continue
+        offset = placing(taken_of(*blocks.values()), capacity, size, spread)
+        if offset is None:
+            least = min(least, (sum(length for _, length in blocks.values()) + size) / capacity)
+        else:
+            blocks[number] = (offset, size)
+    return least
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_day_of_mixed_blocks_leaves_four_fifths_usable(seed: int) -> None:
+    """All of it, in fact, where there are more offsets than bytes; the largest block is an eighth of the capacity."""
+    capacity = 8 << 30
+    load = mixed_load(seed, capacity)
+    assert usable(load, capacity, place, SPREAD) == 1
+    assert usable(load, capacity, worst_fit, 1) < 0.6, "this load tells a bad placement"
+    assert usable(load, capacity, place, 1) < 0.8, "and that a good one among as many offsets as bytes is not enough"

@@ -72,6 +72,12 @@ class TestCreating:
         where = "os.readlink(f'/proc/self/fd/{Segment.create(size).fd}')"
         assert in_small_shm(where, size=64 * MIB).startswith("/memfd:")
 
+    def test_what_counts_is_how_much_of_it_will_be_filled(self, in_small_shm: Process) -> None:
+        """Offsets without pages take no memory."""
+        where = "os.readlink(f'/proc/self/fd/{Segment.create(size, filled).fd}')"
+        assert in_small_shm(where, size=64 * MIB, filled=8 * MIB).startswith("/dev/shm/")
+        assert in_small_shm(where, size=128 * MIB, filled=64 * MIB).startswith("/memfd:")
+
     def test_it_is_a_memfd_where_there_is_no_posix_shared_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """No ``/dev/shm`` is as good as a full one."""
         monkeypatch.setattr(segments, "SHM_DIRECTORY", "/nowhere")

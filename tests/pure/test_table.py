@@ -295,8 +295,16 @@ class TestInvariants:
 
     def test_a_block_must_not_end_behind_the_arena(self, table: Table, alice: Member) -> None:
         """There is no memory."""
-        reserve(table, alice, 15, 2)
+        reserve(table, alice, table.span // PAGE - 1, 2)
         with pytest.raises(TableCorrupt, match="behind"):
+            table.validate()
+
+    def test_blocks_must_not_be_more_than_the_capacity(self, table: Table, alice: Member) -> None:
+        """There are more offsets than bytes, so that no room is lost to gaps."""
+        reserve(table, alice, 0, CAPACITY // PAGE)
+        table.validate()
+        reserve(table, alice, table.span // PAGE - 1)
+        with pytest.raises(TableCorrupt, match="capacity"):
             table.validate()
 
     def test_a_block_must_not_be_empty(self, table: Table, alice: Member) -> None:
