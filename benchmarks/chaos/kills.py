@@ -22,6 +22,9 @@ from dask_shm_plugin import liveness
 _FLOCK = struct.Struct("hhxxxxqqixxxx")
 _HUNT = 1.0
 _LONGEST_STOP = 5.0
+_GO_ON = 2
+"""Workers that must be up besides the victim: work shall go on."""
+_STARTING = 10.0
 
 KINDS = {
     "SIGKILL": 50,
@@ -61,17 +64,16 @@ def choose(deployment: Deployment, kill: Kill) -> tuple[str, psutil.Process | No
     if kill.kind == "os._exit" or (role == "nanny" and deployment.kind != "commands"):
         role = "worker"
     candidates = deployment.victims(role)
-    # Work must go on: of the workers, two others have to be up.
-    if role != "client" and sum(is_up(worker) for worker in deployment.victims("worker")) < 3:
-        return role, None
-    candidates = [candidate for candidate in candidates if role != "worker" or is_up(candidate)]
-    return role, candidates[int(kill.which * len(candidates))] if candidates else None
+    victim = candidates[int(kill.which * len(candidates))] if candidates else None
+    if role != "client" and sum(is_up(one) for one in deployment.victims("worker") if one != victim) < _GO_ON:
+        victim = None
+    return role, victim
 
 
 def is_up(process: psutil.Process) -> bool:
-    """Tell whether a process has joined an arena, or has been there for a moment."""
+    """Tell whether a worker has joined an arena, or has had the time to start."""
     with contextlib.suppress(psutil.Error):
-        return segment_of(process) is not None or time.time() - process.create_time() > 4
+        return segment_of(process) is not None or time.time() - process.create_time() > _STARTING
     return False
 
 

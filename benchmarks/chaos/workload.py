@@ -23,6 +23,7 @@ from tasks import note
 
 _HOARD = 24
 _SLOTS = 6
+_SWITCHED_ON_AGAIN = 0.03
 
 
 class Workload:
@@ -41,6 +42,7 @@ class Workload:
         self.operation = ""
         self.since = time.monotonic()
         self._number = number << 32
+        self._has_plugin = "DASK_DISTRIBUTED__CLIENT__PRELOAD" in os.environ
         self._random = random.Random(number)
         self._hoard: list[tuple[Future, int]] = []
         self._keys = [f"again-{number}-{slot}" for slot in range(_SLOTS)]
@@ -52,6 +54,8 @@ class Workload:
     def step(self) -> None:
         """Do one of the operations; what Dask says about the dead is no failure."""
         operation = self._random.choice(self._operations)
+        if self._has_plugin and self._random.random() < _SWITCHED_ON_AGAIN:
+            operation = self.switch_on_again
         self.operation, self.since = operation.__name__, time.monotonic()
         try:
             right, shared = operation()
@@ -59,6 +63,15 @@ class Workload:
             note("error", operation=self.operation, kind=type(error).__name__, text=str(error)[:200])
         else:
             note("checked", count=right, shared=shared)
+
+    def switch_on_again(self) -> tuple[int, int]:
+        """Register the plugin once more, as each new client of a cluster may: living values must not notice."""
+        from dask_shm_plugin import SharedMemoryPlugin
+
+        number = self.new()
+        made = self.client.submit(tasks.make, number, pure=False)
+        self.client.register_plugin(SharedMemoryPlugin())
+        return self._check_everywhere(made, number)
 
     def release(self) -> None:
         """Let go of everything."""
