@@ -155,7 +155,9 @@ class Deployment:
 
     def stop_clients(self) -> list[str]:
         """Let the clients finish what they do and close; return what did not end."""
-        return self._end([own for own in self.own if own.role == "client"])
+        # Whoever waits for a dead worker waits up to 90 s: `Scheduler.replicate` tries to connect three times, for 30 s
+        # each (distributed 2026.8.0). What takes longer than that ends the client itself, and is noted as a hang.
+        return self._end([own for own in self.own if own.role == "client"], self._settings.patience + _END)
 
     def stop(self) -> list[str]:
         """End everything as a user does; return what did not end."""
@@ -164,12 +166,12 @@ class Deployment:
             hung += self._end([own for own in self.own if own.role in roles])
         return hung
 
-    def _end(self, ending: list[Own]) -> list[str]:
+    def _end(self, ending: list[Own], patience: float = _END) -> list[str]:
         for own in ending:
             own.tell("stop")
             if own.role != "client" and not own.has_ended and (self.kind, own.role) != ("local", "scheduler"):
                 own.process.terminate()
-        until = time.monotonic() + _END
+        until = time.monotonic() + patience
         hung = []
         for own in ending:
             try:
