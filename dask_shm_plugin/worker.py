@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import traceback
 from typing import Any
 
 from distributed.core import error_message
@@ -121,11 +122,18 @@ class _Running:
         self, comm: Any, keys: Any, who: str | None = None, serializers: list[str] | None = None
     ) -> Any:
         asked_by, serializers = seams.untag(serializers)
+        kept: list[Published] = []
         if fetch.is_member(self._arena, asked_by) and not comm.peer_address.startswith("inproc://"):
-            comm = _HandingOver(comm, self)
+            comm = _HandingOver(comm, self, kept)
         elif fetch.BYTES_PLEASE not in asked_by:
             self._count_as_sent(keys)
-        return await self._get_data_before.old(comm, keys, who=who, serializers=serializers)
+        try:
+            return await self._get_data_before.old(comm, keys, who=who, serializers=serializers)
+        except Exception as error:
+            _let_go_of_values(error)
+            raise
+        finally:
+            kept.clear()
 
     def _count_as_sent(self, keys: Any) -> None:
         for key in keys:
@@ -170,6 +178,20 @@ class _Running:
             "counters": self._counted(),
             **self._arena.stats()._asdict(),
         }
+
+
+def _let_go_of_values(error: BaseException | None) -> None:
+    """Clear the local variables behind an error of a hand-over.
+
+    A worker's log keeps the records of its last 10,000 messages, this one with its traceback, and so the values that were
+    on their way when the asker died (``DequeHandler`` in distributed/utils.py, 2026.8.0): their blocks would stay as
+    long as the worker.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 class _ScatterGuard:
@@ -220,9 +242,8 @@ class _ScatterGuard:
 class _HandingOver:
     """The connection of one request: what is written to it goes as handles, and is kept until the asker has it."""
 
-    def __init__(self, comm: Any, running: _Running) -> None:
-        self._comm, self._running = comm, running
-        self._kept: list[Published] = []
+    def __init__(self, comm: Any, running: _Running, kept: list[Published]) -> None:
+        self._comm, self._running, self._kept = comm, running, kept
 
     @step("answer")
     async def write(self, message: Any, serializers: list[str] | None = None) -> Any:

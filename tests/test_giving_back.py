@@ -22,6 +22,7 @@ import pytest
 from clusters import local_cluster, register
 from describing import assert_descriptions_equal, assert_same, describe
 from distributed import Client, wait
+from distributed.comm import connect
 from observing import (
     BIG,
     MIB,
@@ -38,6 +39,8 @@ from observing import (
     totals,
     wait_until,
 )
+
+from dask_shm_plugin import fetch, seams
 
 
 def assert_empties(client: Client) -> None:
@@ -268,6 +271,25 @@ def test_a_killed_publisher_takes_nothing_from_its_readers(mortal: Client) -> No
     del made, view
     assert_empties(mortal)
     assert_usable(mortal)
+
+
+def test_a_value_on_its_way_to_an_asker_that_goes_away_is_given_back(four: Client) -> None:
+    """The worker's log keeps the traceback of a failed hand-over, but not the values in its frames."""
+    a, *_ = addresses(four)
+    made = four.submit(array, fresh(), workers=[a])
+    wait(made)
+    four.sync(ask_and_hang_up, a, made.key)
+    wait_until(lambda: any("failed during get data" in text for _, text in four.get_worker_logs()[a]), "it is logged")
+    del made
+    assert_empties(four)
+
+
+async def ask_and_hang_up(address: str, key: str) -> None:
+    """Ask a worker for a value as a member of its arena, and close the connection instead of saying thanks."""
+    comm = await connect(address)
+    await comm.write({"op": "get_data", "keys": [key], "who": None, "serializers": seams.tagged(fetch.askers())})
+    assert (await comm.read())["status"] == "OK"
+    comm.abort()
 
 
 def test_a_worker_that_retires_leaves_its_values_to_the_others(mortal: Client) -> None:
