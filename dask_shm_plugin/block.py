@@ -54,10 +54,10 @@ class Draft:
     machine that has none left, would be answered by SIGBUS.
     """
 
-    def __init__(self, arena: Home, row: Row, extent: Extent) -> None:
+    def __init__(self, arena: Home, row: Row, extent: Extent, size: int) -> None:
         self._arena = arena
         self._row: Row | None = row
-        self._extent = extent
+        self._extent, self._size = extent, size
         self._pid = os.getpid()
         self._exists_up_to = 0
 
@@ -98,7 +98,7 @@ class Draft:
         except BaseException:
             self._arena.abandon(row)
             raise
-        return Block(self._arena, row, self._extent)
+        return Block(self._arena, row, self._extent, self._size)
 
     def __enter__(self) -> Draft:
         return self
@@ -132,9 +132,9 @@ class Block:
     Thread-safe. Views keep references of their own and outlive the block they were taken from.
     """
 
-    def __init__(self, arena: Home, row: Row, extent: Extent) -> None:
+    def __init__(self, arena: Home, row: Row, extent: Extent, size: int) -> None:
         self._arena = arena
-        self._extent = extent
+        self._extent, self._used = extent, size
         self._pid = os.getpid()
         self._drop: Callable[[Row], None] | None = arena.drop
         self.row = row
@@ -168,8 +168,9 @@ class Block:
         MappingRefused
             The process has too many mappings or too little address space.
         """
-        if offset < 0 or length <= 0 or offset + length > self._extent.length:
-            raise ValueError(f"{length} bytes at {offset} are not in a block of {self._extent.length}")
+        # Behind what is used stands what an earlier block has left on the last page.
+        if offset < 0 or length <= 0 or offset + length > self._used:
+            raise ValueError(f"{length} bytes at {offset} are not in a block of {self._used}")
         return self._arena.map(Place(self._arena.arena_id, self.row, offset, length), self._extent)
 
     def close(self) -> None:
