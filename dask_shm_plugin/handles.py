@@ -22,7 +22,7 @@ from distributed.protocol.serialize import deserialize
 
 from dask_shm_plugin import membership
 from dask_shm_plugin.arena import Arena
-from dask_shm_plugin.block import Descriptor
+from dask_shm_plugin.block import Block, Descriptor
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import ArenaUnavailable, HandleDamaged, SharedMemoryError
 from dask_shm_plugin.metrics import COUNTERS
@@ -87,7 +87,7 @@ class Handle:
         """
         try:
             is_whole = self.checksum == _checksum(self.arena_id, self.header, self.parts, self.size, self.in_band)
-        except (TypeError, ValueError, OverflowError):
+        except (TypeError, ValueError, OverflowError, struct.error):
             is_whole = False
         if not is_whole:
             raise HandleDamaged("a handle was changed on its way")
@@ -151,10 +151,17 @@ def map_spans(spans: list[Span], arena: Arena) -> dict[Span, list[memoryview]]:
         with arena.attach_block(Descriptor(arena.arena_id, row)) as block:
             for group in _without_overlap(sorted(span for span in spans if span.row == row)):
                 start = group[0].offset
-                view = block.view(start, group[-1].offset + group[-1].length - start)
+                view = _view(block, start, group[-1].offset + group[-1].length - start)
                 for span in group:
                     mapped[span].append(view[span.offset - start : span.offset - start + span.length])
     return mapped
+
+
+def _view(block: Block, offset: int, length: int) -> memoryview:
+    try:
+        return block.view(offset, length)
+    except ValueError as error:
+        raise HandleDamaged(f"a handle names what is in no block: {error}") from error
 
 
 def _without_overlap(spans: list[Span]) -> list[list[Span]]:
