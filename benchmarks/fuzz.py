@@ -37,8 +37,8 @@ from fuzz_targets import TARGETS, held
 from dask_shm_plugin import rendezvous, segment
 
 #: Inputs of one batch, and how many of a hundred batches attack each target.
-BATCH = 250
-SHARES = {"handles": 50, "whereabouts": 25, "rendezvous": 13, "table": 12}
+BATCH = 500
+SHARES = {"handles": 72, "whereabouts": 18, "rendezvous": 5, "table": 5}
 PATIENCE = 120
 
 
@@ -160,7 +160,7 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
                 running.remove(child)
                 came, wrong = end(child)
                 outcomes[child.batch.target].update(came)
-                left = [path for path in Path("/dev/shm").glob(f"*{names}{child.batch.number}-*")]
+                left = list(Path("/dev/shm").glob(f"*{names}{child.batch.number}-*"))
                 wrong = "hangs" if is_hanging else wrong
                 for path in left:
                     remove(path)

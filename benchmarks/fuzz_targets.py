@@ -142,6 +142,7 @@ class Camp:
         return [(block.row, mark) for block, mark in self.blocks]
 
     def publish(self, size: int) -> None:
+        """Make a block, and look at it."""
         self._marks = self._marks % 250 + 1
         block = block_of(self.arena, self._marks, size)
         self.blocks.append((block, self._marks))
@@ -153,6 +154,7 @@ class Camp:
             insist(bytes(view) == bytes([mark]) * len(view), f"a view of {mark} shows {sorted(set(view))}")
 
     def drop(self, chance: random.Random) -> None:
+        """Give up one that it has."""
         if len(self.blocks) > 2:
             at = chance.randrange(len(self.blocks))
             self.blocks.pop(at)[0].close()
@@ -250,7 +252,7 @@ def _scribble(chance: random.Random, arena: Arena) -> tuple[int, int, int]:
     before = int.from_bytes(os.pread(arena.segment.fd, 8, at), "little")
     after = scribbled(chance, before)
     if at >= claims_offset(0) and after < before:
-        after = before + 1  # a claim that was taken away
+        after = min(before + 1, WORD - 1)  # not a claim that was taken away
     os.pwrite(arena.segment.fd, after.to_bytes(8, "little"), at)
     return at // 8, before, after
 
@@ -358,7 +360,7 @@ def attack_whereabouts(chance: random.Random) -> Iterator[str]:
     held += os.pipe()
     try:
         while True:
-            if chance.random() < 0.2:
+            if chance.random() < 0.05:
                 with foreign.open("wb") as file:
                     file.write(_spoilt(chance, start, 1 << 16) if chance.random() < 0.9 else b"")
                     file.truncate(chance.choice([0, 1, PAGE, table.TABLE_BYTES, size - 1, size, 2 * size]))
