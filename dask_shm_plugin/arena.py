@@ -14,6 +14,7 @@ import numpy as np
 
 from dask_shm_plugin import liveness, placement, syscalls, tidying, trimming, views
 from dask_shm_plugin import table as tables
+from dask_shm_plugin.access import Access
 from dask_shm_plugin.block import Block, Descriptor, Draft
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import (
@@ -22,6 +23,7 @@ from dask_shm_plugin.exceptions import (
     ArenaUnavailable,
     MembersFull,
     StaleBlock,
+    TableCorrupt,
 )
 from dask_shm_plugin.forks import Pins
 from dask_shm_plugin.memberbook import Member
@@ -64,7 +66,7 @@ class Arena:
     Raises
     ------
     TableCorrupt
-        The segment holds no table of this version.
+        The segment holds no table of this version, or a damaged one.
     MembersFull
         No slot is left.
 
@@ -73,6 +75,9 @@ class Arena:
     Thread-safe. Every change of the table happens under one mutex for all threads of all members. Finalizers never
     come here: they append to a list that the tidying thread works off. There must never be a moment when a view is
     mapped and its block is not claimed: a claim comes before its mapping and goes after it.
+
+    A table that somebody has scribbled on is left for good: nothing is read from it or written to it any more, and the
+    process stays a member, with the lock that shows it, until the last of its views is gone.
     """
 
     def __init__(self, segment: Segment, warm: int = 0) -> None:
@@ -80,7 +85,7 @@ class Arena:
         self.warm = warm
         self._pid = os.getpid()
         self._mutex = liveness.Mutex(segment.fd)
-        self._mapped: Table | None = Table(_map_table(segment))
+        self._access = Access(segment, Table(_map_table(segment)), self._mutex)
         self.arena_id = self._table.arena_id
         self._references = References()
         self._dropped = tidying.Bin()
@@ -118,8 +123,11 @@ class Arena:
         """
         segment = Segment.open(at)
         try:
-            if segment.size < _BLOCKS_FROM or Table(_map_table(segment)).arena_id != arena_id:
+            table = Table(_map_table(segment)) if segment.size >= _BLOCKS_FROM else None
+            if table is None or table.arena_id != arena_id:
                 raise ArenaUnavailable("another arena was found in the place of the one looked for")
+            if _BLOCKS_FROM + table.span > segment.size:
+                raise TableCorrupt("the arena's memory is shorter than its table says")
             return cls(segment, warm)
         except BaseException:
             segment.close()
@@ -139,15 +147,15 @@ class Arena:
         """
         size = max(size, 1)
         extent_length = round_up(size)
-        row = self._reserve(extent_length, size)
+        taken = self._reserve(extent_length, size)
         for find_more in (self.tidy, self.reclaim_dead, lambda: trimming.wait(self._table)):
-            if row is None:
+            if taken is None:
                 # Whether it found anything does not matter: another thread may have been quicker.
                 find_more()
-                row = self._reserve(extent_length, size)
-        if row is None:
+                taken = self._reserve(extent_length, size)
+        if taken is None:
             raise ArenaFull(f"no room for {size} bytes in an arena of {self._table.capacity}; raise shm.capacity")
-        return Draft(self, row, self._table.extent(row.index))
+        return Draft(self, *taken, size)
 
     def attach_block(self, descriptor: Descriptor) -> Block:
         """Refer to a block that another member named.
@@ -159,12 +167,12 @@ class Arena:
         """
         if descriptor.arena_id != self.arena_id:
             raise StaleBlock("the block belongs to another arena")
-        return Block(self, descriptor.row, self._refer(descriptor.row))
+        return Block(self, descriptor.row, *self._refer(descriptor.row))
 
     def seal(self, row: Row) -> None:
         """Seal a draft of this process and refer to it."""
-        with self._mutex:
-            self._table.seal(row, self.member)
+        with self._access as table:
+            table.seal(row, self.member)
 
     @step("abandon")
     def abandon(self, row: Row) -> None:
@@ -174,8 +182,8 @@ class Arena:
 
     def take_if_free(self, extent: Extent) -> Row | None:
         """Make a part of the arena a draft that nobody will write, so that its pages can be given back."""
-        with self._mutex:
-            gaps = placement.gaps(self._table.taken(), self._table.span)
+        with self._access as table:
+            gaps = placement.gaps(table.taken(), table.span)
             around = (gaps[:, 0] <= extent.offset) & (extent.offset + extent.length <= gaps[:, 0] + gaps[:, 1])
             return self._take(extent, tables.TRIMMING) if np.any(around) else None
 
@@ -200,9 +208,9 @@ class Arena:
 
     def pin(self) -> Pins | None:
         """Keep what this process refers to now for a child about to be forked."""
-        with contextlib.suppress(ArenaBusy, ArenaUnavailable), self._mutex:
+        # Nothing is changed that others see. So a process that stands still inside the table does not matter.
+        with self._mutex.among_threads():
             return self._references.pin()
-        return None
 
     def keep(self, pins: Pins) -> None:
         """Give pinned references back when their child has ended."""
@@ -212,18 +220,24 @@ class Arena:
 
     def is_live(self, member: Member) -> bool:
         """Tell whether a member, this very incarnation of it, has not left and was not reclaimed."""
-        table = self._mapped
-        return table is not None and table.is_live(member)
+        with contextlib.suppress(TableCorrupt, ArenaUnavailable):
+            return self._table.is_live(member)
+        return False
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether this process has found something here that nobody should have written, and keeps away from it."""
+        return self._access.is_damaged
 
     def add_role(self, kind: str, address: str) -> None:
         """Let the others know that this process plays a role at an address."""
-        with self._mutex:
-            self._table.add_role(self.member, kind, address)
+        with self._access as table:
+            table.add_role(self.member, kind, address)
 
     def remove_role(self, kind: str, address: str) -> None:
         """Undo :meth:`add_role`."""
-        with self._mutex:
-            self._table.remove_role(self.member, kind, address)
+        with self._access as table:
+            table.remove_role(self.member, kind, address)
 
     def roles(self) -> list[Role]:
         """Return the roles of all members, as they stand; an entry that is being written is not among them."""
@@ -244,9 +258,9 @@ class Arena:
         ]
         if not dead and not orphans:
             return False
-        with self._mutex:
-            freed = [extent for member in orphans for extent in self._table.reclaim_drafts(member)]
-            freed += [extent for member in dead for extent in self._table.reclaim(member)]
+        with self._access as table:
+            freed = [extent for member in orphans for extent in table.reclaim_drafts(member)]
+            freed += [extent for member in dead for extent in table.reclaim(member)]
         return bool(freed)
 
     def holders(self, row: Row) -> int:
@@ -254,10 +268,24 @@ class Arena:
         return self._table.holders(row.index)
 
     def stats(self) -> ArenaStats:
-        """Count what the arena holds now."""
-        with self._mutex:
-            used, blocks, members = self._used(), self._table.count(), len(self._table.members())
-        return ArenaStats(self._table.capacity, used, self.segment.resident, blocks, members)
+        """Count what the arena holds now; nothing, where this process keeps away from it."""
+        if self.is_damaged:
+            return ArenaStats(0, 0, 0, 0, 0)
+        with self._access as table:
+            lengths, members = table.taken()[:, 1], len(table.members())
+            return ArenaStats(table.capacity, int(np.sum(lengths)), self.segment.resident, len(lengths), members)
+
+    def inspect(self) -> None:
+        """Look whether the table still says what this process relies on.
+
+        Raises
+        ------
+        TableCorrupt
+            It does not; this process has left.
+        """
+        with self._access as table:
+            table.check(self.member, self._references)
+            table.taken()
 
     def validate(self) -> None:
         """Check the invariants of the table; see :meth:`Table.validate`."""
@@ -280,8 +308,7 @@ class Arena:
                 views.unmap(item)
             try:
                 with self._mutex:
-                    for item in dropped:
-                        self._drop_reference(item.row)
+                    self._drop_references([item.row for item in dropped])
             except ArenaBusy:
                 for item in dropped:
                     self._dropped.put(Dropped(item.row))
@@ -308,7 +335,7 @@ class Arena:
             self._trim_to(self._table.capacity - self._used() - missing)
 
     def _used(self) -> int:
-        return int(np.sum(self._table.taken()[:, 1]))
+        return int(np.sum(self._table.taken_by_now()[:, 1]))
 
     def _trim_to(self, warm: int) -> None:
         trimming.trim(self, self.segment, self._table, _BLOCKS_FROM, warm)
@@ -333,51 +360,53 @@ class Arena:
                 self._leaving = False
         except ArenaUnavailable:
             return False
-        return True
+        return not self.is_damaged
 
     @step("leave")
     def finish_leaving(self) -> None:
         """Leave now, if that is wanted and nothing of this process refers to a block; otherwise later."""
-        if not self._leaving:
+        if not (self._leaving or self.is_damaged):
             return
         # Where the table is busy, the tidying thread tries again.
         with contextlib.suppress(ArenaBusy, ArenaUnavailable):
             with self._mutex:
-                if len(self._references) or not self._leaving:
+                if len(self._references) or not (self._leaving or self.is_damaged):
                     return
-                self._table.reclaim(self.member)
+                self._access.attempt(lambda table: table.reclaim(self.member))
                 liveness.let_go(self.segment.fd, self.member.slot)
                 self._mutex.retire(self.segment.close)
                 # Somebody may still keep this object; what it has mapped must go.
-                self._mapped = None
+                self._access.forget()
             self._dropped.wake()
 
     # -- inside
 
     @property
     def _table(self) -> Table:
-        table = self._mapped
-        if table is None:
-            raise ArenaUnavailable("this process has left the arena")
-        return table
+        return self._access.table
 
     @step("join")
     def _join(self) -> Member:
-        with self._mutex:
-            for slot in self._table.vacant():
+        with self._access as table:
+            table.taken()
+            for slot in table.vacant():
                 # The locks come first, or there would be a moment when a living member looks dead. A slot whose lock
                 # is still held belonged to a process whose forked child lives on.
                 if liveness.appear(self.segment.fd, slot):
                     self.segment.reserve(tables.claims_offset(slot), tables.CLAIM_BYTES)
-                    return self._table.join(slot, self._pid, liveness.start_time(self._pid))
+                    self._access.member = table.join(slot, self._pid, liveness.start_time(self._pid))
+                    return self._access.member
         raise MembersFull(f"all {tables.MEMBERS} places for members are taken")
 
-    def _reserve(self, length: int, size: int) -> Row | None:
-        with self._mutex:
+    def _reserve(self, length: int, size: int) -> tuple[Row, Extent] | None:
+        with self._access as table:
             if self._leaving:
                 raise ArenaUnavailable("this process is leaving the arena")
-            offset = placement.place(self._table.taken(), self._table.capacity, length, tables.SPREAD)
-            return None if offset is None else self._take(Extent(offset, length), size)
+            offset = placement.place(table.taken(), table.capacity, length, tables.SPREAD)
+            if offset is None:
+                return None
+            extent = Extent(offset, length)
+            return self._take(extent, size), extent
 
     def _take(self, extent: Extent, size: int) -> Row:
         row = self._table.reserve(extent, size, self.member)
@@ -385,19 +414,19 @@ class Arena:
         self._references.add(row)
         return row
 
-    def _refer(self, row: Row) -> Extent:
-        with self._mutex:
-            extent = self._table.acquire(row, self.member)
+    def _refer(self, row: Row) -> tuple[Extent, int]:
+        with self._access as table:
+            extent = table.acquire(row, self.member)
             self._references.add(row)
-            return extent
+            return extent, table.size(row.index)
 
-    def _drop_reference(self, row: Row) -> None:
-        if self._references.drop(row):
-            self._table.release(row, self.member)
+    def _drop_references(self, rows: list[Row]) -> None:
+        gone = [row for row in rows if self._references.drop(row)]
+        self._access.attempt(lambda table: [table.release(row, self.member) for row in gone])
 
     def __repr__(self) -> str:
-        if self.has_left:
-            return f"<Arena {self.arena_id.hex()[:4]}, left>"
+        if self.has_left or self.is_damaged:
+            return f"<Arena {self.arena_id.hex()[:4]}, {'damaged' if self.is_damaged else 'left'}>"
         return f"<Arena {self.arena_id.hex()[:4]} {self._table.capacity} bytes, {len(self._references)} references>"
 
     def __reduce__(self) -> Any:

@@ -55,10 +55,10 @@ class Draft:
     machine that has none left, would be answered by SIGBUS.
     """
 
-    def __init__(self, arena: Home, row: Row, extent: Extent) -> None:
+    def __init__(self, arena: Home, row: Row, extent: Extent, size: int) -> None:
         self._arena = arena
         self._row: Row | None = row
-        self._extent = extent
+        self._extent, self._size = extent, size
         self._pid = os.getpid()
         self._exists_up_to = 0
 
@@ -104,7 +104,7 @@ class Draft:
         except BaseException:
             self._arena.abandon(row)
             raise
-        return Block(self._arena, row, self._extent)
+        return Block(self._arena, row, self._extent, self._size)
 
     def __enter__(self) -> Draft:
         return self
@@ -138,9 +138,9 @@ class Block:
     Thread-safe. Views keep references of their own and outlive the block they were taken from.
     """
 
-    def __init__(self, arena: Home, row: Row, extent: Extent) -> None:
+    def __init__(self, arena: Home, row: Row, extent: Extent, size: int) -> None:
         self._arena = arena
-        self._extent = extent
+        self._extent, self._used = extent, size
         self._pid = os.getpid()
         self._drop: Callable[[Row], None] | None = arena.drop
         self.row = row
@@ -183,8 +183,9 @@ class Block:
         return self._arena.pages.read(self._extent, offset, length)
 
     def _insist_on(self, offset: int, length: int) -> None:
-        if offset < 0 or length <= 0 or offset + length > self._extent.length:
-            raise ValueError(f"{length} bytes at {offset} are not in a block of {self._extent.length}")
+        # Behind what is used stands what an earlier block has left on the last page.
+        if offset < 0 or length <= 0 or offset + length > self._used:
+            raise ValueError(f"{length} bytes at {offset} are not in a block of {self._used}")
 
     def close(self) -> None:
         """Drop the reference; the space is free when the last one of all processes goes."""

@@ -126,7 +126,7 @@ def publish(serialized: Serialized, arena: Arena) -> Published:
         undo.pop_all()
     ordered = tuple(parts[number] for number in range(len(flat)))
     in_band = sum(len(frame) for frame in serialized.frames if isinstance(frame, (bytes, bytearray)))
-    handle = Handle(arena.arena_id, header, ordered, serialized.size, in_band)
+    handle = Handle.of(arena.arena_id, header, ordered, serialized.size, in_band)
     return Published(handle, list(blocks.values()), copied)
 
 

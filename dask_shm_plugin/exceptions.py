@@ -61,6 +61,12 @@ class StaleBlock(SharedMemoryError):
     reason = "stale"
 
 
+class HandleDamaged(SharedMemoryError):
+    """A handle is not what its sender made; ask for the bytes."""
+
+    reason = "damaged"
+
+
 class MappingRefused(SharedMemoryError):
     """The kernel refused another mapping (``vm.max_map_count`` or ``ulimit -v``)."""
 
@@ -68,7 +74,7 @@ class MappingRefused(SharedMemoryError):
 
 
 class TableCorrupt(SharedMemoryError):
-    """The table does not hold what its layout promises; this process must leave the arena."""
+    """The arena does not hold what its layout promises: somebody has written there. This process leaves it for good."""
 
     reason = "corrupt"
 

@@ -7,6 +7,7 @@ process is a member of any arena. Being a member is a matter of the process: eve
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,18 +26,22 @@ BYTES_PLEASE = "bytes"
 def askers() -> list[str]:
     """Return the memberships of this process, as a request names them."""
     return [
-        f"{arena.arena_id.hex()}:{arena.member.slot}:{arena.member.incarnation}" for arena in membership.all_arenas()
+        f"{arena.arena_id.hex()}:{arena.member.slot}:{arena.member.incarnation}"
+        for arena in membership.all_arenas()
+        if not arena.is_damaged
     ]
 
 
 def is_member(arena: Arena, asked_by: list[str]) -> bool:
     """Tell whether one of those who ask is a member of an arena, alive and in this incarnation."""
-    for asker in asked_by:
-        if asker == BYTES_PLEASE:
-            continue
-        arena_id, slot, incarnation = asker.split(":")
-        if arena_id == arena.arena_id.hex():
-            return arena.is_live(Member(int(slot), int(incarnation)))
+    # Who says it in another way, as another version may, is none.
+    with contextlib.suppress(ValueError, AttributeError):
+        for asker in asked_by:
+            if asker == BYTES_PLEASE:
+                continue
+            arena_id, slot, incarnation = asker.split(":")
+            if arena_id == arena.arena_id.hex():
+                return arena.is_live(Member(int(slot), int(incarnation)))
     return False
 
 

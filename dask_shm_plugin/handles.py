@@ -2,12 +2,17 @@
 
 Whatever happens to a handle on its way, unpickling never raises on account of shared memory: it gives the value, or
 something that says why not, and whoever made the request asks again for bytes.
+
+A handle carries a checksum of itself, so that one that was changed on its way is refused, whatever was changed. It comes
+with Dask's own messages, which are pickles: whoever can send those needs no handle to do harm.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import struct
+import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,7 +25,7 @@ from dask_shm_plugin import membership, notices
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.block import Block, Descriptor
 from dask_shm_plugin.crashpoints import step
-from dask_shm_plugin.exceptions import ArenaUnavailable, MappingRefused, SharedMemoryError
+from dask_shm_plugin.exceptions import ArenaUnavailable, HandleDamaged, MappingRefused, SharedMemoryError
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.table import Row
 
@@ -52,6 +57,8 @@ class Handle:
         Bytes of all frames.
     in_band
         Bytes of frames that rebuilding copies: pickle streams, ``bytes``.
+    checksum
+        Of all of these.
 
     Notes
     -----
@@ -64,9 +71,43 @@ class Handle:
     parts: tuple[bytes | Span, ...]
     size: int
     in_band: int
+    checksum: int
+
+    @classmethod
+    def of(cls, arena_id: bytes, header: bytes, parts: tuple[bytes | Span, ...], size: int, in_band: int) -> Handle:
+        """Make a handle that will be known to be whole."""
+        return cls(arena_id, header, parts, size, in_band, _checksum(arena_id, header, parts, size, in_band))
+
+    def insist_whole(self) -> None:
+        """Insist that this is what was made by :meth:`of`, and that it makes sense.
+
+        Raises
+        ------
+        HandleDamaged
+            It is not.
+        """
+        try:
+            is_whole = self.checksum == _checksum(self.arena_id, self.header, self.parts, self.size, self.in_band)
+        except (TypeError, ValueError, OverflowError, struct.error):
+            is_whole = False
+        if not is_whole:
+            raise HandleDamaged("a handle was changed on its way")
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _receive, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+def _checksum(arena_id: bytes, header: bytes, parts: tuple[bytes | Span, ...], size: int, in_band: int) -> int:
+    """Add a handle up; raise where a field is not of its kind or cannot be."""
+    checksum = zlib.crc32(header, zlib.crc32(arena_id))
+    numbers = [size, in_band]
+    for part in parts:
+        if isinstance(part, Span):
+            numbers += [*part.row, part.offset, part.length]
+        else:
+            numbers.append(len(part))
+            checksum = zlib.crc32(part, checksum)
+    return zlib.crc32(struct.pack(f"<{len(numbers)}Q", *numbers), checksum)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +146,9 @@ def resolve(handle: Handle, *, writeable: bool = True, take: Take = Block.view) 
     Raises
     ------
     SharedMemoryError
-        A block is gone, or cannot be mapped, or this process is not in that arena.
+        A block is gone, or cannot be mapped, or this process is not in that arena, or the handle was changed.
     """
+    handle.insist_whole()
     arena = membership.find(handle.arena_id)
     if arena is None:
         raise ArenaUnavailable("this process is not a member of the arena")
@@ -125,10 +167,17 @@ def map_spans(spans: list[Span], arena: Arena, take: Take = Block.view) -> dict[
         with arena.attach_block(Descriptor(arena.arena_id, row)) as block:
             for group in _without_overlap(sorted(span for span in spans if span.row == row)):
                 start = group[0].offset
-                view = take(block, start, group[-1].offset + group[-1].length - start)
+                view = _taken(take, block, start, group[-1].offset + group[-1].length - start)
                 for span in group:
                     mapped[span].append(view[span.offset - start : span.offset - start + span.length])
     return mapped
+
+
+def _taken(take: Take, block: Block, offset: int, length: int) -> memoryview:
+    try:
+        return take(block, offset, length)
+    except ValueError as error:
+        raise HandleDamaged(f"a handle names what is in no block: {error}") from error
 
 
 def _without_overlap(spans: list[Span]) -> list[list[Span]]:
@@ -166,8 +215,11 @@ def _receive(*fields: Any) -> Any:
     """Unpickle a handle: never raises on account of shared memory."""
     try:
         handle = Handle(*fields)
+        handle.insist_whole()
     except TypeError:
         return Unresolved("version")
+    except HandleDamaged as error:
+        return Unresolved(error.reason)
     if handle.in_band > _AT_ONCE and asyncio._get_running_loop() is not None:
         return Deferred(handle)
     return become(handle)

@@ -14,13 +14,14 @@ Both are taken on bytes that lie far behind the end of the file, where no data w
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from dask_shm_plugin import syscalls
@@ -134,6 +135,12 @@ class Mutex:
                 syscalls.record_lock(self._fd, fcntl.F_UNLCK, _MUTEX_BYTE)
         finally:
             self._among_threads.release()
+
+    @contextlib.contextmanager
+    def among_threads(self) -> Iterator[None]:
+        """Exclude the other threads of this process only, which hold the mutex for a bounded time."""
+        with self._among_threads:
+            yield
 
     def retire(self, close: Callable[[], None]) -> None:
         """From inside: refuse to be entered again, and close the file when left.

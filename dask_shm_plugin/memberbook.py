@@ -13,6 +13,7 @@ WORDS = SLOTS * _ENTRY
 """Words of eight bytes that a book takes."""
 
 _STATE_BITS, _STATE_MASK = 2, 3
+INCARNATIONS = 1 << 64 - _STATE_BITS
 _LIVE = 1
 
 
@@ -35,7 +36,8 @@ class MemberBook:
 
     def __init__(self, words: memoryview) -> None:
         self._words = words
-        self._states = np.frombuffer(words, dtype=np.uint64).reshape(SLOTS, _ENTRY)[:, 0]
+        entries = np.frombuffer(words, dtype=np.uint64).reshape(SLOTS, _ENTRY)
+        self._states, self._pids = entries[:, 0], entries[:, 1]
 
     def enter(self, member: Member, pid: int, started: int) -> None:
         """Enter a process in a vacant slot."""
@@ -72,9 +74,9 @@ class MemberBook:
         """Return the slots that are not."""
         return [int(slot) for slot in np.flatnonzero((self._states & np.uint64(_STATE_MASK)) == 0)]
 
-    def slots_ever_taken(self) -> int:
-        """Count the slots that are or were taken."""
-        return int(np.count_nonzero(self._states))
+    def slots_ever_taken(self) -> npt.NDArray[np.intp]:
+        """Return the slots that are or were taken."""
+        return np.flatnonzero(self._states | self._pids)
 
     def members(self) -> list[Member]:
         """Return all members."""

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from dask_shm_plugin import liveness, rendezvous
 from dask_shm_plugin.arena import Arena
-from dask_shm_plugin.exceptions import ArenaUnavailable, SharedMemoryError
+from dask_shm_plugin.exceptions import ArenaUnavailable, SharedMemoryError, TableCorrupt
 from dask_shm_plugin.rendezvous import Listed, Meeting, Rendezvous
 from dask_shm_plugin.views import ATLAS
 
@@ -70,6 +70,8 @@ def join(
                 return None
             joined = _by_cluster[cluster] = _Joined(*found, [])
             joined.arena.upkeep = functools.partial(_restore, cluster)
+        elif joined.arena.is_damaged:
+            raise TableCorrupt("the arena is damaged")
         joined.roles.append((kind, address))
     with contextlib.suppress(SharedMemoryError):
         joined.arena.add_role(kind, address)
@@ -163,6 +165,10 @@ def _attach(said: Meeting, warm: int) -> Arena | None:
         if arena.arena_id == said.arena_id and arena.stay():
             _lingering.discard(arena)
             return arena
+    # It may say the place of another arena, or of one that this process keeps away from.
+    for arena in [*all_arenas(), *_lingering]:
+        if not arena.has_left and (arena.segment.device, arena.segment.inode) == (said.device, said.inode):
+            raise ArenaUnavailable("this process is, or was, in the arena that the rendezvous leads to")
     for at in said.whereabouts():
         try:
             return Arena.attach(at, said.arena_id, warm)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from dask_shm_plugin.forks import Pins
 from dask_shm_plugin.table import Row
 
@@ -46,6 +48,9 @@ class References:
         over = [pins for pins in self._pins if pins.are_over()]
         self._pins = [pins for pins in self._pins if pins not in over]
         return [row for pins in over for row in pins.rows]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._counts)
 
     def __len__(self) -> int:
         return len(self._counts)

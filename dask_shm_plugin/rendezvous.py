@@ -109,7 +109,7 @@ class Rendezvous:
     @step("list")
     def write(self, meeting: Meeting) -> None:
         """Say something else."""
-        entries = b"".join(_ENTRY.pack(*entry) for entry in meeting.listed)
+        entries = b"".join(_ENTRY.pack(*entry) for entry in meeting.listed[-MEMBERS:])
         head = _HEAD.pack(_MAGIC, LAYOUT_VERSION, meeting.arena_id, meeting.device, meeting.inode)
         try:
             written = os.pwrite(self._fd, (head + entries).ljust(_SIZE, b"\0"), 0)
@@ -225,11 +225,13 @@ def _open(name: str, *, create: bool) -> int | None:
     except posix_ipc.ExistentialError:
         return None
     except (OSError, ValueError, posix_ipc.Error) as error:
-        raise ArenaUnavailable(f"POSIX shared memory {name} cannot be opened: {error}") from error
+        raise ArenaUnavailable(
+            f"{SHM_DIRECTORY}{name} cannot be opened ({error}); if it is another user's, let it be removed"
+        ) from error
     status = os.fstat(fd)
     if status.st_uid != os.getuid() or not stat.S_ISREG(status.st_mode) or stat.S_IMODE(status.st_mode) & 0o077:
         _close(fd)
-        raise ArenaUnavailable(f"POSIX shared memory {name} is not this user's own; remove it")
+        raise ArenaUnavailable(f"{SHM_DIRECTORY}{name} is not this user's own; remove it")
     os.set_inheritable(fd, False)
     return fd
 

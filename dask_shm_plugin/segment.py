@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import stat
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 from dask_shm_plugin import syscalls
 from dask_shm_plugin.crashpoints import step
-from dask_shm_plugin.exceptions import ArenaUnavailable, MappingRefused, MemoryExhausted
+from dask_shm_plugin.exceptions import ArenaUnavailable, MappingRefused, MemoryExhausted, TableCorrupt
 
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 NAME_PREFIX = "dask-shm-"
@@ -182,7 +183,21 @@ class Segment:
         """Map a part copy-on-write, and return its address."""
         return self._mapped(syscalls.map_private, offset, length)
 
+    def insist_whole(self) -> None:
+        """Insist that nobody has cut the segment short: to touch what is mapped beyond its end is answered by SIGBUS.
+
+        Raises
+        ------
+        TableCorrupt
+            Somebody has.
+        """
+        if syscalls.size_of(self.fd) < self.size:
+            raise TableCorrupt("somebody has cut the memory short")
+
     def _mapped(self, how: syscalls.MapCall, offset: int, length: int) -> int:
+        if offset < 0 or length <= 0 or offset + length > self.size:
+            raise TableCorrupt(f"{length} bytes at {offset} are not in a segment of {self.size}")
+        self.insist_whole()
         try:
             return how(self.fd, offset, length)
         except OSError as error:
@@ -238,10 +253,12 @@ def _posix_segment(size: int) -> int:
 
 
 def _memfd_segment(size: int) -> int:
-    fd = os.memfd_create(f"{NAME_PREFIX}segment", os.MFD_CLOEXEC)
+    fd = os.memfd_create(f"{NAME_PREFIX}segment", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size)
         os.fchmod(fd, 0o600)
+        # Files of a tmpfs know no seals. Those who have none are looked at again: see ``insist_whole``.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     except BaseException:
         os.close(fd)
         raise

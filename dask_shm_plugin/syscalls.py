@@ -50,7 +50,10 @@ class _Flock(ctypes.Structure):
 
 @functools.cache
 def _libc_with_gil() -> Any:
-    return ctypes.PyDLL(None, use_errno=True)
+    libc = ctypes.PyDLL(None, use_errno=True)
+    libc.lseek64.restype = ctypes.c_int64
+    libc.lseek64.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int]
+    return libc
 
 
 def record_lock(fd: int, kind: int, byte: int) -> int:
@@ -62,6 +65,11 @@ def record_lock(fd: int, kind: int, byte: int) -> int:
     request = _Flock(kind, os.SEEK_SET, byte, 1, 0)
     failed = _libc_with_gil().fcntl(fd, _F_SETLK, ctypes.byref(request)) != 0
     return ctypes.get_errno() if failed else 0
+
+
+def size_of(fd: int) -> int:
+    """Return the bytes of a file, or -1. Keeps the GIL, like :func:`record_lock`, and moves the position."""
+    return int(_libc_with_gil().lseek64(fd, 0, os.SEEK_END))
 
 
 def _failure(call: str) -> OSError:

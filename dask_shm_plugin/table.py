@@ -5,7 +5,8 @@ Layout, in words of eight bytes, native order::
     header   magic+version, arena id (2 words), capacity, change counter, next incarnation, rows in use, reserved
     members  see ``memberbook``
     roles    see ``rolebook``
-    blocks   BLOCKS rows of   [generation | state, offset, extent, size, owner slot, owner incarnation, reserved x 2]
+    blocks   BLOCKS rows of   [tag | generation | state, offset, extent, size, owner slot, owner incarnation,
+                               reserved x 2]; the first word see ``stateword``
     claims   per member a row of BLOCKS generations: "this member refers to that generation of that block"
 
 A block is FREE, then DRAFT (its owner writes it), then SEALED (nobody ever writes it again), then FREE. Its *generation*
@@ -19,29 +20,30 @@ House rules.
    means nothing.
 3. A claim row is written by its member, and by whoever reclaims the member after its death was *proved*.
 4. Free space is computed from the rows; no store exists that would have to be undone.
+5. Anybody may have written anything here. Before a row is gone by, its tag is checked; a number that becomes an index is
+   bounded. What only becomes a figure is not checked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from dask_shm_plugin import memberbook, rolebook
+from dask_shm_plugin import memberbook, rolebook, stateword
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import StaleBlock, TableCorrupt, TableFull
 from dask_shm_plugin.memberbook import Member, MemberBook
 from dask_shm_plugin.rolebook import Role, RoleBook
+from dask_shm_plugin.stateword import DRAFT, FREE, SEALED
 
 LAYOUT_VERSION = 2
 _MAGIC = int.from_bytes(b"daskshm" + bytes([LAYOUT_VERSION]), "little")
 
-FREE, DRAFT, SEALED = 0, 1, 2
 TRIMMING = 0
 """The size of a draft that nobody will write: its pages are being given back to the operating system."""
-_STATE_BITS, _STATE_MASK = 2, 3
 
 SPREAD = 4
 """How many times the capacity there are offsets for blocks: gaps between them take no memory."""
@@ -62,6 +64,8 @@ CLAIM_BYTES = BLOCKS * 8
 """Bytes of one member's row of claims."""
 TABLE_BYTES = SHARED_BYTES + MEMBERS * CLAIM_BYTES
 """Bytes of the whole table."""
+
+_ODD_ROW = "the state of a block does not fit what is written beside it"
 
 _MAGIC_WORD, _ID_WORD, _CAPACITY_WORD, _CHANGES_WORD, _INCARNATION_WORD, _ROWS_WORD = 0, 1, 3, 4, 5, 6
 
@@ -105,6 +109,13 @@ class Table:
     ------
     TableCorrupt
         The buffer is too short, or was laid out by another version.
+
+    Attributes
+    ----------
+    arena_id
+        Sixteen random bytes that name this arena and no other.
+    capacity
+        Bytes for blocks.
     """
 
     def __init__(self, buffer: memoryview) -> None:
@@ -113,6 +124,9 @@ class Table:
         self._words = buffer[:TABLE_BYTES].cast("Q")
         if self._words[_MAGIC_WORD] != _MAGIC:
             raise TableCorrupt("no table of this version of dask_shm_plugin")
+        self.arena_id = b"".join(self._words[_ID_WORD + k].to_bytes(8, "little") for k in (0, 1))
+        self.capacity = self._words[_CAPACITY_WORD]
+        self._rows_seen = 0
         words = np.frombuffer(self._words, dtype=np.uint64)
         self._book = MemberBook(self._words[_MEMBERS_AT:_ROLES_AT])
         self._roles = RoleBook(self._words[_ROLES_AT : _ROLES_AT + rolebook.WORDS])
@@ -130,16 +144,6 @@ class Table:
         return cls(buffer)
 
     # -- the arena as a whole
-
-    @property
-    def arena_id(self) -> bytes:
-        """Sixteen random bytes that name this arena and no other."""
-        return b"".join(self._words[_ID_WORD + k].to_bytes(8, "little") for k in (0, 1))
-
-    @property
-    def capacity(self) -> int:
-        """Bytes that all blocks together may have."""
-        return self._words[_CAPACITY_WORD]
 
     @property
     def span(self) -> int:
@@ -160,6 +164,7 @@ class Table:
     def join(self, slot: int, pid: int, started: int) -> Member:
         """Enter a process as the member of a vacant slot, with no claims."""
         incarnation = self._words[_INCARNATION_WORD] + 1
+        _insist(incarnation < memberbook.INCARNATIONS, "there was never such an incarnation")
         self._words[_INCARNATION_WORD] = incarnation
         member = Member(slot, incarnation)
         self._book.enter(member, pid, started)
@@ -167,7 +172,7 @@ class Table:
 
     def reserved_bytes(self) -> int:
         """Return the bytes of the table whose pages exist: the common part, and the claims of slots ever taken."""
-        return SHARED_BYTES + CLAIM_BYTES * self._book.slots_ever_taken()
+        return SHARED_BYTES + CLAIM_BYTES * len(self._book.slots_ever_taken())
 
     def is_live(self, member: Member) -> bool:
         """Tell whether this very incarnation is entered. Needs no mutex: it reads one word."""
@@ -236,12 +241,16 @@ class Table:
         """
         index = self._free_row()
         at = _BLOCKS_AT + index * _BLOCK
-        generation = (self._words[at] >> _STATE_BITS) + 1
-        self._words[at + 1], self._words[at + 2], self._words[at + 3] = extent.offset, extent.length, size
-        self._words[at + 4], self._words[at + 5] = owner
-        self._words[_ROWS_WORD] = max(self._rows_in_use, index + 1)
-        self._words[_CHANGES_WORD] += 1
-        self._words[at] = generation << _STATE_BITS | DRAFT
+        generation = self._generation(index) + 1
+        _insist(generation < stateword.GENERATIONS, "there was never such a generation")
+        body = (extent.offset, extent.length, size, *owner)
+        if index == self._rows_in_use:
+            self._words[at] = stateword.pack(generation - 1, FREE)
+            self._words[_ROWS_WORD] = index + 1
+        for n, word in enumerate(body, 1):
+            self._words[at + n] = word
+        self._count_change()
+        self._words[at] = stateword.pack(generation, DRAFT, body)
         return Row(index, generation)
 
     @step("seal")
@@ -249,7 +258,8 @@ class Table:
         """Turn a draft into a block that its owner refers to."""
         self._demand(row, DRAFT)
         self._claims[owner.slot, row.index] = row.generation
-        self._words[_BLOCKS_AT + row.index * _BLOCK] = row.generation << _STATE_BITS | SEALED
+        at = _BLOCKS_AT + row.index * _BLOCK
+        self._words[at] = stateword.pack(row.generation, SEALED, self._words[at + 1 : at + stateword.WORDS].tolist())
 
     @step("acquire")
     def acquire(self, row: Row, member: Member) -> Extent:
@@ -259,6 +269,8 @@ class Table:
         ------
         StaleBlock
             That generation is not there any more, or not yet sealed.
+        TableCorrupt
+            What the row says is not what was written there.
         """
         self._demand(row, SEALED)
         self._claims[member.slot, row.index] = row.generation
@@ -268,9 +280,9 @@ class Table:
     def release(self, row: Row, member: Member) -> Extent | None:
         """Drop what a member has of a block, its claim or its draft; return the extent if that made it free."""
         is_mine = self._claims[member.slot, row.index] == row.generation
-        word = self._word(row.index)
-        is_last = word == row.generation << _STATE_BITS | SEALED and self.holders(row.index) == int(is_mine)
-        is_draft = word == row.generation << _STATE_BITS | DRAFT and self._owner(row.index) == member
+        is_at = stateword.unpack(self._word(row.index))
+        is_last = is_at == (row.generation, SEALED) and self._count_claims(row.index) == int(is_mine)
+        is_draft = is_at == (row.generation, DRAFT) and self._owner(row.index) == member
         # There must never be a moment when a block is sealed and unclaimed: nobody's death would free it.
         freed = self._free(row.index) if is_last or is_draft else None
         if is_mine:
@@ -303,16 +315,31 @@ class Table:
         at = _BLOCKS_AT + index * _BLOCK
         return Extent(self._words[at + 1], self._words[at + 2])
 
+    def size(self, index: int) -> int:
+        """Return how many bytes of its extent a block uses."""
+        return self._words[_BLOCKS_AT + index * _BLOCK + 3]
+
     def taken(self) -> npt.NDArray[np.uint64]:
-        """Return offset and length of every draft and block, shape (n, 2), in no order."""
-        used = self._blocks[: self._rows_in_use]
-        rows: npt.NDArray[np.uint64] = used[(used[:, 0] & np.uint64(_STATE_MASK)) != FREE, 1:3]
+        """Return offset and length of every draft and block, shape (n, 2), in no order.
+
+        Raises
+        ------
+        TableCorrupt
+            A row does not say what was written there.
+        """
+        _insist(stateword.are_sound(self._used_rows()), _ODD_ROW)
+        return self.taken_by_now()
+
+    def taken_by_now(self) -> npt.NDArray[np.uint64]:
+        """Return what :meth:`taken` does, without the mutex: a row may be in change, and so is not checked."""
+        used = self._used_rows()
+        rows: npt.NDArray[np.uint64] = used[stateword.states(used[:, 0]) != FREE, 1:3]
         return rows
 
     def is_trimmed(self) -> bool:
         """Tell whether pages are being given back just now."""
-        used = self._blocks[: self._rows_in_use]
-        drafts = (used[:, 0] & np.uint64(_STATE_MASK)) == DRAFT
+        used = self._used_rows()
+        drafts = stateword.states(used[:, 0]) == DRAFT
         return bool(np.any(drafts & (used[:, 3] == TRIMMING)))
 
     def count(self) -> int:
@@ -320,6 +347,30 @@ class Table:
         return len(self.taken())
 
     # -- what must always hold
+
+    def check(self, member: Member | None = None, referred: Iterable[Row] = ()) -> None:
+        """Check, quickly, that nobody has written here who must not.
+
+        Parameters
+        ----------
+        member
+            Who asks, if it has joined.
+        referred
+            What it refers to.
+
+        Raises
+        ------
+        TableCorrupt
+            With what is wrong.
+        """
+        _insist(self._words[_MAGIC_WORD] == _MAGIC, "its beginning was overwritten")
+        _insist(self._words[_CAPACITY_WORD] == self.capacity, "its capacity was changed")
+        _insist(member is None or self._book.is_live(member), "this process was crossed out")
+        for index, generation in referred:
+            at = stateword.unpack(self._word(index))
+            _insist(at in ((generation, DRAFT), (generation, SEALED)), "a block that is in use was freed")
+            is_mine = member is None or self._claims[member.slot, index] == generation
+            _insist(at[1] == DRAFT or is_mine, "a claim of this process was crossed out")
 
     def validate(self) -> None:
         """Check the invariants.
@@ -345,23 +396,30 @@ class Table:
                 _insist(self.is_live(self._owner(index)), "a draft has no owner")
         for member in self.members():
             generations = self._claims[member.slot]
-            beyond = generations > self._blocks[:, 0] >> np.uint64(_STATE_BITS)
+            beyond = generations > stateword.generations(self._blocks[:, 0])
             _insist(not np.any(beyond), "a claim is younger than its block")
 
     # -- inside
 
     @property
     def _rows_in_use(self) -> int:
-        return min(self._words[_ROWS_WORD], BLOCKS)
+        rows = self._words[_ROWS_WORD]
+        _insist(self._rows_seen <= rows <= BLOCKS, "there were never so many rows, or so few")
+        _insist(rows == BLOCKS or self._state(rows) == FREE, "there are more rows in use than it says")
+        self._rows_seen = rows
+        return rows
+
+    def _used_rows(self) -> npt.NDArray[np.uint64]:
+        return self._blocks[: self._rows_in_use]
 
     def _word(self, index: int) -> int:
         return self._words[_BLOCKS_AT + index * _BLOCK]
 
     def _state(self, index: int) -> int:
-        return self._word(index) & _STATE_MASK
+        return stateword.unpack(self._word(index))[1]
 
     def _generation(self, index: int) -> int:
-        return self._word(index) >> _STATE_BITS
+        return stateword.unpack(self._word(index))[0]
 
     def _owner(self, index: int) -> Member:
         at = _BLOCKS_AT + index * _BLOCK
@@ -372,14 +430,14 @@ class Table:
         return [Row(int(index), int(claims[index])) for index in np.flatnonzero(claims)]
 
     def _drafts_of(self, member: Member) -> list[Row]:
-        used = self._blocks[: self._rows_in_use]
-        drafts = (used[:, 0] & np.uint64(_STATE_MASK)) == DRAFT
+        used = self._used_rows()
+        drafts = stateword.states(used[:, 0]) == DRAFT
         own = (used[:, 4] == member.slot) & (used[:, 5] == member.incarnation)
         return [Row(int(index), self._generation(int(index))) for index in np.flatnonzero(drafts & own)]
 
     def _free_row(self) -> int:
         in_use = self._rows_in_use
-        free = np.flatnonzero((self._blocks[:in_use, 0] & np.uint64(_STATE_MASK)) == FREE)
+        free = np.flatnonzero(stateword.states(self._blocks[:in_use, 0]) == FREE)
         if len(free):
             return int(free[0])
         if in_use == BLOCKS:
@@ -389,16 +447,33 @@ class Table:
         return in_use
 
     def _free(self, index: int) -> Extent:
+        self._insist_on(index)
         extent = self.extent(index)
-        self._words[_CHANGES_WORD] += 1
-        self._words[_BLOCKS_AT + index * _BLOCK] = self._generation(index) << _STATE_BITS | FREE
+        self._count_change()
+        self._words[_BLOCKS_AT + index * _BLOCK] = stateword.pack(self._generation(index), FREE)
         return extent
+
+    def _count_change(self) -> None:
+        self._words[_CHANGES_WORD] = (self._words[_CHANGES_WORD] + 1) % (1 << 64)
+
+    def _count_claims(self, index: int) -> int:
+        """Count the claims of a block; unlike :meth:`holders`, also of those who are only said to be no members."""
+        claims = self._claims[:, index][self._book.slots_ever_taken()]
+        _insist(not np.any(claims > self._generation(index)), "a claim is younger than its block")
+        return int(np.count_nonzero(claims == self._generation(index)))
 
     def _demand(self, row: Row, state: int) -> None:
         if not 0 <= row.index < BLOCKS:
             raise StaleBlock(f"there is no block {row.index}")
-        if self._word(row.index) != row.generation << _STATE_BITS | state:
+        if stateword.unpack(self._word(row.index)) != (row.generation, state):
             raise StaleBlock(f"generation {row.generation} of block {row.index} is not there any more")
+        self._insist_on(row.index)
+
+    def _insist_on(self, index: int) -> None:
+        """Insist that a draft or block is as it was written."""
+        at = _BLOCKS_AT + index * _BLOCK
+        word, *body = self._words[at : at + stateword.WORDS].tolist()
+        _insist(stateword.is_sound(word, body), _ODD_ROW)
 
 
 def _insist(holds: bool, otherwise: str) -> None:

@@ -69,6 +69,13 @@ class Tidied(Protocol):
     def has_left(self) -> bool:
         """Whether there is nothing to tidy any more."""
 
+    @property
+    def is_damaged(self) -> bool:
+        """Whether nothing there may be touched."""
+
+    def inspect(self) -> None:
+        """Look whether somebody has written there who must not."""
+
     def tidy(self) -> bool:
         """Give back what was dropped."""
 
@@ -99,10 +106,12 @@ def _tidy(arena: Tidied, dropped: Bin) -> None:
             if time.monotonic() - last >= _EVERY:
                 last = time.monotonic()
                 arena.unpin()
-                arena.reclaim_dead()
-                arena.trim()
-                arena.weights.note_other_shared()
-                arena.upkeep()
+                if not arena.is_damaged:
+                    arena.inspect()
+                    arena.reclaim_dead()
+                    arena.trim()
+                    arena.weights.note_other_shared()
+                    arena.upkeep()
             arena.finish_leaving()
         except Exception:
             # Whatever it is, it must not end the tidying.

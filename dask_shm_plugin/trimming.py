@@ -63,7 +63,7 @@ def find(segment: Segment, table: Table, blocks_from: int, warm: int) -> Extent 
     warm
         Bytes of free memory that stay. Less than none, where drafts that are not written yet shall find room.
     """
-    taken = table.taken()
+    taken = table.taken_by_now()
     # Less than there is, while drafts are written: where all shall go, it is not asked.
     free = segment.resident - table.reserved_bytes() - int(np.sum(taken[:, 1]))
     if warm and free <= warm:

@@ -16,7 +16,7 @@ from dask_shm_plugin import codec, config, fetch, metrics, reach, seams
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.codec import Published
 from dask_shm_plugin.crashpoints import step
-from dask_shm_plugin.exceptions import StaleBlock
+from dask_shm_plugin.exceptions import SharedMemoryError, StaleBlock
 from dask_shm_plugin.meters import WorkerMeter
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.publisher import Publisher
@@ -98,7 +98,7 @@ class _Running:
     async def stop(self) -> None:
         # First nobody sends handles any more, then nobody resolves them.
         await self._role.withdraw()
-        if not any(role.kind == "client" for role in self._arena.roles()):
+        if not self._has_clients():
             self._scatter_guard.undo()
         fetch.REQUESTS.end()
         self._get_data_before.undo()
@@ -107,6 +107,11 @@ class _Running:
         self.publisher.close()
         self._meter.stop()
         await self._role.leave()
+
+    def _has_clients(self) -> bool:
+        with contextlib.suppress(SharedMemoryError):
+            return any(role.kind == "client" for role in self._arena.roles())
+        return False
 
     def completed(self, key: Any) -> None:
         """Publish the result of a task, if that is wanted at this moment."""

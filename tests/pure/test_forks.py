@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 
 import numpy as np
 import pytest
-from other_processes import wait_until
+from other_processes import JOIN, wait_until
 
 from dask_shm_plugin import membership
-from dask_shm_plugin.exceptions import ArenaFull
 
 SIZE = 1 << 20
 
@@ -88,33 +86,51 @@ def test_a_child_may_join_as_itself(arena):
     wait_until(lambda: arena.reclaim_dead() or arena.stats().members == 1, "the child is still a member")
 
 
-def test_a_fork_without_a_descriptor_left_keeps_what_the_child_looks_at(arena):
-    """Nothing of an earlier fork is closed or given back again, and the child's view holds."""
-    view = share(arena, 7)
-    fork(lambda: 0)()
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    ready, go = os.pipe()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
-    try:
-        pid = os.fork()
-        if pid == 0:
+def test_a_fork_without_a_descriptor_left_keeps_what_the_child_looks_at(process, cluster):
+    """Nothing of an earlier fork is closed or given back again, and the child's view holds until the child has ended."""
+    other = process()  # without children of its own, which would be waited for as well
+    other(JOIN, cluster=cluster)
+    other("""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        with publish(arena, bytes([7]) * 4096) as block:
+            view = block.view(0, 4096)
+        if (first := os.fork()) == 0:
+            os._exit(0)
+        os.waitpid(first, 0)
+        (ready, go), limits = os.pipe(), resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        if (pid := os.fork()) == 0:
             os.close(go)
             os.read(ready, 1)
-            os._exit(int(view[-1]))
-    finally:
+            os._exit(view[-1])
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    taken = os.open(os.devnull, os.O_RDONLY)
-    del view
-    gc.collect()
-    arena.tidy()
-    arena.unpin()
-    arena.tidy()
-    others = [share(arena, 8)]
-    with pytest.raises(ArenaFull):
-        share(arena, 9)
-    os.close(go)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
-    wait_until(lambda: arena.stats().used == SIZE, "the child's references stay")
-    assert [other[0] for other in others] == [8]
-    for descriptor in (ready, taken):
-        os.close(descriptor)  # nobody else has closed it
+        taken = os.open(os.devnull, os.O_RDONLY)
+        del view
+        gc.collect()
+        for _ in range(3):
+            arena.tidy()
+            arena.unpin()
+        publish(arena, bytes([8]) * 4096).close()
+        """)
+    wait_until(lambda: other("arena.tidy(), arena.stats().used")[1] == 4096, "what the child looks at stays")
+    other("os.close(go)")
+    assert other("os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])") == 7
+    wait_until(lambda: other("arena.stats().used") == 0, "it goes with the child")
+    other("os.close(ready); os.close(taken)")  # nobody else has closed them
+
+
+def test_a_process_that_stands_still_inside_the_table_keeps_no_fork_from_keeping_its_views(process, cluster):
+    """What a fork keeps is noted in this process alone."""
+    other, stopped = process(), process()
+    other(JOIN, cluster=cluster)
+    stopped(JOIN, cluster=cluster)
+    other("with publish(arena, b'parents') as block: view = block.view(0, 7)")
+    stopped("arena._mutex.__enter__()")
+    child = other.fork()
+    stopped("arena._mutex.__exit__(None, None, None)")
+    other("del view, block; gc.collect()")
+    for _ in range(3):
+        other("arena.tidy(); arena.unpin(); publish(arena, b'x' * 4096).close()")
+    assert child("bytes(view)") == b"parents"
+    child.leave()
+    wait_until(lambda: other("arena.stats().used") == 0, "it goes with the child")
