@@ -86,7 +86,7 @@ def test_a_child_may_join_as_itself(arena):
     wait_until(lambda: arena.reclaim_dead() or arena.stats().members == 1, "the child is still a member")
 
 
-def test_a_fork_without_a_descriptor_left_keeps_what_the_child_looks_at(process, cluster):
+def test_a_fork_without_a_descriptor_left_keeps_what_the_child_looks_at(cluster, process):
     """Nothing of an earlier fork is closed or given back again, and the child's view holds until the child has ended."""
     other = process()  # without children of its own, which would be waited for as well
     other(JOIN, cluster=cluster)
@@ -119,7 +119,7 @@ def test_a_fork_without_a_descriptor_left_keeps_what_the_child_looks_at(process,
     other("os.close(ready); os.close(taken)")  # nobody else has closed them
 
 
-def test_a_process_that_stands_still_inside_the_table_keeps_no_fork_from_keeping_its_views(process, cluster):
+def test_a_process_that_stands_still_inside_the_table_keeps_no_fork_from_keeping_its_views(cluster, process):
     """What a fork keeps is noted in this process alone."""
     other, stopped = process(), process()
     other(JOIN, cluster=cluster)
