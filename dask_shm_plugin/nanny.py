@@ -8,6 +8,8 @@ from typing import Any
 from distributed.diagnostics.plugin import NannyPlugin
 
 from dask_shm_plugin import config
+from dask_shm_plugin.arena import Arena
+from dask_shm_plugin.joining import Joining
 from dask_shm_plugin.meters import NannyMeter
 from dask_shm_plugin.role import Role
 
@@ -28,22 +30,27 @@ class SharedMemoryNanny(NannyPlugin):
     def __init__(self, **options: Any) -> None:
         self._options = options
         self._role: Role | None = None
+        self._joining: Joining | None = None
         self._meter: NannyMeter | None = None
 
     async def setup(self, nanny: Any) -> None:
-        """Join; never raises."""
+        """Join, now or when that becomes possible; never raises."""
         # A nanny to which a plugin is added again, unlike a worker, does not tell the first one.
         earlier = _ON.get(nanny)
         if earlier is not None:
             await earlier.teardown(nanny)
         role = Role("nanny", nanny.scheduler, nanny.address, config.options(self._options))
-        arena = await role.join(create=True)
-        if arena is not None:
-            self._role, self._meter = role, NannyMeter(nanny, arena)
-            _ON[nanny] = self
+        self._joining = Joining(role, lambda arena: self._start(nanny, role, arena))
+        _ON[nanny] = self
+        await self._joining.start()
+
+    def _start(self, nanny: Any, role: Role, arena: Arena) -> None:
+        self._role, self._meter = role, NannyMeter(nanny, arena)
 
     async def teardown(self, nanny: Any) -> None:
         """Leave; the arena lives on as long as it has members."""
+        if self._joining is not None:
+            self._joining.stop()
         role, self._role = self._role, None
         if role is not None and self._meter is not None:
             self._meter.stop()

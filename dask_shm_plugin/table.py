@@ -292,6 +292,13 @@ class Table:
         rows: npt.NDArray[np.uint64] = used[(used[:, 0] & np.uint64(_STATE_MASK)) != FREE, 1:3]
         return rows
 
+    def drafts(self) -> npt.NDArray[np.uint64]:
+        """Return offset and length of every draft that is being written, shape (n, 2). Needs no mutex, as an estimate."""
+        used = self._blocks[: self._rows_in_use]
+        drafts = (used[:, 0] & np.uint64(_STATE_MASK)) == DRAFT
+        rows: npt.NDArray[np.uint64] = used[drafts & (used[:, 3] != TRIMMING), 1:3]
+        return rows
+
     def is_trimmed(self) -> bool:
         """Tell whether pages are being given back just now."""
         used = self._blocks[: self._rows_in_use]
