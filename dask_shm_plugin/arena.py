@@ -93,7 +93,7 @@ class Arena:
         self._leaving = False
         self.upkeep: Callable[[], None] = lambda: None
         self.member = self._join()
-        self.pages = Pages(segment, _BLOCKS_FROM, self._make_room, self.trim_all)
+        self.pages = Pages(segment, _BLOCKS_FROM, lambda: self._table.drafts(), self._make_room, self.trim_all)
         self.weights = Weights(lambda: self._table, self.member)
         tidying.start(self, self._dropped)
 

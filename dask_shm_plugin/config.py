@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -11,6 +12,7 @@ import dask.config
 from dask.utils import parse_bytes
 
 from dask_shm_plugin import limits
+from dask_shm_plugin.exceptions import SharedMemoryError
 
 _CHOICES = {"publish": ("on-request", "on-completion"), "views": ("copy-on-write", "read-only")}
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
@@ -30,13 +32,19 @@ class Options(NamedTuple):
     views: str
     warm: int
 
-    def capacity_here(self) -> int:
-        """Return the capacity for an arena on this node, in bytes."""
+    def capacity_here(self, room: int | None = None) -> int:
+        """Return the capacity for an arena on this node, in bytes.
+
+        Parameters
+        ----------
+        room
+            Bytes of which a percentage is a share, if these are not all that this node may use.
+        """
         percent = _PERCENT.fullmatch(str(self.capacity))
         if percent and float(percent[1]) > 100:
             raise ValueError(f"shm.capacity is {self.capacity!r}; a node has no more than 100%")
         if percent:
-            return int(limits.memory_limit() * float(percent[1]) / 100)
+            return int((limits.memory_limit() if room is None else room) * float(percent[1]) / 100)
         return _bytes("capacity", self.capacity)
 
 
@@ -77,7 +85,9 @@ def options(given: dict[str, Any]) -> Options:
         views=merged["views"],
         warm=_bytes("warm", merged["warm"]),
     )
-    result.capacity_here()
+    # What is wrong with it shall be said here; how much it is can be told only where the arena is made.
+    with contextlib.suppress(SharedMemoryError):
+        result.capacity_here()
     return result
 
 

@@ -19,13 +19,25 @@ class ArenaUnavailable(SharedMemoryError):
     reason = "no-arena"
 
 
+class SwitchedOff(ArenaUnavailable):
+    """The user wants no shared memory in this process."""
+
+    reason = "switched-off"
+
+
 class ArenaBusy(SharedMemoryError):
     """The table's lock was not free within a bounded time; trying again later may succeed."""
 
     reason = "lock-busy"
 
 
-class ArenaFull(SharedMemoryError):
+class OutOfResources(SharedMemoryError):
+    """Something has run out: the message says what, and what the user can do; when it returns, so does sharing."""
+
+    reason = "out-of-resources"
+
+
+class ArenaFull(OutOfResources):
     """There is no room in the arena; raise ``shm.capacity`` or release results."""
 
     reason = "arena-full"
@@ -35,6 +47,12 @@ class MemoryExhausted(ArenaFull):
     """The operating system gave no pages for the arena, although its capacity would allow more."""
 
     reason = "memory-exhausted"
+
+
+class FileSizeLimited(MemoryExhausted):
+    """A process may not write that far into a file; raise ``ulimit -f``."""
+
+    reason = "file-size-limited"
 
 
 class NoHeadRoom(ArenaFull):
@@ -67,7 +85,13 @@ class HandleDamaged(SharedMemoryError):
     reason = "damaged"
 
 
-class MappingRefused(SharedMemoryError):
+class DescriptorsExhausted(OutOfResources):
+    """A process can open no more files, so it cannot read how much memory is left; raise ``ulimit -n``."""
+
+    reason = "descriptors-exhausted"
+
+
+class MappingRefused(OutOfResources):
     """The kernel refused another mapping (``vm.max_map_count`` or ``ulimit -v``)."""
 
     reason = "mapping-refused"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+from dask_shm_plugin.exceptions import DescriptorsExhausted
 
 _MARGIN = 256 << 20
 _ROOT = "/sys/fs/cgroup"
@@ -24,16 +27,58 @@ class _Group(NamedTuple):
     def read(self, name: str) -> int | None:
         """Return the number in one of its files."""
         try:
-            with open(os.path.join(self.folder, name)) as file:
-                return int(file.read())
-        except (OSError, ValueError):
+            return int(_read(os.path.join(self.folder, name)))
+        except ValueError:
             return None
 
 
+class Arena(NamedTuple):
+    """An arena that is there already: the most that it may take, in bytes, and one of the processes that have it."""
+
+    pid: int
+    size: int
+
+
+class Limit(NamedTuple):
+    """A limit on memory, in bytes: whose it is, how much it is, and what arenas below it may take of that."""
+
+    name: str
+    size: int
+    promised: int
+
+    @property
+    def left(self) -> int:
+        """What can still be planned with."""
+        return max(0, self.size - self.promised)
+
+
+def tightest(arenas: Sequence[Arena] = ()) -> Limit:
+    """Return which of physical memory and the limits of every control group above this process leaves least.
+
+    Parameters
+    ----------
+    arenas
+        Those that are there already. What they may take counts against the limits that they have in common with this
+        process.
+
+    Raises
+    ------
+    DescriptorsExhausted
+        Nothing can be read.
+    """
+    groups_of = {arena: {group.folder for group in _groups(arena.pid)} for arena in arenas}
+    limits = [Limit("physical memory", _physical(), sum(arena.size for arena in arenas))]
+    for group in _groups():
+        size = group.read(group.limit)
+        if size is not None:
+            promised = sum(arena.size for arena in arenas if group.folder in groups_of[arena])
+            limits.append(Limit(f"control group {group.folder}", size, promised))
+    return min(limits, key=lambda limit: limit.left)
+
+
 def memory_limit() -> int:
-    """Return the least of physical memory and the limits of every control group above this process, in bytes."""
-    limits = (group.read(group.limit) for group in _groups())
-    return min(_physical(), *(limit for limit in limits if limit is not None), 1 << 62)
+    """Return the tightest limit in bytes."""
+    return tightest().size
 
 
 def head_room() -> int:
@@ -41,6 +86,11 @@ def head_room() -> int:
 
     The least of what the machine has available and what each control group above this process has left, where cached
     files count as free.
+
+    Raises
+    ------
+    DescriptorsExhausted
+        Nothing can be read. What is not known must not count as unlimited.
     """
     margin = min(_MARGIN, _known_limit() // 20)
     left = (_left(group) for group in _groups())
@@ -55,19 +105,28 @@ def _left(group: _Group) -> int | None:
 
 
 def _reclaimable(group: _Group) -> int:
-    try:
-        with open(os.path.join(group.folder, "memory.stat"), "rb") as file:
-            return next((int(line.split()[1]) for line in file if line.startswith(group.reclaimable)), 0)
-    except OSError:
-        return 0
+    lines = _read(os.path.join(group.folder, "memory.stat")).splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith(group.reclaimable)), 0)
 
 
 def _available() -> int:
+    lines = _read("/proc/meminfo").splitlines()
+    # Where /proc is hidden, the kernel still tells what is free without giving anything up for it.
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(b"MemAvailable:")), free)
+
+
+def _read(path: str) -> bytes:
+    """Return what a file of the kernel says; nothing where there is none."""
     try:
-        with open("/proc/meminfo", "rb") as file:
-            return next((int(line.split()[1]) << 10 for line in file if line.startswith(b"MemAvailable:")), 1 << 62)
-    except OSError:
-        return 1 << 62
+        with open(path, "rb") as file:
+            return bytes(file.read())
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise DescriptorsExhausted(
+                f"this process cannot open {path} to see how much memory is left ({error.strerror}); raise ulimit -n"
+            ) from error
+        return b""
 
 
 def _physical() -> int:
@@ -79,21 +138,16 @@ def _known_limit() -> int:
     return memory_limit()
 
 
-def _groups() -> Iterator[_Group]:
-    """Return the control groups of this process and all above it, of version 2 and of version 1's memory controller."""
-    for folder, is_unified in _folders():
+def _groups(pid: int | str = "self") -> Iterator[_Group]:
+    """Return the control groups of a process and all above it, of version 2 and of version 1's memory controller."""
+    for folder, is_unified in _folders(pid):
         while folder.startswith(_ROOT):
             yield _Group(folder, *(_UNIFIED if is_unified else _LEGACY))
             folder = os.path.dirname(folder)
 
 
-def _folders() -> Iterator[tuple[str, bool]]:
-    try:
-        with open("/proc/self/cgroup") as file:
-            lines = file.read().splitlines()
-    except OSError:
-        return
-    for line in lines:
+def _folders(pid: int | str) -> Iterator[tuple[str, bool]]:
+    for line in os.fsdecode(_read(f"/proc/{pid}/cgroup")).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             for root in (_ROOT, f"{_ROOT}/unified"):

@@ -7,8 +7,11 @@ from typing import Any
 from distributed.diagnostics.plugin import NannyPlugin
 
 from dask_shm_plugin import config
+from dask_shm_plugin.arena import Arena
+from dask_shm_plugin.joining import Joining
 from dask_shm_plugin.meters import NannyMeter
-from dask_shm_plugin.role import Role, switch_off, switch_on
+from dask_shm_plugin.role import Role
+from dask_shm_plugin.seats import switch_off, switch_on
 
 
 class SharedMemoryNanny(NannyPlugin):
@@ -25,6 +28,7 @@ class SharedMemoryNanny(NannyPlugin):
     def __init__(self, **options: Any) -> None:
         self._options = options
         self._role: Role | None = None
+        self._joining: Joining | None = None
         self._meter: NannyMeter | None = None
 
     async def setup(self, nanny: Any) -> None:
@@ -36,14 +40,18 @@ class SharedMemoryNanny(NannyPlugin):
         await switch_off(nanny, self)
 
     async def start(self, nanny: Any) -> None:
-        """Join."""
+        """Join, now or when that becomes possible."""
         role = Role("nanny", nanny.scheduler, nanny.address, config.options(self._options))
-        arena = await role.join(create=True)
-        if arena is not None:
-            self._role, self._meter = role, NannyMeter(nanny, arena)
+        self._joining = Joining(role, lambda arena: self._joined(nanny, role, arena))
+        await self._joining.start()
+
+    def _joined(self, nanny: Any, role: Role, arena: Arena) -> None:
+        self._role, self._meter = role, NannyMeter(nanny, arena)
 
     async def stop(self) -> None:
         """Leave."""
+        if self._joining is not None:
+            self._joining.stop()
         role, self._role = self._role, None
         if role is not None and self._meter is not None:
             self._meter.stop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 
-from dask_shm_plugin.exceptions import ArenaFull, MappingRefused, SharedMemoryError
+from dask_shm_plugin.exceptions import OutOfResources, SharedMemoryError
 from dask_shm_plugin.metrics import COUNTERS
 
 logger = logging.getLogger("dask_shm_plugin")
@@ -19,16 +19,20 @@ def warn_once(message: str) -> None:
 
 def refused(error: SharedMemoryError, size: int) -> None:
     """Count a value that is not shared, and say once per reason what the user can do about it."""
+    _tell("Values are copied instead of shared", error)
     COUNTERS.count_sent(error.reason, size)
-    if isinstance(error, (ArenaFull, MappingRefused)):
-        _warn_of(error.reason, str(error))
     logger.debug("sent %d bytes instead of sharing them: %s", size, error)
+
+
+def kept_private(error: SharedMemoryError) -> None:
+    """Say once why a process keeps private copies of what it has shared."""
+    _tell("Shared values keep a private copy", error)
 
 
 _told: set[str] = set()
 
 
-def _warn_of(reason: str, remedy: str) -> None:
-    if reason not in _told:
-        _told.add(reason)
-        logger.warning("Values are copied instead of shared (%s): %s", reason, remedy)
+def _tell(what: str, error: SharedMemoryError) -> None:
+    if isinstance(error, OutOfResources) and error.reason not in _told:
+        _told.add(error.reason)
+        logger.warning("%s (%s): %s", what, error.reason, error)

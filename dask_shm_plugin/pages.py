@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from dask_shm_plugin import limits
-from dask_shm_plugin.exceptions import NoHeadRoom
+from dask_shm_plugin.exceptions import FileSizeLimited, MemoryExhausted, NoHeadRoom
 from dask_shm_plugin.segment import Segment
 from dask_shm_plugin.table import Extent
 
+T = TypeVar("T")
+
 _AT_ONCE = 64 << 20
-"""Bytes that are written before head-room is looked for again."""
+"""Bytes of which pages are made before head-room is looked for again."""
 
 
 class Pages:
@@ -22,6 +28,8 @@ class Pages:
         Of the arena.
     blocks_from
         Where in the segment the blocks begin.
+    drafts
+        Returns offset and length of every draft of every member that is being written, shape (n, 2).
     make_room
         Gives so much warm memory back that a number of bytes more keep within the capacity.
     find_more
@@ -30,12 +38,21 @@ class Pages:
     Notes
     -----
     Thread-safe: it keeps nothing. That an extent is a draft of this process is the caller's to know.
+
+    Head-room is read, not reserved. So each writer demands room for its own next step *and* for the steps that the other
+    writers may be in the middle of: they have looked before, when its pages were not there yet. Whoever begins later sees
+    this draft in the table. There must never be a moment when two writers rely on the same room.
     """
 
     def __init__(
-        self, segment: Segment, blocks_from: int, make_room: Callable[[int], None], find_more: Callable[[], None]
+        self,
+        segment: Segment,
+        blocks_from: int,
+        drafts: Callable[[], npt.NDArray[np.uint64]],
+        make_room: Callable[[int], None],
+        find_more: Callable[[], None],
     ) -> None:
-        self._segment, self._blocks_from = segment, blocks_from
+        self._segment, self._blocks_from, self._drafts = segment, blocks_from, drafts
         self._make_room, self._find_more = make_room, find_more
 
     def reserve(self, extent: Extent, offset: int, length: int) -> None:
@@ -46,9 +63,9 @@ class Pages:
         NoHeadRoom, MemoryExhausted
             There is no memory for them.
         """
-        start = self._blocks_from + extent.offset + offset
-        self._find_head_room(start, length)
-        self._segment.reserve(start, length)
+        for done in range(0, length, _AT_ONCE):
+            part = min(_AT_ONCE, length - done)
+            self._make(extent, offset + done, part, self._segment.reserve, part)
 
     def write(self, extent: Extent, offset: int, data: memoryview) -> None:
         """Copy flat bytes into a draft.
@@ -58,27 +75,40 @@ class Pages:
         NoHeadRoom, MemoryExhausted
             There is no memory for them.
         """
-        start = self._blocks_from + extent.offset + offset
-        self._find_head_room(start, len(data))
         for done in range(0, len(data), _AT_ONCE):
             part = data[done : done + _AT_ONCE]
-            if done:
-                # The others may have been writing meanwhile.
-                self._find_head_room(start + done, len(part))
-            self._segment.write(start + done, part)
+            self._make(extent, offset + done, len(part), self._segment.write, part)
 
     def read(self, extent: Extent, offset: int, length: int) -> memoryview:
         """Copy bytes of a block to which this process refers into private memory."""
         return self._segment.read(self._blocks_from + extent.offset + offset, length)
 
-    def _find_head_room(self, start: int, length: int) -> None:
+    def _make(self, extent: Extent, offset: int, length: int, how: Callable[[int, T], None], what: T) -> None:
+        """Do a step that makes pages; before giving up, give back warm memory, whose pages may be those that are missing."""
+        start = self._blocks_from + extent.offset + offset
         missing = self._segment.missing(start, length)
-        if not missing:
-            return
-        self._make_room(missing)
-        if limits.head_room() < missing:
+        if missing:
+            self._make_room(missing)
+        if missing and not self._is_room(missing, extent):
             self._find_more()
-            if limits.head_room() < missing:
+            if not self._is_room(missing, extent):
                 raise NoHeadRoom(
                     f"the machine or its control group has less than {missing} bytes left; free memory or raise the limit"
                 )
+        try:
+            how(start, what)
+        except FileSizeLimited:
+            raise
+        except MemoryExhausted:
+            self._find_more()
+            how(start, what)
+
+    def _is_room(self, missing: int, extent: Extent) -> bool:
+        others = [(int(at), int(length)) for at, length in self._drafts() if at != extent.offset]
+        # Asking the kernel how far each has come may have to wait for it: only where it matters.
+        at_most = sum(min(length, _AT_ONCE) for _, length in others)
+        # The room is always read last: pages that others make meanwhile are then counted twice, and not never.
+        if limits.head_room() >= missing + at_most:
+            return True
+        steps = sum(min(self._segment.missing(self._blocks_from + at, length), _AT_ONCE) for at, length in others)
+        return limits.head_room() >= missing + steps

@@ -126,11 +126,7 @@ class Publisher:
 
     async def _publish(self, key: Any, value: object, size: int) -> Published | DaskSerialized | None:
         record = self._records.get(key)
-        if (
-            record is not None
-            and record.value is value
-            and await self._in_thread(codec.still_holds, record.published, value, self._arena)
-        ):
+        if record is not None and record.value is value and await self._still_holds(record):
             return record.published
         if size < self._threshold:
             serialized = Serialized.of(value)
@@ -148,6 +144,13 @@ class Publisher:
         if seams.keeps_values(self._data) and self._has(key, value):
             await self._remember(key, value, published)
         return published
+
+    async def _still_holds(self, record: _Record) -> bool:
+        try:
+            return bool(await self._in_thread(codec.still_holds, record.published, record.value, self._arena))
+        except SharedMemoryError:
+            # It cannot be looked at: published anew it is right in any case, and costs nothing where it lies in the arena.
+            return False
 
     @step("adopt")
     async def _remember(self, key: Any, value: object, published: Published) -> None:
@@ -182,6 +185,9 @@ def _rebuild(handle: Handle, value: object) -> object | None:
     try:
         shared = handles.resolve(handle)
         return shared if adoption.is_faithful(shared, value) else None
+    except SharedMemoryError as error:
+        notices.kept_private(error)
+        return None
     except Exception:
         logger.debug("a published value keeps its private copy", exc_info=True)
         return None

@@ -32,8 +32,9 @@ from typing import NamedTuple
 from dask_shm_plugin import liveness
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import ArenaBusy, ArenaUnavailable
+from dask_shm_plugin.limits import Arena
 from dask_shm_plugin.segment import NAME_PREFIX, SHM_DIRECTORY, Whereabouts
-from dask_shm_plugin.table import LAYOUT_VERSION, MEMBERS
+from dask_shm_plugin.table import LAYOUT_VERSION, MEMBERS, at_most
 
 _MAGIC = b"dask-shm rdv"
 _HEAD = struct.Struct("<12sI16sQQ")
@@ -116,7 +117,7 @@ class Rendezvous:
         except OSError:
             written = 0
         if written != _SIZE:
-            raise ArenaUnavailable(f"{SHM_DIRECTORY} has no room for {_SIZE} bytes")
+            raise ArenaUnavailable(f"{SHM_DIRECTORY} has no room for {_SIZE} bytes; make room there")
 
     @property
     def is_attended(self) -> bool:
@@ -199,6 +200,36 @@ def purge() -> None:
         for entry in os.listdir(SHM_DIRECTORY):
             if entry.startswith(prefix):
                 _purge_one(f"/{entry}")
+
+
+def arenas() -> list[Arena]:
+    """Return the living arenas of this user that have met here, whichever cluster is theirs."""
+    found: dict[tuple[int, int], Arena] = {}
+    prefix = f"{NAME_PREFIX}{os.getuid()}-"
+    with contextlib.suppress(OSError):
+        for entry in os.listdir(SHM_DIRECTORY):
+            if entry.startswith(prefix):
+                for at in _said_in(f"/{entry}"):
+                    # Looked at, never opened: to close it would drop the locks that this process may have on it.
+                    with contextlib.suppress(OSError):
+                        status = os.stat(f"/proc/{at.pid}/fd/{at.fd}")
+                        if (status.st_dev, status.st_ino) == (at.device, at.inode):
+                            found[at.device, at.inode] = Arena(at.pid, at_most(status.st_size))
+    return list(found.values())
+
+
+def _said_in(name: str) -> list[Whereabouts]:
+    """Return where an arena can be found, as it stands; what is being written may be missing."""
+    with contextlib.suppress(ArenaUnavailable, OSError):
+        fd = _open(name, create=False)
+        if fd is not None:
+            meeting = Rendezvous(name, fd)
+            try:
+                said = meeting.read()
+                return list(said.whereabouts()) if said else []
+            finally:
+                meeting.close()
+    return []
 
 
 @step("purge")

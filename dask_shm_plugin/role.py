@@ -4,64 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import weakref
-from typing import Any, Protocol
+from typing import Any
 
-from dask_shm_plugin import handles, membership, seams
+from dask_shm_plugin import handles, limits, membership, rendezvous, seams
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.config import Options
-from dask_shm_plugin.exceptions import ArenaUnavailable, SharedMemoryError
+from dask_shm_plugin.exceptions import MemoryExhausted, SharedMemoryError, SwitchedOff
 from dask_shm_plugin.notices import warn_once
 
 logger = logging.getLogger("dask_shm_plugin")
 
 
-class Half(Protocol):
-    """A nanny's or a worker's plugin, as far as it is switched on and off."""
+class _Plan:
+    """How large an arena shall be, and why, if one has to be made."""
 
-    async def start(self, server: Any) -> None:
-        """Step in front of a server's calls."""
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self.chosen: str | None = None
 
-    async def stop(self) -> None:
-        """Put everything back; harmless when it was never started."""
-
-
-class _Seat:
-    """Where at most one half of a server sits; who comes or goes has it for himself."""
-
-    def __init__(self) -> None:
-        self.turn = asyncio.Lock()
-        self.half: Half | None = None
-
-
-_SEATS: weakref.WeakKeyDictionary[Any, _Seat] = weakref.WeakKeyDictionary()
-
-
-async def switch_on(server: Any, half: Half) -> None:
-    """Start a half in the place of the one that is on; says why when that fails, and does not raise.
-
-    Two clients may register at the same time. Dask (2026.8.0) does not wait for the ``setup`` of the one plugin before
-    it tears it down for the other, nor does a nanny ever tear down what it replaces.
-    """
-    seat = _SEATS.setdefault(server, _Seat())
-    async with seat.turn:
-        earlier, seat.half = seat.half, half
-        if earlier is not None:
-            await earlier.stop()
-        try:
-            await half.start(server)
-        except Exception as error:
-            warn_once(f"Sharing is off in this process: {type(error).__name__}: {error}")
-            logger.debug("could not start %r", half, exc_info=True)
-
-
-async def switch_off(server: Any, half: Half) -> None:
-    """Stop a half, unless another one has taken its place."""
-    seat = _SEATS.setdefault(server, _Seat())
-    async with seat.turn:
-        if seat.half is half:
-            seat.half = None
-            await half.stop()
+    def capacity(self) -> int:
+        """Return the capacity of a new arena."""
+        limit = limits.tightest(rendezvous.arenas())
+        size = self._options.capacity_here(limit.left)
+        if size == 0:
+            raise MemoryExhausted(
+                f"other arenas on this machine may take all {limit.size} bytes of {limit.name}; "
+                "close these clusters, or set shm.capacity in bytes"
+            )
+        self.chosen = (
+            f"shm.capacity is {self._options.capacity!r}; the limit is {limit.size} bytes ({limit.name}), "
+            f"of which other arenas may take {limit.promised}"
+        )
+        return size
 
 
 class Role:
@@ -83,9 +57,12 @@ class Role:
         self.kind, self.address, self.options = kind, address, options
         self._scheduler = scheduler
         self.cluster: str | None = None
+        self.may_join_later = False
+        """Whether what kept this role out may pass."""
 
     async def join(self, *, create: bool) -> Arena | None:
         """Join the arena of this node, or make it; return None when there is none or it cannot be used."""
+        self.may_join_later = False
         reason = seams.why_not()
         if reason:
             warn_once(f"Sharing is off: {reason}")
@@ -95,6 +72,7 @@ class Role:
                 self.cluster = await seams.cluster_of(self._scheduler)
             return await asyncio.to_thread(self._join, self.cluster, create=create)
         except SharedMemoryError as error:
+            self.may_join_later = not isinstance(error, SwitchedOff)
             warn_once(f"Sharing is off in this process: {error}")
         except Exception as error:
             warn_once(f"Sharing is off in this process: {type(error).__name__}: {error}")
@@ -103,11 +81,15 @@ class Role:
 
     def _join(self, cluster: str, *, create: bool) -> Arena | None:
         if self.options.capacity_here() == 0:
-            raise ArenaUnavailable("shm.capacity is zero")
-        capacity = self.options.capacity_here if create else None
+            raise SwitchedOff("shm.capacity is zero")
+        plan = _Plan(self.options)
+        capacity = plan.capacity if create else None
         arena = membership.join(cluster, self.kind, self.address, capacity=capacity, warm=self.options.warm)
         if arena is not None:
             handles.set_views(arena.arena_id, self.options.views)
+            if plan.chosen is not None:
+                size = arena.stats().capacity
+                logger.info("made an arena for %d bytes (%s): %s", size, arena.segment.kind, plan.chosen)
         return arena
 
     async def withdraw(self) -> None:

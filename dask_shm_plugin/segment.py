@@ -16,14 +16,21 @@ from typing import NamedTuple
 
 from dask_shm_plugin import syscalls
 from dask_shm_plugin.crashpoints import step
-from dask_shm_plugin.exceptions import ArenaUnavailable, MappingRefused, MemoryExhausted, TableCorrupt
+from dask_shm_plugin.exceptions import (
+    ArenaUnavailable,
+    FileSizeLimited,
+    MappingRefused,
+    MemoryExhausted,
+    TableCorrupt,
+)
 
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 NAME_PREFIX = "dask-shm-"
 SHM_DIRECTORY = "/dev/shm"
+POSIX, MEMFD = "POSIX shared memory", "memfd"
 # The kernel lets one process write to a file at a time; nobody shall wait long for his turn.
 _WRITE_STEP = 4 << 20
-_NO_SPACE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.ENOMEM}
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM}
 
 
 def round_up(size: int, unit: int = PAGE) -> int:
@@ -77,7 +84,7 @@ class Segment:
             return cls(_posix_segment(size) if fits else _memfd_segment(size))
         except (OSError, ValueError, OverflowError) as error:
             raise ArenaUnavailable(
-                f"cannot create {size} bytes of shared memory ({error}); lower shm.capacity"
+                f"cannot create {size} bytes of shared memory ({error}); lower shm.capacity or raise ulimit -f"
             ) from error
 
     @classmethod
@@ -109,6 +116,14 @@ class Segment:
         return Whereabouts(os.getpid(), self.fd, self.device, self.inode)
 
     @property
+    def kind(self) -> str:
+        """What serves: POSIX shared memory, which ``/dev/shm`` bounds, or a memfd."""
+        with contextlib.suppress(OSError):
+            if os.stat(SHM_DIRECTORY).st_dev == self.device:
+                return POSIX
+        return MEMFD
+
+    @property
     def resident(self) -> int:
         """Bytes for which the operating system holds pages."""
         return os.fstat(self.fd).st_blocks * 512
@@ -119,7 +134,7 @@ class Segment:
         try:
             os.posix_fallocate(self.fd, offset, length)
         except OSError as error:
-            raise _no_pages(error) from error
+            raise self._no_pages(error) from error
 
     @step("write")
     def write(self, offset: int, data: memoryview) -> None:
@@ -133,7 +148,7 @@ class Segment:
             try:
                 written = os.pwrite(self.fd, data[done : done + _WRITE_STEP], offset + done)
             except OSError as error:
-                raise _no_pages(error) from error
+                raise self._no_pages(error) from error
             if written == 0:
                 raise MemoryExhausted("the operating system took no more bytes; free memory or lower shm.capacity")
             done += written
@@ -205,6 +220,16 @@ class Segment:
                 f"the kernel refused to map {length} bytes ({error}); raise vm.max_map_count or ulimit -v"
             ) from error
 
+    def _no_pages(self, error: OSError) -> Exception:
+        if error.errno == errno.EFBIG:
+            return FileSizeLimited(f"this process may not write that far into shared memory ({error}); raise ulimit -f")
+        if error.errno in _NO_SPACE:
+            place = SHM_DIRECTORY if self.kind == POSIX else "memory"
+            return MemoryExhausted(
+                f"the operating system has no pages for the arena ({error}); make room in {place} or lower shm.capacity"
+            )
+        return error
+
     def close(self) -> None:
         """Close the descriptor; mappings stay."""
         if self.fd >= 0:
@@ -222,14 +247,6 @@ class Segment:
 def _is_ours(status: os.stat_result, at: Whereabouts) -> bool:
     same = (status.st_dev, status.st_ino) == (at.device, at.inode)
     return same and stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()
-
-
-def _no_pages(error: OSError) -> Exception:
-    if error.errno in _NO_SPACE:
-        return MemoryExhausted(
-            f"the operating system has no pages for the arena ({error}); free memory or lower shm.capacity"
-        )
-    return error
 
 
 def _posix_memory_free() -> int:

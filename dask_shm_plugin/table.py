@@ -92,6 +92,11 @@ class Extent(NamedTuple):
     length: int
 
 
+def at_most(size: int) -> int:
+    """Return how many bytes of memory a segment of some size may take: the table, and blocks up to the capacity."""
+    return TABLE_BYTES + (size - TABLE_BYTES) // SPREAD
+
+
 def claims_offset(slot: int) -> int:
     """Return where in the table, in bytes, the claims of a member lie."""
     return SHARED_BYTES + slot * CLAIM_BYTES
@@ -334,6 +339,13 @@ class Table:
         """Return what :meth:`taken` does, without the mutex: a row may be in change, and so is not checked."""
         used = self._used_rows()
         rows: npt.NDArray[np.uint64] = used[stateword.states(used[:, 0]) != FREE, 1:3]
+        return rows
+
+    def drafts(self) -> npt.NDArray[np.uint64]:
+        """Return offset and length of every draft that is being written, shape (n, 2). Needs no mutex, as an estimate."""
+        used = self._used_rows()
+        drafts = stateword.states(used[:, 0]) == DRAFT
+        rows: npt.NDArray[np.uint64] = used[drafts & (used[:, 3] != TRIMMING), 1:3]
         return rows
 
     def is_trimmed(self) -> bool:

@@ -17,10 +17,12 @@ from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.codec import Published
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import SharedMemoryError, StaleBlock
+from dask_shm_plugin.joining import Joining
 from dask_shm_plugin.meters import WorkerMeter
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.publisher import Publisher
-from dask_shm_plugin.role import Role, switch_off, switch_on
+from dask_shm_plugin.role import Role
+from dask_shm_plugin.seats import switch_off, switch_on
 
 _PRUNE_EVERY = 5.0
 
@@ -40,6 +42,7 @@ class SharedMemoryWorker(WorkerPlugin):
 
     def __init__(self, **options: Any) -> None:
         self._options = options
+        self._joining: Joining | None = None
         self._running: _Running | None = None
 
     async def setup(self, worker: Any) -> None:
@@ -51,15 +54,19 @@ class SharedMemoryWorker(WorkerPlugin):
         await switch_off(worker, self)
 
     async def start(self, worker: Any) -> None:
-        """Join and take over the two handlers."""
+        """Join and take over the two handlers, now or when that becomes possible."""
         options = config.options(self._options)
         role = Role("worker", worker.scheduler, worker.contact_address or worker.address, options)
-        arena = await role.join(create=True)
-        if arena is not None:
-            self._running = _Running(worker, role, arena)
+        self._joining = Joining(role, lambda arena: self._joined(worker, role, arena))
+        await self._joining.start()
+
+    def _joined(self, worker: Any, role: Role, arena: Arena) -> None:
+        self._running = _Running(worker, role, arena)
 
     async def stop(self) -> None:
         """Put everything back."""
+        if self._joining is not None:
+            self._joining.stop()
         running, self._running = self._running, None
         if running is not None:
             await running.stop()
@@ -161,7 +168,12 @@ class _Running:
         return not is_actor and codec.may_be_large(value, self._size(key), self._role.options.threshold)
 
     async def _share(self, key: Any, wrapped: Any, keep: list[Published]) -> Any:
-        published = await self.publisher.publish(key, wrapped.data, self._size(key))
+        try:
+            published = await self.publisher.publish(key, wrapped.data, self._size(key))
+        except Exception:
+            logger.debug("%r goes as bytes", key, exc_info=True)
+            COUNTERS.count_sent(SharedMemoryError.reason, self._size(key))
+            return wrapped
         if published is None:
             return wrapped
         if not isinstance(published, Published):

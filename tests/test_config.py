@@ -102,3 +102,10 @@ def test_a_percentage_is_a_share_of_what_the_node_may_use(monkeypatch):
     monkeypatch.setattr(limits, "memory_limit", lambda: 1000)
     assert config.options({"capacity": "25%"}).capacity_here() == 250
     assert config.options({"capacity": "1 kB"}).capacity_here() == 1000
+
+
+def test_a_percentage_may_be_a_share_of_what_others_leave():
+    """A number of bytes stays what the user has said."""
+    assert config.options({"capacity": "25%"}).capacity_here(room=400) == 100
+    assert config.options({"capacity": "25%"}).capacity_here(room=0) == 0
+    assert config.options({"capacity": "1 kB"}).capacity_here(room=400) == 1000

@@ -12,7 +12,7 @@ from other_processes import Process, publish, wait_until
 
 from dask_shm_plugin import limits
 from dask_shm_plugin.arena import Arena
-from dask_shm_plugin.exceptions import ArenaFull, NoHeadRoom
+from dask_shm_plugin.exceptions import ArenaFull, MemoryExhausted, NoHeadRoom
 
 MIB = 1 << 20
 GROUPS = [
@@ -38,7 +38,8 @@ def confined(process: Callable[[], Process]) -> Iterator[Process]:
         except OSError:
             continue
         finally:
-            one.kill()
+            for member in (*one.forked, one):
+                member.kill()
             wait_until(lambda group=group: _removed(group), "the control group is empty")
         return
     pytest.skip("making a control group is not permitted")
@@ -70,6 +71,46 @@ def test_what_would_kill_is_an_exception(confined: Process) -> None:
     assert confined("block.view(99 << 20, 1 << 20) == data")
 
 
+def test_writers_at_the_same_time_do_not_count_on_the_same_room(confined: Process) -> None:
+    """Each of four wants a fourth of what the group allows, which is more than it has left: nobody is killed."""
+    confined("arena = Arena.create(1 << 30); at, arena_id = arena.segment.whereabouts, arena.arena_id")
+    writers = [confined.fork() for _ in range(4)]
+    for writer in writers:
+        # What nobody has written takes no memory.
+        writer("arena = Arena.attach(at, arena_id); data = memoryview(np.zeros(100 << 20, np.uint8))")
+    write = "with arena.draft(100 << 20) as draft: draft.write(0, data); block = draft.seal()"
+    for _ in range(3):
+        for writer in writers:
+            writer.begin(f"try:\n    {write}\nexcept NoHeadRoom:\n    block = None")
+        assert [writer.is_killed() for writer in writers] == [False] * 4
+        for writer in writers:
+            writer("block and block.close()")
+    writers[0](write)
+
+
+def test_another_writer_s_next_step_is_left_to_it(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has looked for head-room before its pages are there; when they are, they are not counted any more."""
+    with arena.draft(MIB // 4) as other, arena.draft(MIB // 4) as mine:
+        monkeypatch.setattr(limits, "head_room", lambda: MIB // 2 - 1)
+        with pytest.raises(NoHeadRoom):
+            mine.write(0, memoryview(bytes(MIB // 4)))
+        monkeypatch.setattr(limits, "head_room", lambda: MIB // 2)
+        other.write(0, memoryview(bytes(MIB // 4)))
+        monkeypatch.setattr(limits, "head_room", lambda: MIB // 4)
+        mine.write(0, memoryview(bytes(MIB // 4)))
+
+
+def test_a_long_reservation_looks_for_head_room_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made of a draft without writing to it is looked at in the same steps as what is written."""
+    asked = []
+    monkeypatch.setattr(limits, "head_room", lambda: asked.append(1) or 1 << 40)
+    arena = Arena.create(256 * MIB)
+    with arena.draft(200 * MIB) as draft:
+        draft.seal().close()
+    arena.close()
+    assert len(asked) == 4
+
+
 def test_warm_memory_is_given_back_for_what_is_needed(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     """Free pages elsewhere in the arena are of more use to the new block than to nobody."""
     first, kept = publish(arena, b"x" * (MIB // 4)), publish(arena, b"k" * (MIB // 4))
@@ -93,3 +134,24 @@ def test_without_head_room_warm_pages_are_written_all_the_same(arena: Arena, mon
         publish(arena, b"z" * (MIB // 2))
     monkeypatch.undo()
     publish(arena, b"z" * (MIB // 2)).close()
+
+
+def test_warm_memory_serves_where_the_file_system_is_full(in_small_shm: Process) -> None:
+    """Free pages elsewhere in the arena are given back before a value is refused for a lack of pages."""
+    in_small_shm("""
+        arena = Arena.create(12 << 20, warm=1 << 30)
+        first, kept = publish(arena, b"x" * (4 << 20)), publish(arena, b"k" * (1 << 20))
+        first.close()
+        while arena.stats().used > 1 << 20:
+            pass
+        free = os.statvfs("/dev/shm").f_bavail * 4096
+        with open("/dev/shm/of somebody else", "wb") as file:
+            file.write(bytes(free - (1 << 20)))
+        """)
+    assert in_small_shm("arena.segment.kind") == "POSIX shared memory"
+    in_small_shm("second = publish(arena, b'y' * (9 << 19))")
+    assert in_small_shm("second.view(9 * (1 << 19) - 3, 3) == b'yyy' and kept.view(0, 3) == b'kkk'")
+    with pytest.raises(MemoryExhausted, match="make room in /dev/shm"):
+        in_small_shm("publish(arena, b'z' * (3 << 20))")
+    in_small_shm("os.unlink('/dev/shm/of somebody else'); publish(arena, b'z' * (3 << 20)).close()")
+    in_small_shm("second.close(); kept.close(); arena.close()")

@@ -9,9 +9,11 @@ from typing import Any
 
 import psutil
 import pytest
+from other_processes import Process
 
 from dask_shm_plugin import limits
-from dask_shm_plugin.limits import head_room, memory_limit
+from dask_shm_plugin.exceptions import DescriptorsExhausted
+from dask_shm_plugin.limits import Arena, Limit, head_room, memory_limit, tightest
 
 GIB = 1 << 30
 PHYSICAL = 64 * GIB
@@ -22,9 +24,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     """Pretend to be on a machine of 64 GiB, with these control groups and limits."""
 
     def elsewhere(path: str, *rest: Any) -> Any:
-        assert str(path).startswith(("/sys/fs/cgroup", "/proc/self/cgroup", "/proc/meminfo")), (
-            f"why is {path} of interest?"
-        )
+        is_of_interest = str(path).startswith(("/sys/fs/cgroup", "/proc/meminfo")) or str(path).endswith("/cgroup")
+        assert is_of_interest, f"why is {path} of interest?"
         return builtins.open(f"{tmp_path}{path}", *rest)
 
     def machine(membership: str | None, limited: dict[str, str]) -> None:
@@ -119,6 +120,43 @@ def test_every_limit_above_this_process_counts(
     """In version 1 and version 2 of control groups, in containers and outside."""
     machine(membership, limited)
     assert memory_limit() == expected
+
+
+def test_other_arenas_count_against_the_limits_that_they_share_with_us(
+    machine: Callable[..., None], tmp_path: Path
+) -> None:
+    """One in another control group takes nothing from ours, but from the machine's memory it does."""
+    machine("0::/jobs/1\n", {"/jobs/1/memory.max": f"{8 * GIB}\n", "/jobs/memory.max": f"{20 * GIB}\n"})
+    for pid, membership in ((7, "0::/jobs/1/step\n"), (8, "0::/jobs/2\n"), (9, "0::/\n")):
+        (tmp_path / f"proc/{pid}").mkdir()
+        (tmp_path / f"proc/{pid}/cgroup").write_text(membership)
+    assert tightest() == Limit("control group /sys/fs/cgroup/jobs/1", 8 * GIB, 0)
+    assert tightest([Arena(7, 3 * GIB)]).left == 5 * GIB
+    assert tightest([Arena(8, 3 * GIB)]).left == 8 * GIB
+    assert tightest([Arena(7, 3 * GIB), Arena(8, 14 * GIB)]) == Limit(
+        "control group /sys/fs/cgroup/jobs", 20 * GIB, 17 * GIB
+    )
+    assert tightest([Arena(9, 60 * GIB)]) == Limit("physical memory", PHYSICAL, 60 * GIB)
+    assert tightest([Arena(9, 2 * PHYSICAL)]).left == 0
+
+
+def test_a_process_without_descriptors_is_not_told_that_memory_is_unlimited(process: Callable[[], Process]) -> None:
+    """Where nothing can be read, nothing is known; the message says what to raise."""
+    one = process()
+    one("from dask_shm_plugin import limits; limits.head_room()")
+    one("limit = resource.getrlimit(resource.RLIMIT_NOFILE)")
+    one("resource.setrlimit(resource.RLIMIT_NOFILE, (0, limit[1]))")
+    for question in ("limits.head_room()", "limits.memory_limit()"):
+        with pytest.raises(DescriptorsExhausted, match="ulimit -n"):
+            one(question)
+    one("resource.setrlimit(resource.RLIMIT_NOFILE, limit)")
+    assert one("limits.head_room()") > 0
+
+
+def test_where_proc_is_hidden_what_is_free_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is less than what is available, and more than nothing."""
+    monkeypatch.setattr(limits, "_read", lambda path: b"")
+    assert 0 < limits._available() < psutil.virtual_memory().total
 
 
 class TestHeadRoom:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from other_processes import Process
 
-from dask_shm_plugin.exceptions import ArenaFull, MappingRefused, MemoryExhausted
+from dask_shm_plugin.exceptions import ArenaFull, FileSizeLimited, MappingRefused, MemoryExhausted
 from dask_shm_plugin.segment import PAGE, Segment
 
 MIB = 1 << 20
@@ -81,6 +81,7 @@ class TestPages:
             with pytest.raises(MemoryExhausted, match=r"lower shm\.capacity") as caught:
                 in_small_shm(action)
             assert isinstance(caught.value, ArenaFull)
+            assert "/dev/shm" in str(caught.value)
         assert in_small_shm("os.pread(segment.fd, 4, 0)") == b"mine"
         in_small_shm("os.unlink('/dev/shm/of somebody else'); segment.write(1 << 20, data)")
 
@@ -91,7 +92,7 @@ class TestPages:
         other = process()
         other("segment = Segment.open(at)", at=segment.whereabouts)
         other("resource.setrlimit(resource.RLIMIT_FSIZE, (8 * 4096, 8 * 4096))")
-        with pytest.raises(MemoryExhausted, match="File too large"):
+        with pytest.raises(FileSizeLimited, match=r"File too large.*ulimit -f"):
             other("segment.write(7 * 4096, memoryview(bytes(8192)))")
         other("segment.write(7 * 4096, memoryview(bytes(4096)))")
 
