@@ -107,6 +107,7 @@ class Mutex:
         self._pid = os.getpid()
         self._patience = patience
         self._among_threads = threading.Lock()
+        self._holder: int | None = None
         self._in_vain = False
         self.retired = False
 
@@ -116,12 +117,13 @@ class Mutex:
         deadline = time.monotonic() + self._patience
         if not self._among_threads.acquire(timeout=self._patience):
             raise ArenaBusy("another thread holds the table")
+        self._holder = threading.get_ident()
         try:
             if self.retired:
                 raise ArenaUnavailable("this process has left the arena")
             self._lock_file(deadline)
         except BaseException:
-            self._among_threads.release()
+            self._release_thread()
             raise
 
     @step("unlock")
@@ -134,13 +136,20 @@ class Mutex:
             else:
                 syscalls.record_lock(self._fd, fcntl.F_UNLCK, _MUTEX_BYTE)
         finally:
-            self._among_threads.release()
+            self._release_thread()
+
+    def _release_thread(self) -> None:
+        self._holder = None
+        self._among_threads.release()
 
     @contextlib.contextmanager
     def among_threads(self) -> Iterator[None]:
         """Exclude the other threads of this process only, which hold the mutex for a bounded time."""
-        with self._among_threads:
+        if self._holder == threading.get_ident():  # a fork from inside
             yield
+        else:
+            with self._among_threads:
+                yield
 
     def retire(self, close: Callable[[], None]) -> None:
         """From inside: refuse to be entered again, and close the file when left.

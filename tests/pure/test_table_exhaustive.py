@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from dask_shm_plugin import memberbook, placement, rolebook, table
+from dask_shm_plugin import memberbook, placement, rolebook, stateword, table
 from dask_shm_plugin.exceptions import StaleBlock
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.table import DRAFT, FREE, SEALED, TABLE_BYTES, Extent, Row, Table
@@ -32,8 +32,9 @@ PLACES = np.array(
     + list(itertools.chain(*_CLAIM))
 )
 """The words that make a state."""
+SIZES = [at + 3 for at in _BLOCK]
 AT = {int(place): n for n, place in enumerate(PLACES)}
-IGNORED = {table._CHANGES_WORD} | {at + n for at in _MEMBER for n in (1, 2, 3)} | {at + 3 for at in _BLOCK}
+IGNORED = {table._CHANGES_WORD} | {at + n for at in _MEMBER for n in (1, 2, 3)} | {*SIZES}
 """Words that no operation reads: a counter, numbers of processes, sizes."""
 
 Words = tuple[int, ...]
@@ -85,6 +86,9 @@ class Machine:
     def run(self, words: Words, action: Callable[[Table], Any]) -> tuple[Any, list[Words]]:
         """Return what an operation returns, and the states before each of its stores and after the last."""
         self.words[PLACES] = words
+        self.words[SIZES] = 1
+        # As a process sees it that has just come.
+        self.table._rows_seen = 0
         self.log.clear()
         result = action(self.table)
         states = [words]
@@ -100,19 +104,8 @@ class Machine:
 def canonical(words: Words) -> Words:
     """Rename generations and incarnations by their order, and overwrite what means nothing."""
     new = list(words)
-    for row in ROWS:
-        state, at, claims = AT[_BLOCK[row]], AT[_BLOCK[row]], [AT[_CLAIM[slot][row]] for slot in SLOTS]
-        used = sorted({words[at] >> 2, *(words[claim] for claim in claims)} - {0})
-        order = {0: 0} | {generation: n for n, generation in enumerate(used, 1)}
-        new[state] = order[words[at] >> 2] << 2 | words[at] & 3
-        for claim in claims:
-            new[claim] = order[words[claim]]
-        if words[at] & 3 == FREE:
-            new[at + 1 : at + 3] = [MEANINGLESS] * 2
-        if words[at] & 3 != DRAFT:
-            new[at + 3 : at + 5] = [MEANINGLESS] * 2
     entered = [AT[at] for at in _MEMBER if words[AT[at]] & 3 == ENTERED]
-    owners = [AT[at] + 4 for at in _BLOCK if words[AT[at]] & 3 == DRAFT]
+    owners = [AT[at] + 4 for at in _BLOCK if state_of(words, at) == DRAFT]
     used = sorted({words[at] >> 2 for at in entered} | {words[at] for at in owners})
     order = {incarnation: n for n, incarnation in enumerate(used, 1)}
     for at in (AT[at] for at in _MEMBER):
@@ -120,7 +113,24 @@ def canonical(words: Words) -> Words:
     for at in owners:
         new[at] = order[words[at]]
     new[AT[table._INCARNATION_WORD]] = len(used)
+    for row in ROWS:
+        at, claims = AT[_BLOCK[row]], [AT[_CLAIM[slot][row]] for slot in SLOTS]
+        generation, state = stateword.unpack(words[at])
+        order = {n: k for k, n in enumerate(sorted({0, generation, *(words[claim] for claim in claims)}))}
+        for claim in claims:
+            new[claim] = order[words[claim]]
+        if state == FREE:
+            new[at + 1 : at + 3] = [MEANINGLESS] * 2
+        if state != DRAFT:
+            new[at + 3 : at + 5] = [MEANINGLESS] * 2
+        body = [] if state == FREE else [*new[at + 1 : at + 3], 1, *new[at + 3 : at + 5]]
+        new[at] = stateword.pack(order[generation], state, body)
     return tuple(new)
+
+
+def state_of(words: Words, block: int) -> int:
+    """Return the state of a block."""
+    return stateword.unpack(words[AT[block]])[1]
 
 
 def member(words: Words, slot: int) -> Member:
@@ -130,7 +140,7 @@ def member(words: Words, slot: int) -> Member:
 
 def row_of(words: Words, row: int) -> Row:
     """Return the present generation of a row."""
-    return Row(row, words[AT[_BLOCK[row]]] >> 2)
+    return Row(row, stateword.unpack(words[AT[_BLOCK[row]]])[0])
 
 
 def describe(words: Words) -> Scene:
@@ -139,13 +149,14 @@ def describe(words: Words) -> Scene:
     rows: list[Any] = []
     for row in ROWS:
         word, offset, length, owner, incarnation = words[AT[_BLOCK[row]] : AT[_BLOCK[row]] + 5]
-        if word & 3 == FREE:
+        generation, state = stateword.unpack(word)
+        if state == FREE:
             rows.append(None)
-        elif word & 3 == DRAFT:
+        elif state == DRAFT:
             assert incarnation == member(words, owner).incarnation
             rows.append((DRAFT, offset, length, frozenset([owner])))
         else:
-            claims = {slot for slot in members if words[AT[_CLAIM[slot][row]]] == word >> 2}
+            claims = {slot for slot in members if words[AT[_CLAIM[slot][row]]] == generation}
             rows.append((SEALED, offset, length, frozenset(claims)))
     return Scene(members, tuple(rows))
 
