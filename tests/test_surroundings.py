@@ -49,7 +49,7 @@ from surroundings import (
 
 from dask_shm_plugin import limits, membership, stats
 
-#: Doubles: 512 KiB; and 8 MiB, more than what others have left warm.
+#: 512 KiB in doubles; and 8 MiB, more than what others have left warm.
 SMALL, LARGE = 64 * KIB, 1 * MIB
 OPTIONS = {"threshold": "64 KiB", "capacity": "96 MiB"}
 
@@ -231,8 +231,7 @@ def test_a_worker_that_finds_no_place_joins_when_there_is_one(
 
 def capacity_of(client: Client) -> int:
     """Return the capacity of the one arena of a cluster."""
-    (arena,) = stats(client).values()
-    return int(arena["capacity"])
+    return int(*(arena["capacity"] for arena in stats(client).values()))
 
 
 @pytest.fixture
@@ -273,7 +272,7 @@ def test_a_capacity_of_nothing_switches_sharing_off(
         assert stats(client) == {}
     off = "Sharing is off in this process: shm.capacity is zero"
     assert [line for line in capfd.readouterr().err.splitlines() if "Sharing" in line] == [off] * 2
-    assert [record.getMessage() for record in caplog.records if "Sharing" in record.getMessage()] == [off]
+    assert [text for text in caplog.messages if "Sharing" in text] == [off]
 
 
 @pytest.mark.slow

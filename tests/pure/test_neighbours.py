@@ -10,6 +10,7 @@ from other_processes import Process, join
 
 from dask_shm_plugin import membership, rendezvous
 from dask_shm_plugin.exceptions import ArenaBusy
+from dask_shm_plugin.segment import round_up
 from dask_shm_plugin.table import TABLE_BYTES
 
 
@@ -17,7 +18,7 @@ def test_an_arena_is_found_with_a_process_and_its_size(cluster: str) -> None:
     """Whoever plans another one is told how much this one may take."""
     arena = join(cluster)
     (found,) = rendezvous.arenas()
-    assert found == (os.getpid(), TABLE_BYTES + arena.stats().capacity)
+    assert found == (os.getpid(), round_up(TABLE_BYTES) + arena.stats().capacity)
     membership.leave(cluster, "nanny", "tcp://here")
     assert rendezvous.arenas() == []
 
