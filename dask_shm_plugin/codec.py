@@ -21,7 +21,7 @@ from dask_shm_plugin import arrow, views
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.block import Block, Descriptor
 from dask_shm_plugin.crashpoints import step
-from dask_shm_plugin.exceptions import Unshareable
+from dask_shm_plugin.exceptions import SharedMemoryError, Unshareable
 from dask_shm_plugin.handles import Handle, Span, map_spans, packed
 from dask_shm_plugin.reach import address_of, bounds
 from dask_shm_plugin.segment import round_up
@@ -57,8 +57,10 @@ class Published:
 
     @property
     def is_used_elsewhere(self) -> bool:
-        """Whether any other member refers to one of its blocks."""
-        return any(block.holders > 1 for block in self._blocks)
+        """Whether any other member refers to one of its blocks; where this process keeps away from them, it is none of its."""
+        with contextlib.suppress(SharedMemoryError):
+            return any(block.holders > 1 for block in self._blocks)
+        return False
 
     def __del__(self) -> None:
         for block in self._blocks:

@@ -51,8 +51,8 @@ class _Flock(ctypes.Structure):
 @functools.cache
 def _libc_with_gil() -> Any:
     libc = ctypes.PyDLL(None, use_errno=True)
-    libc.lseek64.restype = ctypes.c_int64
-    libc.lseek64.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int]
+    libc.lseek.restype = ctypes.c_int64
+    libc.lseek.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int]
     return libc
 
 
@@ -69,7 +69,7 @@ def record_lock(fd: int, kind: int, byte: int) -> int:
 
 def size_of(fd: int) -> int:
     """Return the bytes of a file, or -1. Keeps the GIL, like :func:`record_lock`, and moves the position."""
-    return int(_libc_with_gil().lseek64(fd, 0, os.SEEK_END))
+    return int(_libc_with_gil().lseek(fd, 0, os.SEEK_END))
 
 
 def _failure(call: str) -> OSError:

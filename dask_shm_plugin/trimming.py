@@ -63,7 +63,8 @@ def find(segment: Segment, table: Table, blocks_from: int, warm: int) -> Extent 
     warm
         Bytes of free memory that stay. Less than none, where drafts that are not written yet shall find room.
     """
-    taken = table.taken_by_now()
+    # What is found is looked at again under the mutex; here, no odd number shall be too large to count with.
+    taken = np.minimum(table.taken_by_now(), np.uint64(table.span))
     # Less than there is, while drafts are written: where all shall go, it is not asked.
     free = segment.resident - table.reserved_bytes() - int(np.sum(taken[:, 1]))
     if warm and free <= warm:
