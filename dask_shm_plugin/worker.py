@@ -126,9 +126,15 @@ class _Running:
             value = seams.in_memory(self._worker.data, key)
             # What is not known to be large waits for a request: it might not even be possible to serialize it.
             if value is not None and self._size(key) >= self._role.options.threshold:
-                task = asyncio.create_task(self.publisher.publish(key, value, self._size(key)))
+                task = asyncio.create_task(self._publish_unasked(key, value))
                 self._background.add(task)
                 task.add_done_callback(self._background.discard)
+
+    async def _publish_unasked(self, key: Any, value: object) -> None:
+        try:
+            await self.publisher.publish(key, value, self._size(key))
+        except Exception:
+            logger.debug("%r is not published", key, exc_info=True)
 
     async def _get_data(
         self, comm: Any, keys: Any, who: str | None = None, serializers: list[str] | None = None
