@@ -29,6 +29,7 @@ from observing import (
     undisturbed,
     wait_until,
 )
+from processes import environment, scheduler, workers
 
 pytestmark = pytest.mark.slow
 
@@ -358,3 +359,20 @@ def test_a_worker_that_was_restarted_is_measured_as_well(two: Client) -> None:
     let_monitors_run(two)
     assert trouble(two) == []
     assert pids(two) == processes
+
+
+def test_a_nanny_that_learned_of_the_plugin_by_a_preload_measures_as_well() -> None:
+    """``dask worker --preload`` reaches the worker, which tells its nanny."""
+    preload, env = "dask_shm_plugin", environment({"DASK_SHM__CAPACITY": "2 GiB"})
+    with (
+        dask.config.set({"distributed.client.preload": [preload]}),
+        scheduler() as address,
+        Client(address) as client,
+        workers(client, "--preload", preload, "--nworkers", "2", "--memory-limit", LIMIT, count=2, env=env),
+    ):
+        processes, seed = pids(client), fresh()
+        future = client.scatter(array(seed, LARGER_THAN_LIMIT), broadcast=True)
+        np.testing.assert_allclose(look(client, future), sample(array(seed, LARGER_THAN_LIMIT)))
+        let_monitors_run(client)
+        assert trouble(client) == []
+        assert pids(client) == processes
