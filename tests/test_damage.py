@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import json
 import logging
+import os
 import pickle
 import subprocess
 import sys
@@ -34,11 +35,14 @@ from dask_shm_plugin.table import Row
 FUZZ = Path(__file__).parent.parent / "benchmarks" / "fuzz.py"
 VALUE = {"large": np.arange(100_000), "other": np.ones(9_000), "text": "text"}
 
+#: No other run of these tests has it.
+CLUSTER = f"hostile-{os.getpid()}"
+
 
 @pytest.fixture
 def arena(caplog: pytest.LogCaptureFixture) -> Iterator[Arena]:
     """An arena that this process is a member of, and that must be empty in the end."""
-    one = membership.join("hostile", "worker", "here", capacity=lambda: 1 << 24)
+    one = membership.join(CLUSTER, "worker", "here", capacity=lambda: 1 << 24)
     assert one is not None
     # Dask logs what a deserializer raises, and the frames of that have views.
     caplog.set_level(logging.CRITICAL, "distributed")
@@ -46,7 +50,7 @@ def arena(caplog: pytest.LogCaptureFixture) -> Iterator[Arena]:
     gc.collect()
     one.tidy()
     used = one.stats().used
-    membership.leave("hostile", "worker", "here")
+    membership.leave(CLUSTER, "worker", "here")
     assert used == 0
 
 

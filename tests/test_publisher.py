@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import os
 import threading
 
 import numpy as np
@@ -17,6 +18,9 @@ from dask_shm_plugin.codec import Published
 from dask_shm_plugin.publisher import Publisher
 
 THRESHOLD = 1 << 16
+
+#: No other run of these tests has it.
+CLUSTER = f"test-{os.getpid()}"
 
 
 def in_loop(test):
@@ -32,12 +36,12 @@ def in_loop(test):
 @pytest.fixture
 def arena():
     """An arena that this process is a member of, and that must be empty in the end."""
-    arena = membership.join("test", "worker", "here", capacity=lambda: 1 << 26)
+    arena = membership.join(CLUSTER, "worker", "here", capacity=lambda: 1 << 26)
     yield arena
     gc.collect()
     arena.tidy()
     assert arena.stats().used == 0
-    membership.leave("test", "worker", "here")
+    membership.leave(CLUSTER, "worker", "here")
 
 
 class Gate:
