@@ -168,6 +168,7 @@ def is_array(value: np.ndarray, seed: int, size: int) -> bool:
     return np.array_equal(value, array(seed, size))
 
 
+@pytest.mark.slow
 def test_more_values_than_the_table_has_rows_are_sent(client: Client) -> None:
     """Thousands of values just above the threshold: what finds no row is sent, and the remedy is a higher threshold."""
     a, b = addresses(client)
