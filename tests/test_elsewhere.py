@@ -19,6 +19,8 @@ from distributed import Client, wait
 from observing import BIG, LITTLE, addresses, array, fresh, holders, see, see_on, settle, stored_type, totals
 from processes import cluster, environment, run_script, workers
 
+pytestmark = pytest.mark.slow
+
 #: The capacity is left to the configuration, so that a worker can be given none.
 OPTIONS = {"threshold": "64 KiB"}
 CONFIG = {"DASK_SHM__CAPACITY": "256 MiB"}

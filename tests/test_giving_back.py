@@ -42,6 +42,8 @@ from observing import (
 
 from dask_shm_plugin import fetch, seams
 
+pytestmark = pytest.mark.slow
+
 
 def assert_empties(client: Client) -> None:
     """Fail unless the arena comes to hold nothing.

@@ -26,6 +26,8 @@ from observing import (
     wait_until,
 )
 
+pytestmark = pytest.mark.slow
+
 NONSENSE: list[dict[str, Any]] = [
     {"capacity": "lots"},
     {"capacity": -1},

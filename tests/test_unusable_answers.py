@@ -11,6 +11,8 @@ from describing import assert_descriptions_equal, describe
 from distributed import Client, Event, Future, wait
 from observing import BIG, addresses, array, fresh, holders, pids, see, see_on, stored_type, totals, wait_until
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Client]:
