@@ -47,11 +47,10 @@ def arena(caplog: pytest.LogCaptureFixture) -> Iterator[Arena]:
     # Dask logs what a deserializer raises, and the frames of that have views.
     caplog.set_level(logging.CRITICAL, "distributed")
     yield one
-    gc.collect()
-    one.tidy()
-    used = one.stats().used
-    membership.leave(CLUSTER, "worker", "here")
-    assert used == 0
+    try:
+        wait_until(lambda: (gc.collect(), one.tidy(), one.stats().used)[2] == 0, "the arena is empty")
+    finally:
+        membership.leave(CLUSTER, "worker", "here")
 
 
 def fields(handle: Handle, **changed: Any) -> list[Any]:
