@@ -142,8 +142,8 @@ def test_who_meets_another_version_says_so_once(
     arena: Arena, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """However many roles and values; and the remedy is in it."""
-    file = Path(f"/dev/shm{rendezvous.name_for('hostile')}")
-    other = Path(f"/dev/shm{rendezvous.name_for('hostile-2')}")
+    file = Path(f"/dev/shm{rendezvous.name_for(CLUSTER)}")
+    other = Path(f"/dev/shm{rendezvous.name_for(CLUSTER + '-2')}")
     content = bytearray(file.read_bytes())
     content[12] = table.LAYOUT_VERSION + 1
     notices.warn_once.cache_clear()
@@ -154,7 +154,7 @@ def test_who_meets_another_version_says_so_once(
             other.touch(0o600)
             other.write_bytes(content)
             role = Role(kind, None, "there", options({}))
-            role.cluster = "hostile-2"
+            role.cluster = f"{CLUSTER}-2"
             assert asyncio.run(role.join(create=True)) is None
     finally:
         other.unlink(missing_ok=True)
