@@ -107,3 +107,11 @@ class Unshareable(SharedMemoryError):
     """The value's own serializer does something that only a wire can undo."""
 
     reason = "unshareable"
+
+
+def _reasons(kind: type[SharedMemoryError]) -> set[str]:
+    return {kind.reason}.union(*(_reasons(more) for more in kind.__subclasses__()))
+
+
+REASONS = _reasons(SharedMemoryError)
+"""All reasons of this module."""

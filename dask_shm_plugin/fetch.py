@@ -15,6 +15,7 @@ import distributed.worker
 
 from dask_shm_plugin import handles, membership, seams
 from dask_shm_plugin.arena import Arena
+from dask_shm_plugin.exceptions import REASONS
 from dask_shm_plugin.handles import Deferred, Unresolved
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.metrics import COUNTERS
@@ -23,13 +24,46 @@ BYTES_PLEASE = "bytes"
 """Stands in the place of a membership in a request for what was answered before, in a way that was of no use."""
 
 
+_OUTSIDE = "outside:"
+
+
+class Outsider:
+    """A role that is in no arena: until :meth:`end`, its requests say what keeps it out.
+
+    Parameters
+    ----------
+    kept_out_by
+        Returns the reason of now, as counters name it.
+    """
+
+    def __init__(self, kept_out_by: Callable[[], str | None]) -> None:
+        self.kept_out_by = kept_out_by
+        _OUTSIDERS.append(self)
+        REQUESTS.begin()
+
+    def end(self) -> None:
+        """Say nothing any more."""
+        REQUESTS.end()
+        _OUTSIDERS.remove(self)
+
+
+_OUTSIDERS: list[Outsider] = []
+
+
 def askers() -> list[str]:
-    """Return the memberships of this process, as a request names them."""
-    return [
+    """Return the memberships of this process, as a request names them; where it has none, the reason."""
+    memberships = [
         f"{arena.arena_id.hex()}:{arena.member.slot}:{arena.member.incarnation}"
         for arena in membership.all_arenas()
         if not arena.is_damaged
     ]
+    return memberships or [f"{_OUTSIDE}{reason}" for one in _OUTSIDERS[:1] if (reason := one.kept_out_by())]
+
+
+def why_no_member(asked_by: list[str]) -> str:
+    """Return the reason, as counters name it, why one of those who ask is no member of any arena of this worker's."""
+    said = [asker[len(_OUTSIDE) :] for asker in asked_by if asker.startswith(_OUTSIDE)]
+    return said[0] if said and said[0] in REASONS else "not-co-located"
 
 
 def is_member(arena: Arena, asked_by: list[str]) -> bool:

@@ -1,8 +1,9 @@
 """What a forked child still looks at: its parent keeps it until the child has ended.
 
 A child inherits its parent's views, and nobody tells when it needs them no longer. So at each fork the parent takes one
-more reference to everything that it refers to, and gives these back when the child's end of a pipe is closed, which
-happens at the latest when the child ends. A child that becomes another program (``exec``) closes it at once.
+more reference to everything that it refers to, and gives these back when a lock is free that the child has inherited.
+The lock hangs on a mapping, as the views do: a child lets go of it by ending or by becoming another program (``exec``),
+but not by closing all its descriptors, as daemons do.
 """
 
 from __future__ import annotations
@@ -11,45 +12,62 @@ import contextlib
 import os
 from typing import NamedTuple
 
+from dask_shm_plugin import liveness, syscalls
+from dask_shm_plugin.segment import NAME_PREFIX, PAGE
 from dask_shm_plugin.table import Row
+
+_BYTE = 0
 
 
 class Pins(NamedTuple):
-    """References kept for a child: the ends of a pipe, if there is one, and the blocks."""
+    """References kept for a child: the blocks, and two open descriptions of one file, of which one has the lock.
 
-    reading: int | None
-    writing: int | None
+    Attributes
+    ----------
+    asking
+        The parent's, which can see whether the lock is held; None where all children are waited for.
+    locked, address
+        The child's, and its mapping.
+    """
+
     rows: list[Row]
+    asking: int | None = None
+    locked: int = -1
+    address: int = 0
 
     @classmethod
     def take(cls, rows: list[Row]) -> Pins:
-        """Open the pipe, before the fork. Where no descriptor is left, all children are waited for."""
-        try:
-            reading, writing = os.pipe()
-        except OSError:
-            return cls(None, None, rows)
-        os.set_blocking(reading, False)
-        return cls(reading, writing, rows)
+        """Take the lock, before the fork. Where no descriptor or mapping is left, all children are waited for."""
+        with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
+            locked = os.memfd_create(f"{NAME_PREFIX}fork", os.MFD_CLOEXEC)
+            undo.callback(os.close, locked)
+            asking = os.open(f"/proc/self/fd/{locked}", os.O_RDWR | os.O_CLOEXEC)
+            undo.callback(os.close, asking)
+            address = syscalls.map_shared(locked, 0, PAGE)
+            liveness.hold(locked, _BYTE)
+            undo.pop_all()
+            return cls(rows, asking, locked, address)
+        return cls(rows)
 
     def in_parent(self) -> None:
-        """Leave the writing end to the child."""
-        if self.writing is not None:
-            os.close(self.writing)
+        """Leave the lock to the child."""
+        if self.asking is not None:
+            syscalls.unmap(self.address, PAGE)
+            os.close(self.locked)
 
     def in_child(self) -> None:
-        """Keep the writing end open for good."""
-        if self.reading is not None:
-            os.close(self.reading)
+        """Keep the lock for good."""
+        if self.asking is not None:
+            os.close(self.asking)
 
     def are_over(self) -> bool:
-        """Tell whether the child has ended; if so, close the pipe."""
-        if self.reading is None:
+        """Tell whether the child has ended; if so, close the file."""
+        if self.asking is None:
             return not _has_children()
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.reading, 1)
-            os.close(self.reading)
-            return True
-        return False
+        if liveness.is_held(self.asking, _BYTE):
+            return False
+        os.close(self.asking)
+        return True
 
 
 def _has_children() -> bool:

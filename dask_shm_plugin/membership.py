@@ -141,15 +141,18 @@ def _find_or_create(meeting: Rendezvous, capacity: Callable[[], int] | None, war
     if arena is None and capacity is not None:
         if said and meeting.is_attended and any(listed.is_alive for listed in said.listed):
             raise ArenaUnavailable("the arena of this cluster exists, but its members' memory cannot be opened")
-        rendezvous.purge()
-        arena = Arena.create(capacity(), warm)
-        said = None
-    if arena is not None:
-        try:
-            meeting.write(_with_us(arena, said.listed if said else ()))
-        except BaseException:
-            arena.close()
-            raise
+        with rendezvous.planning():
+            rendezvous.purge()
+            return _listed(Arena.create(capacity(), warm), meeting, ())
+    return _listed(arena, meeting, said.listed) if arena is not None and said is not None else None
+
+
+def _listed(arena: Arena, meeting: Rendezvous, others: Iterable[Listed]) -> Arena:
+    try:
+        meeting.write(_with_us(arena, others))
+    except BaseException:
+        arena.close()
+        raise
     return arena
 
 

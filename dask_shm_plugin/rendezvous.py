@@ -20,6 +20,7 @@ memory does not go with it, and members make a new rendezvous for it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import stat
@@ -191,6 +192,37 @@ def enter(name: str, *, create: bool) -> Rendezvous | None:
 def exists(name: str) -> bool:
     """Tell cheaply whether there may be a rendezvous."""
     return os.path.exists(f"{SHM_DIRECTORY}{name}")
+
+
+@contextlib.contextmanager
+def planning() -> Iterator[None]:
+    """Be the only one on this node who looks what others have and makes an arena beside them; not for ever.
+
+    Any other program may lock the same directory. Who has waited in vain plans all the same.
+    """
+    try:
+        fd = os.open(SHM_DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        yield
+        return
+    try:
+        deadline = time.monotonic() + _PATIENCE
+        while not (is_alone := _flock(fd)) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        yield
+    finally:
+        if is_alone:
+            # A child that was forked meanwhile has the same open file.
+            fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
+
+
+def _flock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def purge() -> None:

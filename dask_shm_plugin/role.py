@@ -13,6 +13,8 @@ from dask_shm_plugin.exceptions import MemoryExhausted, SharedMemoryError, Switc
 from dask_shm_plugin.notices import warn_once
 
 logger = logging.getLogger("dask_shm_plugin")
+_shown_by_dask = logging.getLogger("distributed.shm")
+"""Under this name Dask's own configuration shows what is said at level INFO, as it does for nannies and workers."""
 
 
 class _Plan:
@@ -59,10 +61,12 @@ class Role:
         self.cluster: str | None = None
         self.may_join_later = False
         """Whether what kept this role out may pass."""
+        self.kept_out_by: str | None = None
+        """The reason, as counters name it, why this role is in no arena although it tried."""
 
     async def join(self, *, create: bool) -> Arena | None:
         """Join the arena of this node, or make it; return None when there is none or it cannot be used."""
-        self.may_join_later = False
+        self.may_join_later, self.kept_out_by = False, None
         reason = seams.why_not()
         if reason:
             warn_once(f"Sharing is off: {reason}")
@@ -72,9 +76,10 @@ class Role:
                 self.cluster = await seams.cluster_of(self._scheduler)
             return await asyncio.to_thread(self._join, self.cluster, create=create)
         except SharedMemoryError as error:
-            self.may_join_later = not isinstance(error, SwitchedOff)
+            self.may_join_later, self.kept_out_by = not isinstance(error, SwitchedOff), error.reason
             warn_once(f"Sharing is off in this process: {error}")
         except Exception as error:
+            self.kept_out_by = SharedMemoryError.reason
             warn_once(f"Sharing is off in this process: {type(error).__name__}: {error}")
             logger.debug("could not join", exc_info=True)
         return None
@@ -89,7 +94,7 @@ class Role:
             handles.set_views(arena.arena_id, self.options.views)
             if plan.chosen is not None:
                 size = arena.stats().capacity
-                logger.info("made an arena for %d bytes (%s): %s", size, arena.segment.kind, plan.chosen)
+                _shown_by_dask.info("made an arena for %d bytes (%s): %s", size, arena.segment.kind, plan.chosen)
         return arena
 
     async def withdraw(self) -> None:

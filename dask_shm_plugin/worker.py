@@ -43,6 +43,7 @@ class SharedMemoryWorker(WorkerPlugin):
     def __init__(self, **options: Any) -> None:
         self._options = options
         self._joining: Joining | None = None
+        self._outsider: fetch.Outsider | None = None
         self._running: _Running | None = None
 
     async def setup(self, worker: Any) -> None:
@@ -59,14 +60,23 @@ class SharedMemoryWorker(WorkerPlugin):
         role = Role("worker", worker.scheduler, worker.contact_address or worker.address, options)
         self._joining = Joining(role, lambda arena: self._joined(worker, role, arena))
         await self._joining.start()
+        if self._running is None:
+            self._outsider = fetch.Outsider(lambda: role.kept_out_by)
 
     def _joined(self, worker: Any, role: Role, arena: Arena) -> None:
         self._running = _Running(worker, role, arena)
+        self._end_outsider()
+
+    def _end_outsider(self) -> None:
+        outsider, self._outsider = self._outsider, None
+        if outsider is not None:
+            outsider.end()
 
     async def stop(self) -> None:
         """Put everything back."""
         if self._joining is not None:
             self._joining.stop()
+        self._end_outsider()
         running, self._running = self._running, None
         if running is not None:
             await running.stop()
@@ -144,7 +154,7 @@ class _Running:
         if fetch.is_member(self._arena, asked_by) and not comm.peer_address.startswith("inproc://"):
             comm = _HandingOver(comm, self, kept)
         elif fetch.BYTES_PLEASE not in asked_by:
-            self._count_as_sent(keys)
+            self._count_as_sent(keys, fetch.why_no_member(asked_by))
         try:
             return await self._get_data_before.old(comm, keys, who=who, serializers=serializers)
         except Exception as error:
@@ -153,11 +163,11 @@ class _Running:
         finally:
             kept.clear()
 
-    def _count_as_sent(self, keys: Any) -> None:
+    def _count_as_sent(self, keys: Any, reason: str) -> None:
         for key in keys:
             size = self._size(key)
             if size >= self._role.options.threshold:
-                COUNTERS.count_sent("not-co-located", size)
+                COUNTERS.count_sent(reason, size)
 
     async def share(self, data: dict[Any, Any], keep: list[Published]) -> dict[Any, Any]:
         """Return the data of an answer with handles in the place of what is shared."""

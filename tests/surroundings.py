@@ -19,6 +19,9 @@ from observing import array, fresh, see_on, wait_until
 # ------------------------------------------------------------------------------------------------- what users are told
 
 
+_LOGGERS = [logging.getLogger("dask_shm_plugin"), logging.getLogger("distributed.shm")]
+
+
 class _Ear(logging.Handler):
     """Keeps what the package logs in this process, from INFO on."""
 
@@ -33,23 +36,27 @@ class _Ear(logging.Handler):
 def listen() -> None:
     """Begin to keep what the package logs in this process, whatever it kept before."""
     stop_listening()
-    logger = logging.getLogger("dask_shm_plugin")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(_Ear())
+    ear = _Ear()
+    for logger in _LOGGERS:
+        logger.setLevel(logging.INFO)
+        logger.addHandler(ear)
 
 
 def stop_listening() -> None:
     """Undo :func:`listen`."""
-    logger = logging.getLogger("dask_shm_plugin")
-    logger.setLevel(logging.NOTSET)
-    for handler in [one for one in logger.handlers if type(one).__name__ == "_Ear"]:
-        logger.removeHandler(handler)
+    for logger in _LOGGERS:
+        logger.setLevel(logging.NOTSET)
+        for handler in _ears(logger):
+            logger.removeHandler(handler)
 
 
 def heard() -> list[tuple[str, str]]:
     """Return level and text of what was logged since :func:`listen`."""
-    logger = logging.getLogger("dask_shm_plugin")
-    return [said for one in logger.handlers if type(one).__name__ == "_Ear" for said in vars(one)["heard"]]
+    return [said for ear in _ears(_LOGGERS[0]) for said in vars(ear)["heard"]]
+
+
+def _ears(logger: logging.Logger) -> list[logging.Handler]:
+    return [handler for handler in logger.handlers if type(handler).__name__ == "_Ear"]
 
 
 def warnings_of(client: Any, *addresses: str) -> dict[str, list[str]]:

@@ -74,6 +74,37 @@ def test_a_child_that_ends_without_a_word_leaves_nothing(arena):
     wait_until(lambda: arena.stats().used == 0, "the child's references stay")
 
 
+@pytest.mark.parametrize("of_child", [False, True])
+def test_a_child_that_closes_all_its_descriptors_keeps_its_views(arena, of_child):
+    """Daemons do so, often after another fork."""
+    view = share(arena, 7)
+    ready, go = os.pipe()
+
+    def look(at):
+        os.closerange(3, ready)
+        os.closerange(ready + 1, os.sysconf("SC_OPEN_MAX"))
+        if of_child and (pid := os.fork()):
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        os.read(ready, 1)
+        os._exit(at[-1])
+
+    pid = os.fork()
+    if pid == 0:
+        os._exit(look(view))
+    os.close(ready)
+    del view
+    gc.collect()
+    for _ in range(3):
+        arena.tidy()
+        arena.unpin()
+    others = [share(arena, 8)]
+    assert arena.stats().used == 2 * SIZE
+    os.close(go)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    wait_until(lambda: arena.stats().used == SIZE, "the child's references stay")
+    assert others[0][0] == 8
+
+
 def test_a_child_may_join_as_itself(arena):
     """It is another process, whatever it has inherited."""
     view = share(arena, 7)

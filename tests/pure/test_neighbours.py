@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -47,3 +48,56 @@ def test_to_look_for_arenas_drops_no_lock(cluster: str, member: Callable[[], Pro
         with pytest.raises(ArenaBusy):
             other("arena.validate()")
     other("arena.validate()")
+
+
+def test_of_two_that_plan_at_the_same_time_the_second_knows_of_the_first(
+    cluster: str, process: Callable[[], Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the one makes counts for the other, who waits for it."""
+    first, waits, seen = process(), threading.Event(), []
+    first("planning = rendezvous.planning(); planning.__enter__()")
+    lock = rendezvous._flock
+
+    def try_lock(fd: int) -> bool:
+        is_mine = lock(fd)
+        if not is_mine:
+            waits.set()
+        return is_mine
+
+    def capacity() -> int:
+        seen.extend(rendezvous.arenas())
+        return 1 << 20
+
+    monkeypatch.setattr(rendezvous, "_flock", try_lock)
+    thread = threading.Thread(
+        target=membership.join, args=(cluster, "nanny", "tcp://here"), kwargs={"capacity": capacity}
+    )
+    thread.start()
+    assert waits.wait(10)
+    first("import contextlib; rendezvous.planning = contextlib.nullcontext")
+    first("arena = membership.join(cluster, 'nanny', 'there', capacity=lambda: 2 << 20)", cluster=f"{cluster}-2")
+    first("planning.__exit__(None, None, None)")
+    thread.join()
+    assert [arena.size for arena in seen] == [round_up(TABLE_BYTES) + (2 << 20)]
+
+
+def test_who_plans_for_ever_keeps_nobody_from_it(
+    cluster: str, process: Callable[[], Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory is everybody's to lock."""
+    process()("planning = rendezvous.planning(); planning.__enter__()")
+    monkeypatch.setattr(rendezvous, "_PATIENCE", 0.05)
+    assert join(cluster).stats().capacity == 1 << 20
+
+
+def test_a_child_that_was_forked_meanwhile_does_not_go_on_planning(process: Callable[[], Process]) -> None:
+    """It has the same open file as its parent, and so the same lock."""
+    other = process()
+    other("planning = rendezvous.planning(); planning.__enter__()")
+    other.fork()
+    other("planning.__exit__(None, None, None)")
+    fd = os.open("/dev/shm", os.O_RDONLY)
+    try:
+        assert rendezvous._flock(fd)
+    finally:
+        os.close(fd)
