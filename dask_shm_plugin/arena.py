@@ -26,13 +26,14 @@ from dask_shm_plugin.exceptions import (
     TableCorrupt,
 )
 from dask_shm_plugin.forks import Pins
+from dask_shm_plugin.mappings import Dropped, Mappings
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.pages import Pages
 from dask_shm_plugin.references import References
 from dask_shm_plugin.rolebook import Role
 from dask_shm_plugin.segment import PAGE, Segment, Whereabouts, round_up
 from dask_shm_plugin.table import Extent, Row, Table
-from dask_shm_plugin.views import Dropped, Place
+from dask_shm_plugin.views import Place
 from dask_shm_plugin.weights import Weights
 
 _BLOCKS_FROM = round_up(tables.TABLE_BYTES)
@@ -88,6 +89,7 @@ class Arena:
         self._access = Access(segment, Table(_map_table(segment)), self._mutex)
         self.arena_id = self._table.arena_id
         self._references = References()
+        self._mappings = Mappings(segment, warm)
         self._dropped = tidying.Bin()
         self._tidying = threading.Lock()
         self._leaving = False
@@ -192,13 +194,13 @@ class Arena:
         first, last = place.offset // PAGE * PAGE, round_up(place.offset + place.length)
         self._refer(place.row)
         try:
-            address = self.segment.map_private(_BLOCKS_FROM + extent.offset + first, last - first)
+            mapping = self._mappings.map(_BLOCKS_FROM + extent.offset + first, last - first)
         except BaseException:
             self.drop(place.row)
             raise
-        views.ATLAS.add(address, last - first, place._replace(offset=first))
-        give_back = functools.partial(self._dropped.put, Dropped(place.row, address, last - first))
-        return views.Exporter(address, last - first, give_back).bytes()[
+        views.ATLAS.add(mapping.address, last - first, place._replace(offset=first))
+        give_back = functools.partial(self._dropped.put, Dropped(place.row, mapping))
+        return views.Exporter(mapping.address, last - first, give_back).bytes()[
             place.offset - first : place.offset - first + place.length
         ]
 
@@ -305,7 +307,8 @@ class Arena:
             if not dropped:
                 return False
             for item in dropped:
-                views.unmap(item)
+                if item.mapping is not None:
+                    self._mappings.give_back(item.mapping)
             try:
                 with self._mutex:
                     self._drop_references([item.row for item in dropped])
@@ -377,6 +380,8 @@ class Arena:
                 self._mutex.retire(self.segment.close)
                 # Somebody may still keep this object; what it has mapped must go.
                 self._access.forget()
+            self._mappings.clear()
+            self.pages.close()
             self._dropped.wake()
 
     # -- inside

@@ -12,9 +12,11 @@ from dask_shm_plugin import limits
 from dask_shm_plugin.exceptions import FileSizeLimited, MemoryExhausted, NoHeadRoom
 from dask_shm_plugin.segment import Segment
 from dask_shm_plugin.table import Extent
+from dask_shm_plugin.window import Window
 
 T = TypeVar("T")
 
+_SMALLEST_IN_WINDOW = 64 << 10
 _AT_ONCE = 64 << 20
 """Bytes of which pages are made before head-room is looked for again."""
 
@@ -37,7 +39,7 @@ class Pages:
 
     Notes
     -----
-    Thread-safe: it keeps nothing. That an extent is a draft of this process is the caller's to know.
+    Thread-safe. That an extent is a draft of this process is the caller's to know.
 
     Head-room is read, not reserved. So each writer demands room for its own next step *and* for the steps that the other
     writers may be in the middle of: they have looked before, when its pages were not there yet. Whoever begins later sees
@@ -54,6 +56,7 @@ class Pages:
     ) -> None:
         self._segment, self._blocks_from, self._drafts = segment, blocks_from, drafts
         self._make_room, self._find_more = make_room, find_more
+        self._window = Window(segment)
 
     def reserve(self, extent: Extent, offset: int, length: int) -> None:
         """Make pages of a draft exist.
@@ -77,11 +80,28 @@ class Pages:
         """
         for done in range(0, len(data), _AT_ONCE):
             part = data[done : done + _AT_ONCE]
-            self._make(extent, offset + done, len(part), self._segment.write, part)
+            if not self._write_warm(self._blocks_from + extent.offset + offset + done, part):
+                self._make(extent, offset + done, len(part), self._segment.write, part)
 
     def read(self, extent: Extent, offset: int, length: int) -> memoryview:
         """Copy bytes of a block to which this process refers into private memory."""
         return self._segment.read(self._blocks_from + extent.offset + offset, length)
+
+    def close(self) -> None:
+        """Let go of what writing needs, as soon as nobody writes."""
+        self._window.close()
+
+    def _write_warm(self, start: int, data: memoryview) -> bool:
+        """Write where all pages exist; return False where they do not. Nobody gives back pages under a draft."""
+        length = len(data)
+        if length < _SMALLEST_IN_WINDOW:
+            return False
+        if not self._window.sees(start, length) and (
+            self._segment.missing(start, length) or not self._window.fill(start, length)
+        ):
+            return False
+        self._window.write(start, data)
+        return True
 
     def _make(self, extent: Extent, offset: int, length: int, how: Callable[[int, T], None], what: T) -> None:
         """Do a step that makes pages; before giving up, give back warm memory, whose pages may be those that are missing."""

@@ -17,7 +17,9 @@ MapCall = Callable[[int, int, int], int]
 _PROT_READ, _PROT_WRITE = 1, 2
 _MAP_SHARED, _MAP_PRIVATE, _MAP_NORESERVE = 0x01, 0x02, 0x4000
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 0x01, 0x02
+_MADV_DONTFORK, _MADV_POPULATE_READ = 10, 22
 _F_SETLK = 6
+_PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -34,6 +36,7 @@ def _libc() -> Any:
         ctypes.c_int64,
     ]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     return libc
 
@@ -101,6 +104,21 @@ def unmap(address: int, length: int) -> None:
     """Give a mapping back."""
     if _libc().munmap(address, length) != 0:
         raise _failure("munmap")
+
+
+def populate(address: int, length: int) -> bool:
+    """Enter all pages of a part of a mapping into the page table; return False on a kernel older than 5.14.
+
+    The address need not be aligned to a page.
+    """
+    first = address // _PAGE * _PAGE
+    return bool(_libc().madvise(first, address + length - first, _MADV_POPULATE_READ) == 0)
+
+
+def keep_from_children(address: int, length: int) -> None:
+    """Let forked children not inherit a mapping."""
+    if _libc().madvise(address, length, _MADV_DONTFORK) != 0:
+        raise _failure("madvise")
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from dask_shm_plugin.views import Dropped
+from dask_shm_plugin.mappings import Dropped
 from dask_shm_plugin.weights import Weights
 
 logger = logging.getLogger(__name__)

@@ -9,30 +9,20 @@ lies in the arena already is recognised: by where its *living* bytes are, never 
 from __future__ import annotations
 
 import bisect
-import contextlib
 import os
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from dask_shm_plugin import syscalls
-from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.segment import PAGE
 from dask_shm_plugin.table import Row
 
 _RUNS, _RUN = 64, 64
 _COUNTED = _RUNS * _RUN
 _PRESENT, _SWAPPED, _FROM_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
-
-
-class Dropped(NamedTuple):
-    """A reference that nobody needs any more, with its mapping if it had one."""
-
-    row: Row
-    address: int = 0
-    length: int = 0
 
 
 class Place(NamedTuple):
@@ -148,18 +138,30 @@ def is_written(address: int, length: int) -> bool:
     Such a page is no longer what the block holds. The kernel says so in ``/proc/self/pagemap``: a page that is
     present or swapped, but is not the file's, is a private copy. Where that cannot be read, the answer is yes.
     """
+    entries = _page_table(address, length)
+    if entries is None:
+        return True
+    touched = (entries & (_PRESENT | _SWAPPED)) != 0
+    copied = touched & ((entries & _FROM_FILE) == 0) | ((entries & _SWAPPED) != 0)
+    return bool(np.any(copied))
+
+
+def is_present(address: int, length: int) -> bool:
+    """Tell whether all pages under a part of a shared mapping are in the page table of this process."""
+    entries = _page_table(address, length)
+    return entries is not None and bool(np.all(entries & _PRESENT))
+
+
+def _page_table(address: int, length: int) -> npt.NDArray[np.uint64] | None:
+    """Return what the kernel says of each page under a part of a mapping, or None where it says nothing."""
     first, last = address // PAGE, (address + length - 1) // PAGE
     try:
         with open("/proc/self/pagemap", "rb", buffering=0) as file:
             file.seek(first * 8)
             entries = np.frombuffer(file.read((last - first + 1) * 8), dtype=np.uint64)
     except OSError:
-        return True
-    if len(entries) != last - first + 1:
-        return True
-    touched = (entries & (_PRESENT | _SWAPPED)) != 0
-    copied = touched & ((entries & _FROM_FILE) == 0) | ((entries & _SWAPPED) != 0)
-    return bool(np.any(copied))
+        return None
+    return entries if len(entries) == last - first + 1 else None
 
 
 def touched(address: int, length: int) -> int:
@@ -180,12 +182,3 @@ def touched(address: int, length: int) -> int:
     except OSError:
         return length
     return length * present // seen if seen else length
-
-
-@step("unmap")
-def unmap(dropped: Dropped) -> None:
-    """Give the mapping of a dropped reference back, if it has one."""
-    if dropped.length:
-        ATLAS.remove(dropped.address)
-        with contextlib.suppress(OSError):
-            syscalls.unmap(dropped.address, dropped.length)

@@ -150,16 +150,16 @@ class TestExporter:
             one("del view; gc.collect()")
             assert one("returned") == expected
 
-    def test_a_view_that_is_gone_is_no_mapping_any_more(self, arena: Arena) -> None:
+    def test_a_small_view_that_is_gone_is_no_mapping_any_more(self, arena: Arena) -> None:
         """The kernel has the addresses back."""
 
         def mappings() -> int:
             with open("/proc/self/maps") as file:
                 return sum(f" {arena.segment.inode} " in line for line in file)
 
-        with publish(arena, bytes(MIB)) as block:
+        with publish(arena, bytes(64 << 10)) as block:
             before = mappings()
-            kept = [np.frombuffer(block.view(0, MIB), np.uint8) for _ in range(10)]
+            kept = [np.frombuffer(block.view(0, 64 << 10), np.uint8) for _ in range(10)]
             assert mappings() > before
             kept.clear()
             wait_until(lambda: mappings() == before, "all is unmapped")

@@ -1,0 +1,135 @@
+"""Warm pages are written through one mapping, all others never: a store where no page exists may end the process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from other_processes import Process, publish
+
+from dask_shm_plugin import syscalls
+from dask_shm_plugin.arena import Arena
+from dask_shm_plugin.exceptions import TableCorrupt
+from dask_shm_plugin.segment import Segment
+
+MIB = 1 << 20
+DATA = np.random.default_rng(0).integers(0, 256, MIB + 4097, np.uint8)
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collect how many bytes were written by a system call, each time."""
+    sizes: list[int] = []
+    write = Segment.write
+
+    def note(segment: Segment, offset: int, data: memoryview) -> None:
+        sizes.append(len(data))
+        write(segment, offset, data)
+
+    monkeypatch.setattr(Segment, "write", note)
+    return sizes
+
+
+@pytest.fixture
+def roomy() -> Iterator[Arena]:
+    """An arena that keeps all its pages."""
+    arena = Arena.create(16 * MIB, warm=16 * MIB)
+    yield arena
+    arena.close()
+
+
+def put(arena: Arena, offset: int = 0) -> None:
+    """Publish the data, from some offset of a block on, look whether it is there, and let it go."""
+    with arena.draft(offset + len(DATA)) as draft:
+        draft.write(offset, DATA.data)
+        with draft.seal() as block:
+            assert np.array_equal(np.frombuffer(block.read(offset, len(DATA)), np.uint8), DATA)
+    arena.tidy()
+
+
+def test_new_pages_are_written_by_a_system_call_and_warm_ones_in_place(roomy: Arena, written: list[int]) -> None:
+    """The same place, again and again."""
+    put(roomy)
+    assert written == [len(DATA)]
+    put(roomy)
+    put(roomy)
+    assert written == [len(DATA)]
+
+
+def test_pages_that_were_given_back_are_new(roomy: Arena, written: list[int]) -> None:
+    """Also where the mapping has shown them before."""
+    for _ in range(2):
+        put(roomy)
+        put(roomy)
+        roomy.trim_all()
+    assert written == [len(DATA)] * 2
+
+
+def test_one_page_that_is_missing_is_enough(roomy: Arena, written: list[int]) -> None:
+    """What is partly new is written as if it were all new."""
+    put(roomy)
+    put(roomy, offset=4096)
+    assert written == [len(DATA)] * 2
+
+
+def test_any_offset_will_do(roomy: Arena, written: list[int]) -> None:
+    """A frame begins where the one before it ends."""
+    with publish(roomy, bytes(4 * MIB)):
+        pass
+    roomy.tidy()
+    written.clear()
+    for offset in (1, 4095, 4097, 100_001):
+        put(roomy, offset)
+    assert written == []
+
+
+def test_where_the_mapping_is_refused_a_system_call_writes(
+    roomy: Arena, written: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process may have little address space."""
+    monkeypatch.setattr(syscalls, "map_shared", lambda *args: (_ for _ in ()).throw(OSError(12, "none")))
+    put(roomy)
+    put(roomy)
+    assert written == [len(DATA)] * 2
+
+
+def test_an_old_kernel_that_fills_no_page_table_writes_by_a_system_call(
+    roomy: Arena, written: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To take a fault for each page would be slower than that."""
+    monkeypatch.setattr(syscalls, "populate", lambda *args: False)
+    put(roomy)
+    put(roomy)
+    assert written == [len(DATA)] * 2
+
+
+def test_a_segment_that_somebody_cuts_short_is_not_written(roomy: Arena) -> None:
+    """A store behind its end would be answered by SIGBUS."""
+    put(roomy)
+    with roomy.draft(len(DATA)) as draft:
+        size = roomy.segment.size
+        syscalls_size, syscalls.size_of = syscalls.size_of, lambda fd: size - 1
+        try:
+            with pytest.raises(TableCorrupt):
+                draft.write(0, DATA.data)
+        finally:
+            syscalls.size_of = syscalls_size
+
+
+def test_no_child_inherits_the_mapping_and_none_outlives_the_membership(process: Callable[[], Process]) -> None:
+    """A child has nothing to write, and who has left has nothing either."""
+
+    def mapped(other: Process) -> int:
+        lines = Path(f"/proc/{other.pid}/maps").read_text().splitlines()
+        return sum("rw-s" in line and "dask-shm" in line for line in lines)
+
+    parent = process()
+    parent("arena = Arena.create(16 << 20, warm=16 << 20)")
+    parent("for _ in range(2): publish(arena, bytes(1 << 20)).close(); arena.tidy()")
+    assert mapped(parent) == 2  # and the table
+    child = parent.fork()
+    assert mapped(child) == 1
+    parent("arena.close()")
+    assert mapped(parent) == 0
