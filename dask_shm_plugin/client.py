@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import distributed.client
 from dask.sizeof import sizeof
@@ -19,21 +18,12 @@ from dask_shm_plugin import codec, fetch, membership, metrics, notices, rendezvo
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.codec import Published, Serialized
 from dask_shm_plugin.config import Options
-from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import SharedMemoryError
+from dask_shm_plugin.handover import Courier, Data, DirectRpc, HandOver, Targets
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.role import Role
 
 logger = logging.getLogger("dask_shm_plugin")
-
-Data = dict[Any, Any]
-
-
-class _Targets(NamedTuple):
-    """The running workers that a scatter may use: those who can map, and those who need bytes."""
-
-    members: list[str]
-    others: list[str]
 
 
 class SharedMemoryClient:
@@ -58,13 +48,13 @@ class SharedMemoryClient:
         self._role = Role("client", client.scheduler, client.id, options)
         self._arena: Arena | None = None
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="dask-shm-scatter")
-        self._turns = itertools.count()
         self._under_way: set[asyncio.Future[None]] = set()
         self._counted_before = COUNTERS.snapshot()
 
     async def start(self) -> None:
         """Join the arena if there is one, and step in front of the client's calls."""
         self._scatter_before = seams.Replacement(self._scheduler, "scatter", self._scatter)
+        self._courier = Courier(self.client, self._scatter_before.old)
         self._gather_before = seams.Replacement(self._scheduler, "gather", self._gather)
         self._close_before = seams.Replacement(self.client, "_close", self._close)
         _HALVES.add(self)
@@ -154,10 +144,10 @@ class SharedMemoryClient:
     async def _scatter(self, data: Data, workers: Any = None, broadcast: bool | int = False, **kwargs: Any) -> Any:
         with self._handing_over():
             may_share = await self._find_arena() is not None and self._has_large(data)
-            targets = await self._targets(workers) if may_share else _Targets([], [])
+            targets = await self._targets(workers) if may_share else Targets([], [])
             published = await self._publish(data) if targets.members else {}
             if published:
-                attempt = asyncio.create_task(self._attempt(data, published, targets, broadcast, kwargs))
+                attempt = asyncio.create_task(self._attempt(HandOver(data, published, targets, kwargs), broadcast))
                 attempt.add_done_callback(_consume)
                 try:
                     # The scheduler goes on with a scatter whose client has lost patience: until it has answered, the
@@ -167,35 +157,9 @@ class SharedMemoryClient:
                     logger.debug("a scatter is repeated with bytes", exc_info=True)
         return await self._scatter_before.old(data=data, workers=workers, broadcast=broadcast, **kwargs)
 
-    async def _attempt(self, *args: Any) -> Any:
+    async def _attempt(self, what: HandOver, broadcast: bool | int) -> Any:
         with self._handing_over():
-            return await self._hand_over(*args)
-
-    @step("hand over")
-    async def _hand_over(
-        self, data: Data, published: dict[Any, Published], targets: _Targets, broadcast: bool | int, kwargs: Any
-    ) -> Any:
-        scatter = self._scatter_before.old
-        handles = _with_handles(data, published)
-        members, others = targets
-        if not others:
-            return await scatter(data=handles, workers=members, broadcast=broadcast, **kwargs)
-        if broadcast:
-            everyone, among_members = broadcast is True, min(int(broadcast), len(members))
-            await scatter(data=handles, workers=members, broadcast=everyone or among_members, **kwargs)
-            if everyone or broadcast > len(members):
-                n = None if everyone else broadcast
-                await self._scheduler.replicate(keys=list(data), n=n, workers=members + others, branching_factor=2)
-            return list(data)
-        # Like Dask, one worker after the other; who cannot map gets bytes.
-        turn = {key: (members + others)[next(self._turns) % len(members + others)] for key in data}
-        to_members = {key: handles[key] for key in data if turn[key] in members}
-        to_others = {key: data[key] for key in data if turn[key] in others}
-        if to_members:
-            await scatter(data=to_members, workers=members, broadcast=False, **kwargs)
-        if to_others:
-            await scatter(data=to_others, workers=others, broadcast=False, **kwargs)
-        return list(data)
+            return await self._courier.deliver(what, broadcast)
 
     async def scatter_directly(self, workers: Any, data: Data, rpc: Any) -> Any:
         """Stand in for ``scatter_to_workers``, which sends from the client to each worker."""
@@ -204,7 +168,7 @@ class SharedMemoryClient:
             members = self._members() if arena and self._has_large(data) else set()
             published = await self._publish(data) if members else {}
             if published:
-                return await DIRECT_SCATTERS.old(workers, data, _DirectRpc(rpc, members, published))
+                return await DIRECT_SCATTERS.old(workers, data, DirectRpc(rpc, members, published))
         return await DIRECT_SCATTERS.old(workers, data, rpc)
 
     async def _publish(self, data: Data) -> dict[Any, Published]:
@@ -228,43 +192,13 @@ class SharedMemoryClient:
             return set()
         return {role.address for role in roles if role.kind == "worker" and not role.address.startswith("inproc://")}
 
-    async def _targets(self, workers: Any) -> _Targets:
+    async def _targets(self, workers: Any) -> Targets:
         running = await self._scheduler.ncores_running(workers=workers)
         if workers is not None and len(running) < len(set(workers)):
             # Some of those named are not there, or are paused: what is to be done then is Dask's to say.
-            return _Targets([], [])
+            return Targets([], [])
         members = self._members()
-        return _Targets([w for w in running if w in members], [w for w in running if w not in members])
-
-
-class _DirectRpc:
-    """The client's rpc, for one scatter: members get handles, and bytes if these are of no use to them."""
-
-    def __init__(self, rpc: Any, members: set[str], published: dict[Any, Published]) -> None:
-        self._rpc, self._members, self._published = rpc, members, published
-
-    def __call__(self, address: str) -> Any:
-        call = self._rpc(address)
-        return _DirectCall(call, self._published) if address in self._members else call
-
-
-class _DirectCall:
-    def __init__(self, call: Any, published: dict[Any, Published]) -> None:
-        self._call, self._published = call, published
-
-    async def update_data(self, data: Data) -> Any:
-        try:
-            return await self._call.update_data(data=_with_handles(data, self._published))
-        except Exception:
-            logger.debug("a direct scatter is repeated with bytes", exc_info=True)
-        return await self._call.update_data(data=data)
-
-    async def close_rpc(self) -> None:
-        await self._call.close_rpc()
-
-
-def _with_handles(data: Data, published: dict[Any, Published]) -> Data:
-    return {key: published[key].message if key in published else value for key, value in data.items()}
+        return Targets([w for w in running if w in members], [w for w in running if w not in members])
 
 
 def _publish_large(data: Data, arena: Arena | None, threshold: int) -> dict[Any, Published]:

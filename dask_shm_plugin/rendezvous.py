@@ -43,6 +43,8 @@ _ENTRY = struct.Struct("<QQQ")
 _SIZE = 4096 * -(-(_HEAD.size + MEMBERS * _ENTRY.size) // 4096)
 _CHANGE, _PRESENCE = 0, 1
 _PATIENCE = 2.0
+_PATIENCE_TO_PLAN = 0.5
+"""Less than what those wait who meanwhile want to change the rendezvous."""
 
 _opening = threading.Lock()
 _opened: set[int] = set()
@@ -206,7 +208,7 @@ def planning() -> Iterator[None]:
         yield
         return
     try:
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _PATIENCE_TO_PLAN
         while not (is_alone := _flock(fd)) and time.monotonic() < deadline:
             time.sleep(0.005)
         yield

@@ -69,6 +69,7 @@ def test_of_two_that_plan_at_the_same_time_the_second_knows_of_the_first(
         return 1 << 20
 
     monkeypatch.setattr(rendezvous, "_flock", try_lock)
+    monkeypatch.setattr(rendezvous, "_PATIENCE_TO_PLAN", 30)
     thread = threading.Thread(
         target=membership.join, args=(cluster, "nanny", "tcp://here"), kwargs={"capacity": capacity}
     )
@@ -81,12 +82,9 @@ def test_of_two_that_plan_at_the_same_time_the_second_knows_of_the_first(
     assert [arena.size for arena in seen] == [round_up(TABLE_BYTES) + (2 << 20)]
 
 
-def test_who_plans_for_ever_keeps_nobody_from_it(
-    cluster: str, process: Callable[[], Process], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_plans_for_ever_keeps_nobody_from_it(cluster: str, process: Callable[[], Process]) -> None:
     """The directory is everybody's to lock."""
     process()("planning = rendezvous.planning(); planning.__enter__()")
-    monkeypatch.setattr(rendezvous, "_PATIENCE", 0.05)
     assert join(cluster).stats().capacity == 1 << 20
 
 
