@@ -159,10 +159,6 @@ FULL_GROUP = """
             break
         kept.append((seed, made))
     said["kept"], said["full"] = len(kept), not seen.shared
-    seed = fresh()
-    broadcast = client.scatter(array(seed, MIB8), broadcast=True)
-    said["broadcast"] = [see.description == describe(array(seed, MIB8)) and not see.shared for see in see_on(client, broadcast, [a, b])]
-    del broadcast
     said["right"] = client.submit(describe, kept[0][1], workers=[b]).result() == describe(array(kept[0][0], MIB8))
     kept.clear()
     del made
@@ -178,7 +174,6 @@ def test_a_control_group_that_is_nearly_full_kills_nobody(group: ControlGroup) -
     said = run(FULL_GROUP, {"capacity": "100%", "warm": 0}, "sh", "-c", enter, "sh")
     assert said["alive"]
     assert group.killed() == 0
-    assert said["broadcast"] == [True] * 2
     assert said["right"]
     assert said["kept"] > 0
     assert said["full"]
