@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from control_groups import ControlGroup, make_control_group
 from observing import MIB, wait_until
 from processes import run_script
 from test_elsewhere import can_unshare, root
@@ -135,36 +135,12 @@ def test_a_file_system_that_others_fill_is_a_detour(tmp_path: Path) -> None:
     assert "make room in /dev/shm or lower shm.capacity" in warning
 
 
-GROUPS = [
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
-    (Path("/sys/fs/cgroup"), "memory.max"),
-]
-
-
 @pytest.fixture
-def group() -> Iterator[Path]:
-    """Make a control group of 1000 MiB, in whichever version there is."""
-    for above, limit in GROUPS:
-        group = above / f"dask-shm-test-cluster-{os.getpid()}"
-        try:
-            group.mkdir()
-        except OSError:
-            continue
-        try:
-            (group / limit).write_text(str(1000 * MIB))
-        except OSError:
-            group.rmdir()
-            continue
-        yield group
-        wait_until(lambda group=group: _removed(group), "the control group is empty")
-        return
-    pytest.skip("making a control group is not permitted")
-
-
-def _removed(group: Path) -> bool:
-    with contextlib.suppress(OSError):
-        group.rmdir()
-    return not group.exists()
+def group() -> Iterator[ControlGroup]:
+    """Make a control group of 1000 MiB."""
+    group = make_control_group(f"dask-shm-test-cluster-{os.getpid()}", 1000 * MIB)
+    yield group
+    wait_until(group.remove, "the control group is empty")
 
 
 FULL_GROUP = """
@@ -192,11 +168,12 @@ FULL_GROUP = """
 """
 
 
-def test_a_control_group_that_is_nearly_full_kills_nobody(group: Path) -> None:
+def test_a_control_group_that_is_nearly_full_kills_nobody(group: ControlGroup) -> None:
     """A capacity that the group cannot bear: what the group has no room for is sent."""
-    enter = f'echo $$ > {group}/cgroup.procs && exec "$@"'
+    enter = f'echo $$ > {group.procs} && exec "$@"'
     said = run(FULL_GROUP, {"capacity": "100%", "warm": 0}, "sh", "-c", enter, "sh")
     assert said["alive"]
+    assert group.killed() == 0
     assert said["right"]
     assert said["kept"] > 0
     assert said["full"]
@@ -204,7 +181,7 @@ def test_a_control_group_that_is_nearly_full_kills_nobody(group: Path) -> None:
     assert said["sent"]["no-head-room"] >= 1
     assert said["capacity"] <= 1000 * MIB
     (line,) = said["arena"]
-    assert f"{1000 * MIB} bytes (control group {group})" in line
+    assert f"{1000 * MIB} bytes (control group {group.folder})" in line
     (warning,) = said["warnings"]
     assert "no-head-room" in warning
     assert "raise the limit" in warning

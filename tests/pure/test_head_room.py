@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
+from control_groups import ControlGroup, make_control_group
 from other_processes import Process, publish, wait_until
 
 from dask_shm_plugin import limits
@@ -15,44 +14,45 @@ from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.exceptions import ArenaFull, MemoryExhausted, NoHeadRoom
 
 MIB = 1 << 20
-GROUPS = [
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
-    (Path("/sys/fs/cgroup"), "memory.max"),
-]
 
 
 @pytest.fixture
-def confined(process: Callable[[], Process]) -> Iterator[Process]:
-    """Start a process in a control group of 400 MiB."""
+def group() -> Iterator[ControlGroup]:
+    """Make a control group of 400 MiB."""
+    group = make_control_group(f"dask-shm-test-{os.getpid()}", 400 * MIB)
+    yield group
+    wait_until(group.remove, "the control group is empty")
+
+
+@pytest.fixture
+def confined(group: ControlGroup, process: Callable[[], Process]) -> Iterator[Process]:
+    """Start a process in the control group."""
     one = process()
-    for root, limit in GROUPS:
-        group = root / f"dask-shm-test-{os.getpid()}"
-        try:
-            group.mkdir()
-        except OSError:
-            continue
-        try:
-            (group / limit).write_text(str(400 * MIB))
-            (group / "cgroup.procs").write_text(str(one("os.getpid()")))
-            yield one
-        except OSError:
-            continue
-        finally:
-            for member in (*one.forked, one):
-                member.kill()
-            wait_until(lambda group=group: _removed(group), "the control group is empty")
-        return
-    pytest.skip("making a control group is not permitted")
+    group.enter(one("os.getpid()"))
+    yield one
+    for member in (*one.forked, one):
+        member.kill()
+    assert group.killed() == 0
 
 
-def _removed(group: Path) -> bool:
-    with contextlib.suppress(OSError):
-        group.rmdir()
-    return not group.exists()
+@pytest.fixture(params=["its own", "the one above", "one that stalls"])
+def limited(request: pytest.FixtureRequest, group: ControlGroup) -> ControlGroup:
+    """Let the control group that limits a process be its own or an ancestor, and kill or stall."""
+    if request.param == "the one above":
+        group.nest()
+    elif request.param == "one that stalls":
+        high = group.folder / "memory.high"
+        if not high.exists():
+            pytest.skip("version 1 stalls nobody")
+        high.write_text(str(400 * MIB))
+        (group.folder / "memory.max").write_text("max")
+    return group
 
 
-def test_what_would_kill_is_an_exception(confined: Process) -> None:
-    """The process lives on, and shares what fits."""
+def test_what_would_kill_or_stall_is_an_exception(limited: ControlGroup, confined: Process) -> None:
+    """The process lives on, and shares what fits, whichever control group above it has the limit."""
+    confined("from dask_shm_plugin import limits")
+    assert confined("limits.tightest()[:2]") == (f"control group {limited.folder}", 400 * MIB)
     confined("arena = Arena.create(1 << 30, warm=1 << 30)")
     confined("data = memoryview(bytes(1 << 20))")
     with pytest.raises(NoHeadRoom, match="control group") as caught:

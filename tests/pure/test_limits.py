@@ -69,6 +69,24 @@ def test_on_this_machine_it_is_at_most_what_is_installed() -> None:
         ),
         pytest.param("0::/a\n", {"/a/memory.max": f"{99 * GIB}\n"}, PHYSICAL, id="more than is installed"),
         pytest.param("0::/a\n", {"/b/memory.max": f"{GIB}\n"}, PHYSICAL, id="somebody else's"),
+        pytest.param(
+            "0::/a\n",
+            {"/a/memory.max": f"{3 * GIB}\n", "/a/memory.high": f"{2 * GIB}\n"},
+            2 * GIB,
+            id="where the kernel begins to stall",
+        ),
+        pytest.param(
+            "0::/a\n", {"/a/memory.max": f"{3 * GIB}\n", "/a/memory.high": "max\n"}, 3 * GIB, id="it stalls nowhere"
+        ),
+        pytest.param(
+            "0::/a/b\n",
+            {"/a/b/memory.max": "max\n", "/a/memory.max": "max\n", "/a/memory.high": f"{GIB}\n"},
+            GIB,
+            id="an ancestor stalls",
+        ),
+        pytest.param(
+            "0::/a/b\n", {"/a/memory.max": f"{GIB}\n"}, GIB, id="an ancestor of a group without the controller"
+        ),
         pytest.param("0::/a\n", {"/a/memory.max": "nonsense"}, PHYSICAL, id="what cannot be read is no limit"),
         pytest.param("0::/a:b\n", {"/a:b/memory.max": f"{GIB}"}, GIB, id="a colon in the path"),
         pytest.param(
@@ -205,6 +223,22 @@ class TestHeadRoom:
                 },
                 GIB - MARGIN,
                 id="an ancestor",
+            ),
+            pytest.param(
+                "0::/a\n",
+                {
+                    "/a/memory.max": f"{8 * GIB}",
+                    "/a/memory.high": f"{6 * GIB}",
+                    "/a/memory.current": f"{5 * GIB}",
+                },
+                GIB - MARGIN,
+                id="what is left before the kernel stalls",
+            ),
+            pytest.param(
+                "0::/a\n",
+                {"/a/memory.max": "max", "/a/memory.high": f"{6 * GIB}", "/a/memory.current": f"{2 * GIB}"},
+                4 * GIB - MARGIN,
+                id="a group that stalls and does not kill",
             ),
             pytest.param(
                 "5:memory:/a\n",
