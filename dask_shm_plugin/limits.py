@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from dask_shm_plugin.exceptions import DescriptorsExhausted
 
-_MARGIN = 256 << 20
+_MARGIN = 512 << 20
 _ROOT = "/sys/fs/cgroup"
 # Beyond `memory.high` nobody is killed, but made to wait: with 400 MiB, a write of 1 MiB there took 20 to 34 seconds
 # (Linux 6.1, 24 November 2026), for without swap the kernel finds nothing in shared memory that it could take back.
@@ -99,7 +99,9 @@ def head_room() -> int:
     DescriptorsExhausted
         Nothing can be read. What is not known must not count as unlimited.
     """
-    margin = min(_MARGIN, _known_limit() // 20)
+    # What is not shared any more is sent, and every copy is private. In a control group of 1000 MiB, a twentieth of that
+    # was too little for two workers: one was killed while values of 8 MiB were sent (Linux 6.1, version 2, November 2026).
+    margin = min(_MARGIN, _known_limit() // 10)
     left = (_left(group) for group in _groups())
     return min(_available(), *(size for size in left if size is not None), 1 << 62) - margin
 

@@ -180,7 +180,7 @@ def test_where_proc_is_hidden_what_is_free_counts(monkeypatch: pytest.MonkeyPatc
 class TestHeadRoom:
     """What may still be written: the least of what is available and of what every group has left, less a margin."""
 
-    MARGIN = 256 << 20
+    MARGIN = 512 << 20
 
     @pytest.fixture(autouse=True)
     def forget(self) -> Iterator[None]:
@@ -249,7 +249,7 @@ class TestHeadRoom:
             pytest.param(
                 "0::/a\n",
                 {"/a/memory.max": f"{GIB}", "/a/memory.current": f"{2 * GIB}"},
-                -GIB - GIB // 20,
+                -GIB - GIB // 10,
                 id="beyond the limit",
             ),
         ],
