@@ -198,15 +198,16 @@ def _restore(cluster: str) -> None:
 
 def _meet_again(joined: _Joined) -> Rendezvous | None:
     before, meeting = joined.meeting.read(), rendezvous.enter(joined.meeting.name, create=True)
-    if before is None or meeting is None:
+    if meeting is None:
         return None
     try:
         said = meeting.read()
-        if said is not None and said.arena_id != before.arena_id and meeting.is_attended:
+        if said is not None and said.arena_id != joined.arena.arena_id and meeting.is_attended:
             # Somebody came in between and began anew. Both arenas work; between them, values are sent.
             meeting.close()
             return None
-        meeting.write(_with_us(joined.arena, {*before.listed, *(said.listed if said else ())}))
+        others = {listed for known in (before, said) if known is not None for listed in known.listed}
+        meeting.write(_with_us(joined.arena, others))
         meeting.attend()
         meeting.unlock()
     except BaseException:

@@ -21,7 +21,7 @@ def refused(error: SharedMemoryError, size: int) -> None:
     """Count a value that is not shared, and say once per reason what the user can do about it."""
     _tell("Values are copied instead of shared", error)
     COUNTERS.count_sent(error.reason, size)
-    logger.debug("sent %d bytes instead of sharing them: %s", size, error)
+    logger.debug("sent %d bytes instead of sharing them: %s", size, str(error))
 
 
 def kept_private(error: SharedMemoryError) -> None:
@@ -35,4 +35,5 @@ _told: set[str] = set()
 def _tell(what: str, error: SharedMemoryError) -> None:
     if isinstance(error, OutOfResources) and error.reason not in _told:
         _told.add(error.reason)
-        logger.warning("%s (%s): %s", what, error.reason, error)
+        # Whoever keeps records would keep the error, its frames, and the values in them.
+        logger.warning("%s (%s): %s", what, error.reason, str(error))

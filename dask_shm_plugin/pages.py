@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dask_shm_plugin import limits
+from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import FileSizeLimited, MemoryExhausted, NoHeadRoom
 from dask_shm_plugin.segment import Segment
 from dask_shm_plugin.table import Extent
@@ -70,6 +71,7 @@ class Pages:
             part = min(_AT_ONCE, length - done)
             self._make(extent, offset + done, part, self._segment.reserve, part)
 
+    @step("write")
     def write(self, extent: Extent, offset: int, data: memoryview) -> None:
         """Copy flat bytes into a draft.
 

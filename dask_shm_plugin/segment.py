@@ -136,7 +136,6 @@ class Segment:
         except OSError as error:
             raise self._no_pages(error) from error
 
-    @step("write")
     def write(self, offset: int, data: memoryview) -> None:
         """Copy flat bytes into the segment, without holding the GIL and without touching a mapping.
 

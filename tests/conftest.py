@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
 
 import pytest
 from clusters import local_cluster
 from distributed import Client
-from observing import MIB, descriptors, mappings, names, settle, shmem, used_by_strangers, wait_until
+from observing import MIB, descriptors, mappings, names, own_descriptors, settle, shmem, used_by_strangers, wait_until
 
 #: Pages of other programs, sockets of asyncio's executors, and the like may come and go.
 SLACK_BYTES = 8 * MIB
 SLACK_DESCRIPTORS = 16
 
 
+def new_threads(before: set[threading.Thread]) -> list[threading.Thread]:
+    """Return the threads of this process that were not there before."""
+    return [thread for thread in threading.enumerate() if thread not in before]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def nothing_leaks() -> Iterator[None]:
-    """After the last cluster of a module has closed: no names, no shared memory, no descriptors are left."""
-    before = names(), mappings(), shmem(), descriptors()
+    """After the last cluster of a module has closed: no names, shared memory, descriptors or threads are left."""
+    before = names(), mappings(), shmem(), descriptors(), own_descriptors(), set(threading.enumerate())
     yield
     # The first releases of Python 3.13 keep the object of every call of a `singledispatchmethod`: here, clients.
     getattr(vars(Client)["_register_plugin"], "_method_cache", {}).clear()
@@ -27,6 +33,8 @@ def nothing_leaks() -> Iterator[None]:
         "mappings": lambda: max(0, mappings() - before[1]),
         "MiB of shared memory": lambda: 0 if used_by_strangers() else max(0, shmem() - before[2] - SLACK_BYTES) / MIB,
         "descriptors": lambda: max(0, descriptors() - before[3] - SLACK_DESCRIPTORS),
+        "descriptors of shared memory": lambda: own_descriptors() - before[4],
+        "threads of the package": lambda: [one for one in new_threads(before[5]) if one.name.startswith("dask-shm")],
     }
     for what, count in left.items():
         # Clients are cycles, and threads of theirs that have not ended yet may hold them: collect each time.

@@ -102,14 +102,23 @@ def _is_ours(line: str) -> bool:
     return "/dev/shm/dask-shm" in line or "/memfd:dask-shm" in line
 
 
-def mappings() -> int:
-    """Return how many mappings of the package's shared memory this process holds."""
-    return sum(map(_is_ours, Path("/proc/self/maps").read_text().splitlines()))
+def mappings(pid: int | str = "self") -> int:
+    """Return how many mappings of the package's shared memory a process holds."""
+    return sum(map(_is_ours, Path(f"/proc/{pid}/maps").read_text().splitlines()))
 
 
 def descriptors() -> int:
     """Return the number of file descriptors that this process holds."""
     return len(os.listdir("/proc/self/fd"))
+
+
+def own_descriptors() -> set[tuple[str, str]]:
+    """Return the file descriptors by which this process holds the package's shared memory."""
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # this very listing
+            found.add((number, os.readlink(f"/proc/self/fd/{number}")))
+    return {descriptor for descriptor in found if _is_ours(descriptor[1])}
 
 
 # ---------------------------------------------------------------------------------------------------- the cluster

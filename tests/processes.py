@@ -43,7 +43,9 @@ def command(*arguments: str, env: Mapping[str, str] | None = None, **options: An
         try:
             yield process
         finally:
-            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            family = []
+            if process.poll() is None:  # a test may have killed it
+                family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
             for member in family[: 2 if "--fork" in arguments else 1]:  # ``unshare --fork`` hands no signal on
                 member.terminate()
             with suppress(subprocess.TimeoutExpired):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import zlib
+from pathlib import Path
 
 from other_processes import JOIN, LEAVE, LOOK, Process, join, publish, wait_until
 
-from dask_shm_plugin import tidying
+from dask_shm_plugin import rendezvous, tidying
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.memberbook import Member
@@ -29,6 +31,15 @@ VISIT = """
     except AttributeError:
         assert arena is None
     """
+
+
+def opened(pid: int) -> str:
+    """Return what a process has open."""
+    names = []
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            names.append(os.readlink(descriptor))
+    return "\n".join(names)
 
 
 class Household:
@@ -101,6 +112,22 @@ class Household:
     def guests(self) -> set[Member]:
         """Return the members that are none of the two."""
         return set(self.arena._table.members()) - self.members
+
+    def can_be_found(self) -> bool:
+        """Tell whether newcomers are led to both, and neither has kept a rendezvous that was removed."""
+        with contextlib.suppress(SharedMemoryError):
+            name = rendezvous.name_for(self.cluster)
+            meeting = rendezvous.enter(name, create=False)
+            said = meeting and meeting.read()
+            if meeting:
+                meeting.close()
+            return (
+                bool(said)
+                and said.arena_id == self.arena.arena_id
+                and {os.getpid(), self.second.pid} <= {listed.pid for listed in said.listed}
+                and not any(f"{name} (deleted)" in opened(pid) for pid in (os.getpid(), self.second.pid))
+            )
+        return False
 
     def is_as_before(self) -> bool:
         """Tell whether nothing is used or resident but the blocks of the two, and nobody else is a member."""

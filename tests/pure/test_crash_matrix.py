@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +73,7 @@ ROLES = {
     ),
     "cleans up behind the dead": Role("arena.reclaim_dead()", "reclaim, release", 1, JOIN),
     "cleans up the drafts of the dead": Role("arena.reclaim_dead()", "reclaim drafts", 0, JOIN),
+    "restores the rendezvous": Role("membership._restore(cluster)", "enter, list, attend", 0, JOIN),
     "leaves": Role(LEAVE, "enter, list, tidy, leave, reclaim", 2, f"{JOIN}; publish(arena, b'gone').close()"),
     "leaves last": Role(LEAVE, "enter, list, remove, leave, reclaim", 0, JOIN, is_alone=True),
 }
@@ -126,6 +128,9 @@ class Victim:
         if "behind" in name or "drafts of" in name:
             household.look_after_the_dead(NEVER)
             self.buried.append(household.corpse(with_child="drafts" in name))
+        if "restores" in name:
+            household.look_after_the_dead(NEVER)
+            os.unlink(f"/dev/shm{name_for(household.cluster)}")
         self.process(f"crashpoints.arm(moment, {FATES[fate]}, skip=skip)", moment=moment, skip=skip)
         self.process.begin(self.role.act, found=household.found)
 
@@ -146,6 +151,7 @@ class Victim:
             arena.validate()
             membership.leave(self.cluster, "nanny", "tcp://here")
             assert not exists(name_for(self.cluster))
+        wait_until(self.household.can_be_found, "both can be found, where they met first or where they have met again")
         self.household.check()
 
 

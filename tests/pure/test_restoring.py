@@ -43,6 +43,15 @@ def test_its_members_restore_it_and_others_join_through_it(cluster: str, member:
     assert not exists(name_for(cluster))
 
 
+def test_it_is_restored_though_it_was_emptied_before(cluster: str, member: Callable[..., Process]) -> None:
+    """What it said is not needed; and nobody keeps the new one locked."""
+    arena, second = join(cluster), member()
+    os.truncate(f"/dev/shm{name_for(cluster)}", 0)
+    remove(cluster)
+    wait_until(lambda: listed(cluster) == {os.getpid(), second.pid}, "both have restored it")
+    assert member(LOOK)("arena.arena_id") == arena.arena_id
+
+
 def test_it_is_restored_by_whoever_is_left(cluster: str, member: Callable[..., Process]) -> None:
     """The one that made the arena may be dead, and those that are listed and dead help nobody."""
     maker, second = member(), member()
