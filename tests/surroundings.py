@@ -228,3 +228,11 @@ def forget_warnings() -> None:
 
     notices._told.clear()
     notices.warn_once.cache_clear()
+
+
+def forget_mappings() -> None:
+    """Let this process keep no mappings without views, which would serve where no new one is to be had."""
+    from dask_shm_plugin import membership
+
+    for arena in membership.all_arenas():
+        arena._mappings.clear()
