@@ -21,15 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from dask_shm_plugin import codec, handles, membership, rendezvous, table
+from dask_shm_plugin import codec, handles, layout, membership, rendezvous
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.block import Block, Descriptor
 from dask_shm_plugin.codec import Published, Serialized
 from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.handles import Handle, Span
+from dask_shm_plugin.layout import Row, claims_offset
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.segment import PAGE, Whereabouts
-from dask_shm_plugin.table import Row, claims_offset
 from dask_shm_plugin.views import ATLAS
 
 CAPACITY = 4 << 20
@@ -240,10 +240,10 @@ def _scribble(chance: random.Random, arena: Arena) -> tuple[int, int, int]:
     first, count = chance.choice(
         [
             (0, 8),
-            (table._MEMBERS_AT, 4 * members),
-            (table._ROLES_AT, 128),
-            (table._BLOCKS_AT, 8 * rows),
-            (table._BLOCKS_AT, 8 * rows),
+            (layout.MEMBERS_AT, 4 * members),
+            (layout.ROLES_AT, 128),
+            (layout.BLOCKS_AT, 8 * rows),
+            (layout.BLOCKS_AT, 8 * rows),
             (claims_offset(0) // 8, rows),
             (claims_offset(1) // 8, rows),
         ]
@@ -355,7 +355,7 @@ def attack_whereabouts(chance: random.Random) -> Iterator[str]:
     os.mkfifo(folder / "fifo")
     foreign = folder / "foreign"
     with open(f"/proc/{at.pid}/fd/{at.fd}", "rb") as memory:
-        start, size = memory.read(table.SHARED_BYTES), os.fstat(memory.fileno()).st_size
+        start, size = memory.read(layout.SHARED_BYTES), os.fstat(memory.fileno()).st_size
     held = [os.open(folder / "fifo", os.O_RDWR), os.open("/dev/zero", os.O_RDWR), os.open(folder, os.O_RDONLY)]
     held += os.pipe()
     try:
@@ -363,7 +363,7 @@ def attack_whereabouts(chance: random.Random) -> Iterator[str]:
             if chance.random() < 0.05:
                 with foreign.open("wb") as file:
                     file.write(_spoilt(chance, start, 1 << 16) if chance.random() < 0.9 else b"")
-                    file.truncate(chance.choice([0, 1, PAGE, table.TABLE_BYTES, size - 1, size, 2 * size]))
+                    file.truncate(chance.choice([0, 1, PAGE, layout.TABLE_BYTES, size - 1, size, 2 * size]))
             here = os.open(foreign, os.O_RDWR | os.O_CREAT, 0o600)
             fd = chance.choice([*held, here])
             status = os.fstat(fd)

@@ -112,7 +112,8 @@ def scaled(random: np.random.Generator, trace: Trace, capacity: int, demand: flo
 
 def hook(folder: str) -> None:
     """Let this process note what it reserves and frees in an arena."""
-    from dask_shm_plugin.table import TRIMMING, Table
+    from dask_shm_plugin.blockbook import TRIMMING
+    from dask_shm_plugin.table import Table
 
     notes = Path(folder, str(os.getpid())).open("a", buffering=1)  # noqa: SIM115 - open as long as the process lives
     reserve, free = Table.reserve, Table._free
@@ -124,7 +125,7 @@ def hook(folder: str) -> None:
         return row
 
     def noting_free(table: Any, index: int) -> Any:
-        notes.write(f"{time.monotonic_ns()} {index} {table._generation(index)} 0\n")
+        notes.write(f"{time.monotonic_ns()} {index} {table._blocks.generation(index)} 0\n")
         return free(table, index)
 
     Table.reserve, Table._free = noting_reserve, noting_free  # type: ignore[method-assign]

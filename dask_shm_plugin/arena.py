@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dask_shm_plugin import liveness, placement, syscalls, tidying, trimming, views
-from dask_shm_plugin import table as tables
+from dask_shm_plugin import layout, liveness, placement, syscalls, tidying, trimming, views
 from dask_shm_plugin.access import Access
 from dask_shm_plugin.block import Block, Descriptor, Draft
+from dask_shm_plugin.blockbook import TRIMMING
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import (
     ArenaBusy,
@@ -26,17 +26,18 @@ from dask_shm_plugin.exceptions import (
     TableCorrupt,
 )
 from dask_shm_plugin.forks import Pins
+from dask_shm_plugin.layout import Extent, Row
 from dask_shm_plugin.mappings import Dropped, Mappings
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.pages import Pages
 from dask_shm_plugin.references import References
 from dask_shm_plugin.rolebook import Role
 from dask_shm_plugin.segment import PAGE, Segment, Whereabouts, round_up
-from dask_shm_plugin.table import Extent, Row, Table
+from dask_shm_plugin.table import Table
 from dask_shm_plugin.views import Place
 from dask_shm_plugin.weights import Weights
 
-_BLOCKS_FROM = round_up(tables.TABLE_BYTES)
+_BLOCKS_FROM = round_up(layout.TABLE_BYTES)
 
 
 class ArenaStats(NamedTuple):
@@ -105,9 +106,9 @@ class Arena:
         capacity = capacity // PAGE * PAGE
         if capacity <= 0:
             raise ArenaUnavailable("shm.capacity is zero: sharing is off")
-        segment = Segment.create(_BLOCKS_FROM + tables.SPREAD * capacity, _BLOCKS_FROM + capacity)
+        segment = Segment.create(_BLOCKS_FROM + layout.SPREAD * capacity, _BLOCKS_FROM + capacity)
         try:
-            segment.reserve(0, tables.SHARED_BYTES)
+            segment.reserve(0, layout.SHARED_BYTES)
             Table.format(_map_table(segment), secrets.token_bytes(16), capacity)
             return cls(segment, warm)
         except BaseException:
@@ -187,7 +188,7 @@ class Arena:
         with self._access as table:
             gaps = placement.gaps(table.taken(), table.span)
             around = (gaps[:, 0] <= extent.offset) & (extent.offset + extent.length <= gaps[:, 0] + gaps[:, 1])
-            return self._take(extent, tables.TRIMMING) if np.any(around) else None
+            return self._take(extent, TRIMMING) if np.any(around) else None
 
     def map(self, place: Place, extent: Extent) -> memoryview:
         """Map a part of a block that this process refers to, copy-on-write."""
@@ -398,16 +399,16 @@ class Arena:
                 # The locks come first, or there would be a moment when a living member looks dead. A slot whose lock
                 # is still held belonged to a process whose forked child lives on.
                 if liveness.appear(self.segment.fd, slot):
-                    self.segment.reserve(tables.claims_offset(slot), tables.CLAIM_BYTES)
+                    self.segment.reserve(layout.claims_offset(slot), layout.CLAIM_BYTES)
                     self._access.member = table.join(slot, self._pid, liveness.start_time(self._pid))
                     return self._access.member
-        raise MembersFull(f"all {tables.MEMBERS} places for members are taken")
+        raise MembersFull(f"all {layout.MEMBERS} places for members are taken")
 
     def _reserve(self, length: int, size: int) -> tuple[Row, Extent] | None:
         with self._access as table:
             if self._leaving:
                 raise ArenaUnavailable("this process is leaving the arena")
-            offset = placement.place(table.taken(), table.capacity, length, tables.SPREAD)
+            offset = placement.place(table.taken(), table.capacity, length, layout.SPREAD)
             if offset is None:
                 return None
             extent = Extent(offset, length)

@@ -9,9 +9,9 @@ from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 from dask_shm_plugin.exceptions import ArenaUnavailable
+from dask_shm_plugin.layout import Extent, Row
 from dask_shm_plugin.pages import Pages
 from dask_shm_plugin.segment import PAGE, round_up
-from dask_shm_plugin.table import Extent, Row
 from dask_shm_plugin.views import Place
 
 

@@ -23,9 +23,9 @@ from dask_shm_plugin.block import Block, Descriptor
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import SharedMemoryError, Unshareable
 from dask_shm_plugin.handles import Handle, Span, map_spans, packed
+from dask_shm_plugin.layout import Row
 from dask_shm_plugin.reach import address_of, bounds
 from dask_shm_plugin.segment import round_up
-from dask_shm_plugin.table import Row
 
 _ALIGNMENT = 64
 _INLINE_FRAME = arrow.SMALL

@@ -13,8 +13,8 @@ import os
 from typing import NamedTuple
 
 from dask_shm_plugin import liveness, syscalls
+from dask_shm_plugin.layout import Row
 from dask_shm_plugin.segment import NAME_PREFIX, PAGE
-from dask_shm_plugin.table import Row
 
 _BYTE = 0
 

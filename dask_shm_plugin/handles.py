@@ -26,8 +26,8 @@ from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.block import Block, Descriptor
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import ArenaUnavailable, HandleDamaged, MappingRefused, SharedMemoryError
+from dask_shm_plugin.layout import Row
 from dask_shm_plugin.metrics import COUNTERS
-from dask_shm_plugin.table import Row
 
 _AT_ONCE = 4 << 20
 """Bytes that may be copied on an event loop."""

@@ -15,8 +15,8 @@ from typing import NamedTuple
 from dask_shm_plugin import syscalls, views
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import MappingRefused
+from dask_shm_plugin.layout import Row
 from dask_shm_plugin.segment import Segment
-from dask_shm_plugin.table import Row
 
 _SMALLEST = 1 << 20
 _MOST = 64

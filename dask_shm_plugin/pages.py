@@ -11,8 +11,8 @@ import numpy.typing as npt
 from dask_shm_plugin import limits
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import FileSizeLimited, MemoryExhausted, NoHeadRoom
+from dask_shm_plugin.layout import Extent
 from dask_shm_plugin.segment import Segment
-from dask_shm_plugin.table import Extent
 from dask_shm_plugin.window import Window
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dask_shm_plugin.table import Row
+from dask_shm_plugin.layout import Row
 from dask_shm_plugin.views import ATLAS
 
 _AT_MOST = 500

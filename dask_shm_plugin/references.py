@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dask_shm_plugin.forks import Pins
-from dask_shm_plugin.table import Row
+from dask_shm_plugin.layout import Row
 
 
 class References:

@@ -30,12 +30,12 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dask_shm_plugin import liveness
+from dask_shm_plugin import layout, liveness
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import ArenaBusy, ArenaUnavailable
+from dask_shm_plugin.layout import MEMBERS, at_most
 from dask_shm_plugin.limits import Arena
 from dask_shm_plugin.segment import NAME_PREFIX, SHM_DIRECTORY, Whereabouts
-from dask_shm_plugin.table import LAYOUT_VERSION, MEMBERS, at_most
 
 _MAGIC = b"dask-shm rdv"
 _HEAD = struct.Struct("<12sI16sQQ")
@@ -101,7 +101,7 @@ class Rendezvous:
         if len(content) < _SIZE or content[: len(_MAGIC)] == bytes(len(_MAGIC)):
             return None
         magic, version, arena_id, device, inode = _HEAD.unpack_from(content)
-        if magic != _MAGIC or version != LAYOUT_VERSION:
+        if magic != _MAGIC or version != layout.VERSION:
             raise ArenaUnavailable(
                 "another version of dask_shm_plugin has an arena for this cluster; install the same one everywhere"
             )
@@ -114,7 +114,7 @@ class Rendezvous:
     def write(self, meeting: Meeting) -> None:
         """Say something else."""
         entries = b"".join(_ENTRY.pack(*entry) for entry in meeting.listed[-MEMBERS:])
-        head = _HEAD.pack(_MAGIC, LAYOUT_VERSION, meeting.arena_id, meeting.device, meeting.inode)
+        head = _HEAD.pack(_MAGIC, layout.VERSION, meeting.arena_id, meeting.device, meeting.inode)
         try:
             written = os.pwrite(self._fd, (head + entries).ljust(_SIZE, b"\0"), 0)
         except OSError:

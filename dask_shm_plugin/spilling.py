@@ -18,7 +18,7 @@ from distributed.spill import SpillBuffer
 from dask_shm_plugin import reach, seams
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.exceptions import SharedMemoryError
-from dask_shm_plugin.table import Row
+from dask_shm_plugin.layout import Row
 
 logger = logging.getLogger("dask_shm_plugin")
 

@@ -8,8 +8,9 @@ from typing import Protocol
 import numpy as np
 
 from dask_shm_plugin import placement
+from dask_shm_plugin.layout import Extent, Row
 from dask_shm_plugin.segment import Segment, round_up
-from dask_shm_plugin.table import Extent, Row, Table
+from dask_shm_plugin.table import Table
 
 _STEP = 64 << 20
 _TAKES = 0.2

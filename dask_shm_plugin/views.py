@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dask_shm_plugin.layout import Row
 from dask_shm_plugin.segment import PAGE
-from dask_shm_plugin.table import Row
 
 _RUNS, _RUN = 64, 64
 _COUNTED = _RUNS * _RUN

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dask_shm_plugin import footprint, liveness
+from dask_shm_plugin.layout import Row
 from dask_shm_plugin.memberbook import Member
-from dask_shm_plugin.table import Row, Table, Weight
+from dask_shm_plugin.table import Table, Weight
 
 
 class Weights:

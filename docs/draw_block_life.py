@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from dask_shm_plugin.exceptions import StaleBlock
-from dask_shm_plugin.table import DRAFT, FREE, SEALED, TABLE_BYTES, Extent, Row, Table
+from dask_shm_plugin.layout import TABLE_BYTES, Extent, Row
+from dask_shm_plugin.stateword import DRAFT, FREE, SEALED
+from dask_shm_plugin.table import Table
 
 PICTURE = Path(__file__).with_name("images") / "block-life.svg"
 NAMES = {FREE: "FREE", DRAFT: "DRAFT", SEALED: "SEALED"}

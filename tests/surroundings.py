@@ -193,7 +193,7 @@ def without(client: Any, what: Callable[[], None], address: str) -> Iterator[Non
 def take_rows(leave: int) -> None:
     """Let this process, a member, take all rows of its arena's table but a few."""
     from dask_shm_plugin import membership
-    from dask_shm_plugin.table import BLOCKS, Extent
+    from dask_shm_plugin.layout import BLOCKS, Extent
 
     (arena,) = membership.all_arenas()
     with arena._mutex:
@@ -206,8 +206,7 @@ def take_rows(leave: int) -> None:
 #: Takes all places for members of an arena but one, and keeps them until it is killed.
 TAKE_PLACES = """
 import sys
-from dask_shm_plugin import liveness, rendezvous
-from dask_shm_plugin import table as tables
+from dask_shm_plugin import layout, liveness, rendezvous
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.segment import Whereabouts
 
@@ -215,7 +214,7 @@ arena = Arena.attach(Whereabouts(*map(int, sys.argv[2:])), bytes.fromhex(sys.arg
 with arena._mutex:
     for slot in arena._table.vacant():
         assert liveness.hold(arena.segment.fd, slot)
-        arena.segment.reserve(tables.claims_offset(slot), tables.CLAIM_BYTES)
+        arena.segment.reserve(layout.claims_offset(slot), layout.CLAIM_BYTES)
         arena._table.join(slot, 1, 1)
 print("taken", flush=True)
 sys.stdin.read()

@@ -24,13 +24,13 @@ from distributed import Client
 from observing import addresses, array, fresh, see_on, wait_until
 
 import dask_shm_plugin
-from dask_shm_plugin import codec, fetch, handles, membership, notices, rendezvous, table
+from dask_shm_plugin import codec, fetch, handles, layout, membership, notices, rendezvous
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.codec import Serialized
 from dask_shm_plugin.config import options
 from dask_shm_plugin.handles import Handle, Span, Unresolved
+from dask_shm_plugin.layout import Row
 from dask_shm_plugin.role import Role
-from dask_shm_plugin.table import Row
 
 FUZZ = Path(__file__).parent.parent / "benchmarks" / "fuzz.py"
 VALUE = {"large": np.arange(100_000), "other": np.ones(9_000), "text": "text"}
@@ -145,7 +145,7 @@ def test_who_meets_another_version_says_so_once(
     file = Path(f"/dev/shm{rendezvous.name_for(CLUSTER)}")
     other = Path(f"/dev/shm{rendezvous.name_for(CLUSTER + '-2')}")
     content = bytearray(file.read_bytes())
-    content[12] = table.LAYOUT_VERSION + 1
+    content[12] = layout.VERSION + 1
     notices.warn_once.cache_clear()
     caplog.set_level(logging.WARNING, "dask_shm_plugin")
     try:
@@ -168,10 +168,10 @@ def damage(dask_worker: Any) -> None:
     """Write into the table, in a worker."""
     import os
 
-    from dask_shm_plugin import membership, table
+    from dask_shm_plugin import layout, membership
 
     (arena,) = membership.all_arenas()
-    os.pwrite(arena.segment.fd, b"\xff" * 8, 8 * table._CAPACITY_WORD)
+    os.pwrite(arena.segment.fd, b"\xff" * 8, 8 * layout.CAPACITY_WORD)
 
 
 def prune(dask_worker: Any) -> None:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import psutil
 
 from dask_shm_plugin import liveness
-from dask_shm_plugin.table import TABLE_BYTES, Table
+from dask_shm_plugin.layout import TABLE_BYTES
+from dask_shm_plugin.table import Table
 
 IN_TIME = 2.0
 _NEVER = 20.0

@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from other_processes import JOIN, Process, wait_until
 
 from dask_shm_plugin import membership, rendezvous, segment
 from dask_shm_plugin.arena import Arena
+from dask_shm_plugin.layout import TABLE_BYTES
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.segment import PAGE, Segment
-from dask_shm_plugin.table import TABLE_BYTES, Table
+from dask_shm_plugin.table import Table
 from dask_shm_plugin.views import ATLAS
 
 KIB = 1024
@@ -28,6 +30,10 @@ MIB = 1024 * KIB
 
 _SAME_NAMES = "segment.NAME_PREFIX = rendezvous.NAME_PREFIX = prefix"
 _SMALL_TMPFS = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=48m tmpfs /dev/shm && exec "$@"', "sh"]
+
+#: How long an example takes is the machine's affair.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

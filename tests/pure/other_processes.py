@@ -34,7 +34,7 @@ T = TypeVar("T")
 PRELUDE = """
 import gc, os, resource, signal, sys, threading, warnings
 import numpy as np
-from dask_shm_plugin import crashpoints, liveness, membership, rendezvous, segment, syscalls, table, tidying, views
+from dask_shm_plugin import crashpoints, layout, liveness, membership, rendezvous, segment, syscalls, table, tidying, views
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.exceptions import *
 from dask_shm_plugin.liveness import Mutex

@@ -19,8 +19,8 @@ from dask_shm_plugin.exceptions import (
     StaleBlock,
     TableCorrupt,
 )
+from dask_shm_plugin.layout import MEMBERS, Row
 from dask_shm_plugin.segment import PAGE, Segment
-from dask_shm_plugin.table import MEMBERS, Row
 
 KIB = 1024
 MIB = 1024 * KIB

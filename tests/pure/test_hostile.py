@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from other_processes import JOIN, Process, join, publish, wait_until
 
-from dask_shm_plugin import membership, rendezvous, segment, stateword
-from dask_shm_plugin import table as tables
+from dask_shm_plugin import layout, membership, rendezvous, segment, stateword
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.block import Descriptor
 from dask_shm_plugin.exceptions import ArenaUnavailable, SharedMemoryError, StaleBlock, TableCorrupt
+from dask_shm_plugin.layout import Extent, Row
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.segment import PAGE
 from dask_shm_plugin.stateword import DRAFT, FREE, SEALED
-from dask_shm_plugin.table import Extent, Row, Table
+from dask_shm_plugin.table import Table
 
 NOBODY = 65534
 MANY = (1 << 64) - 1
@@ -39,7 +39,7 @@ def read(arena: Arena, word: int) -> int:
 
 def word_of(row: Row, what: int = 0) -> int:
     """Return where a word of a block's row lies."""
-    return tables._BLOCKS_AT + 8 * row.index + what
+    return layout.BLOCKS_AT + 8 * row.index + what
 
 
 @pytest.fixture
@@ -137,18 +137,18 @@ class TestTable:
         scribble(arena, word, read(arena, word) & ~3)
         scene(lambda: arena.draft(PAGE))
 
-    @pytest.mark.parametrize("rows", [0, tables.BLOCKS + 1, MANY])
+    @pytest.mark.parametrize("rows", [0, layout.BLOCKS + 1, MANY])
     def test_rows_that_are_not_counted_are_not_written_over(
         self, scene: Callable[..., None], arena: Arena, rows: int
     ) -> None:
         """All blocks beyond would look free."""
-        scribble(arena, tables._ROWS_WORD, rows)
+        scribble(arena, layout.ROWS_WORD, rows)
         scene(lambda: arena.draft(PAGE))
 
     def test_a_newcomer_does_not_believe_too_few_rows(self, table: Table, buffer: memoryview, alice: Member) -> None:
         """It has seen none, but there is one where none should be."""
         table.reserve(Extent(0, PAGE), 1, alice)
-        buffer.cast("Q")[tables._ROWS_WORD] = 0
+        buffer.cast("Q")[layout.ROWS_WORD] = 0
         with pytest.raises(TableCorrupt, match="rows"):
             Table(buffer).check()
 
@@ -159,11 +159,11 @@ class TestTable:
         row = table.reserve(Extent(0, PAGE), 1, alice)
         table.check(alice)
         for rows in (0, 2, MANY):
-            buffer.cast("Q")[tables._ROWS_WORD] = rows
+            buffer.cast("Q")[layout.ROWS_WORD] = rows
             table.weigh(alice), table.drafts(), table.is_trimmed(), table.taken_by_now(), table.has_drafts(alice)
             table.count_holders([row])
 
-    @pytest.mark.parametrize("word", [tables._MAGIC_WORD, tables._CAPACITY_WORD])
+    @pytest.mark.parametrize("word", [layout.MAGIC_WORD, layout.CAPACITY_WORD])
     def test_a_changed_beginning_is_noticed(self, scene: Callable[..., None], arena: Arena, word: int) -> None:
         """Whatever is done next."""
         scribble(arena, word, read(arena, word) + PAGE)
@@ -171,12 +171,12 @@ class TestTable:
 
     def test_a_member_that_was_crossed_out_notices(self, scene: Callable[..., None], arena: Arena) -> None:
         """The others would not count its claims."""
-        scribble(arena, tables._MEMBERS_AT + 4 * arena.member.slot, 0)
+        scribble(arena, layout.MEMBERS_AT + 4 * arena.member.slot, 0)
         scene()
 
     def test_a_claim_that_was_crossed_out_is_noticed_by_itself(self, scene: Callable[..., None], arena: Arena) -> None:
         """The tidying thread looks once a second; nothing else has to happen."""
-        scribble(arena, tables.claims_offset(arena.member.slot) // 8 + scene.block.row.index, 0)
+        scribble(arena, layout.claims_offset(arena.member.slot) // 8 + scene.block.row.index, 0)
         wait_until(lambda: arena.is_damaged, "the thread has looked")
         scene()
 
@@ -187,7 +187,7 @@ class TestTable:
         other = joined()
         block = publish(arena, b"x" * PAGE)
         other("block = arena.attach_block(at); view = block.view(0, 10)", at=block.descriptor)
-        word = tables._MEMBERS_AT + 4 * other("arena.member.slot")
+        word = layout.MEMBERS_AT + 4 * other("arena.member.slot")
         scribble(arena, word, read(arena, word) & ~1)
         block.close()
         arena.tidy()
@@ -201,8 +201,8 @@ class TestTable:
     def test_a_claim_on_a_generation_to_come_is_noticed(self, scene: Callable[..., None], arena: Arena) -> None:
         """Nobody would know who holds the block; so it is not freed."""
         block = publish(arena, b"x")
-        scribble(arena, tables._MEMBERS_AT + 4 * 9 + 1, 1)
-        scribble(arena, tables.claims_offset(9) // 8 + block.row.index, 1 << 50)
+        scribble(arena, layout.MEMBERS_AT + 4 * 9 + 1, 1)
+        scribble(arena, layout.claims_offset(9) // 8 + block.row.index, 1 << 50)
         block.close()
         arena.tidy()
         assert arena.is_damaged
@@ -210,10 +210,10 @@ class TestTable:
 
     def test_the_largest_numbers_are_no_crash(self, arena: Arena, table: Table, buffer: memoryview) -> None:
         """What is counted up begins anew, or is refused."""
-        scribble(arena, tables._CHANGES_WORD, MANY)
+        scribble(arena, layout.CHANGES_WORD, MANY)
         publish(arena, b"x").close()
         arena.tidy()
-        buffer.cast("Q")[tables._INCARNATION_WORD] = MANY
+        buffer.cast("Q")[layout.INCARNATION_WORD] = MANY
         with pytest.raises(TableCorrupt, match="incarnation"):
             table.join(0, 1, 1)
 
@@ -234,7 +234,7 @@ class TestTable:
         other = joined()
         other("draft = arena.draft(1); draft.write(0, memoryview(b'x')); block = draft.seal(); view = block.view(0, 1)")
         slot = other("arena.member.slot")
-        word = tables.claims_offset(slot) // 8 + other("block.row.index")
+        word = layout.claims_offset(slot) // 8 + other("block.row.index")
         claim = read(arena, word)
         scribble(arena, word, 0)
         wait_until(lambda: other("arena.is_damaged"), "the other has noticed")
@@ -261,7 +261,7 @@ class TestBlock:
                     with pytest.raises(ValueError, match="not in a block of 5"):
                         take(0, 6)
 
-    @pytest.mark.parametrize("index", [-1, tables.BLOCKS, MANY, 1 << 200])
+    @pytest.mark.parametrize("index", [-1, layout.BLOCKS, MANY, 1 << 200])
     @pytest.mark.parametrize("generation", [-1, 0, 1, MANY, 1 << 200])
     def test_a_block_that_never_was_is_stale(self, arena: Arena, index: int, generation: int) -> None:
         """Whatever its number."""
@@ -272,7 +272,7 @@ class TestBlock:
 class TestSegment:
     """The memory was cut short, or is something else."""
 
-    @pytest.mark.parametrize("size", [0, PAGE, tables.TABLE_BYTES, tables.TABLE_BYTES + PAGE])
+    @pytest.mark.parametrize("size", [0, PAGE, layout.TABLE_BYTES, layout.TABLE_BYTES + PAGE])
     def test_memory_that_was_cut_short_is_refused_before_it_is_touched(
         self, process: Callable[[], Process], size: int
     ) -> None:
@@ -341,7 +341,7 @@ class TestRendezvous:
         meeting.write(rendezvous.Meeting(bytes(16), 1, 2, (*[rendezvous.Listed(1, 2, 3)] * 999, own)))
         said = meeting.read()
         assert said is not None
-        assert len(said.listed) == tables.MEMBERS
+        assert len(said.listed) == layout.MEMBERS
         assert said.listed[-1] == own
         meeting.close()
 
@@ -350,9 +350,8 @@ class TestRendezvous:
         """In whichever order they come, the second one finds out and touches nothing."""
         other = process()
         other("""
-            version = table.LAYOUT_VERSION + change
-            table._MAGIC += change << 56
-            table.LAYOUT_VERSION = rendezvous.LAYOUT_VERSION = version
+            layout.VERSION += change
+            layout.MAGIC += change << 56
             """, change=1 if comes == "an older one" else -1)  # fmt: skip
         other(JOIN, cluster=cluster)
         path = Path(f"/dev/shm{rendezvous.name_for(cluster)}")
@@ -370,7 +369,7 @@ class TestRendezvous:
         """Neither by another role of this process, nor after its last role has ended, while views live."""
         arena = join(cluster)
         view = publish(arena, b"x" * 100)
-        scribble(arena, tables._MAGIC_WORD, 0)
+        scribble(arena, layout.MAGIC_WORD, 0)
         with pytest.raises(TableCorrupt):
             arena.inspect()
         with pytest.raises(TableCorrupt):

@@ -11,8 +11,8 @@ from other_processes import Process, join
 
 from dask_shm_plugin import membership, rendezvous
 from dask_shm_plugin.exceptions import ArenaBusy
+from dask_shm_plugin.layout import TABLE_BYTES
 from dask_shm_plugin.segment import round_up
-from dask_shm_plugin.table import TABLE_BYTES
 
 
 def test_an_arena_is_found_with_a_process_and_its_size(cluster: str) -> None:

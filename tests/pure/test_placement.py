@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dask_shm_plugin.layout import SPREAD
 from dask_shm_plugin.placement import gaps, place
-from dask_shm_plugin.table import SPREAD
 
 PAGE = 4096
 

@@ -12,8 +12,8 @@ from other_processes import MEETING, Process, attended
 
 from dask_shm_plugin import rendezvous
 from dask_shm_plugin.exceptions import ArenaBusy, ArenaUnavailable
+from dask_shm_plugin.layout import MEMBERS
 from dask_shm_plugin.rendezvous import Listed, Rendezvous, enter, exists, name_for
-from dask_shm_plugin.table import MEMBERS
 
 SHM = Path("/dev/shm")
 

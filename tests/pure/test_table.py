@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dask_shm_plugin import table as tables
+from dask_shm_plugin import layout
 from dask_shm_plugin.exceptions import ArenaFull, StaleBlock, TableCorrupt, TableFull
+from dask_shm_plugin.layout import BLOCKS, CLAIM_BYTES, MEMBERS, SHARED_BYTES, TABLE_BYTES, Extent, Row
 from dask_shm_plugin.memberbook import Member
-from dask_shm_plugin.table import BLOCKS, CLAIM_BYTES, MEMBERS, SHARED_BYTES, TABLE_BYTES, Extent, Row, Table
+from dask_shm_plugin.table import Table
 
 PAGE = 4096
 CAPACITY = 16 * PAGE
@@ -61,7 +62,7 @@ class TestLayout:
 
     def test_a_table_of_another_version_is_refused(self, table: Table, buffer: memoryview) -> None:
         """The version is part of what a table begins with."""
-        assert buffer[:8] == b"daskshm" + bytes([tables.LAYOUT_VERSION])
+        assert buffer[:8] == b"daskshm" + bytes([layout.VERSION])
         buffer[7] += 1
         with pytest.raises(TableCorrupt, match="version"):
             Table(buffer)
@@ -75,7 +76,7 @@ class TestLayout:
 
     def test_claims_of_members_lie_behind_the_shared_part(self) -> None:
         """Each member's row is a whole number of pages, so that it can be made to exist alone."""
-        offsets = [tables.claims_offset(slot) for slot in range(MEMBERS)]
+        offsets = [layout.claims_offset(slot) for slot in range(MEMBERS)]
         assert offsets[0] == SHARED_BYTES
         assert set(np.diff(offsets)) == {CLAIM_BYTES}
         assert offsets[-1] + CLAIM_BYTES == TABLE_BYTES
@@ -84,7 +85,7 @@ class TestLayout:
     def test_a_member_writes_its_own_claims_only(self, table: Table, buffer: memoryview, bob: Member) -> None:
         """What others have claimed lies elsewhere."""
         row = sealed(table, bob)
-        alices, bobs = (buffer[tables.claims_offset(slot) : tables.claims_offset(slot + 1)] for slot in (0, 1))
+        alices, bobs = (buffer[layout.claims_offset(slot) : layout.claims_offset(slot + 1)] for slot in (0, 1))
         assert not any(alices)
         assert bobs[8 * row.index : 8 * row.index + 8] == row.generation.to_bytes(8, "little")
 
@@ -328,7 +329,7 @@ class TestInvariants:
     def test_a_claim_must_not_be_younger_than_its_block(self, table: Table, buffer: memoryview, alice: Member) -> None:
         """It would refer to a block that is yet to come."""
         row = sealed(table, alice)
-        buffer[tables.claims_offset(alice.slot) + 8 * row.index] += 1
+        buffer[layout.claims_offset(alice.slot) + 8 * row.index] += 1
         sealed(table, alice, 1)
         with pytest.raises(TableCorrupt):
             table.validate()
@@ -337,6 +338,6 @@ class TestInvariants:
         """Somebody else wrote here."""
         row = sealed(table, alice)
         words = buffer.cast("Q")
-        words[tables._BLOCKS_AT + 8 * row.index] |= 3
+        words[layout.BLOCKS_AT + 8 * row.index] |= 3
         with pytest.raises(TableCorrupt, match="state"):
             table.validate()

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from deaths import dies
 
+from dask_shm_plugin.layout import TABLE_BYTES, Extent, Row
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.rolebook import Role
-from dask_shm_plugin.table import TABLE_BYTES, Extent, Row, Table
+from dask_shm_plugin.table import Table
 
 PAGE = 4096
 

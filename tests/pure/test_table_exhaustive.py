@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from dask_shm_plugin import memberbook, placement, rolebook, stateword, table
+from dask_shm_plugin import layout, memberbook, placement, rolebook, stateword
 from dask_shm_plugin.exceptions import StaleBlock
+from dask_shm_plugin.layout import TABLE_BYTES, Extent, Row
 from dask_shm_plugin.memberbook import Member
-from dask_shm_plugin.table import DRAFT, FREE, SEALED, TABLE_BYTES, Extent, Row, Table
+from dask_shm_plugin.stateword import DRAFT, FREE, SEALED
+from dask_shm_plugin.table import Table
 
 pytestmark = pytest.mark.slow
 
@@ -23,18 +25,18 @@ MEANINGLESS = 99
 """What stands in words that mean nothing. Whoever reads it makes nonsense of it."""
 ENTERED = 1
 
-_MEMBER = [table._MEMBERS_AT + slot * memberbook._ENTRY for slot in SLOTS]
-_BLOCK = [table._BLOCKS_AT + row * table._BLOCK for row in ROWS]
-_CLAIM = [[table._CLAIMS_AT + slot * table.BLOCKS + row for row in ROWS] for slot in SLOTS]
+_MEMBER = [layout.MEMBERS_AT + slot * memberbook._ENTRY for slot in SLOTS]
+_BLOCK = [layout.BLOCKS_AT + row * layout.BLOCK for row in ROWS]
+_CLAIM = [[layout.CLAIMS_AT + slot * layout.BLOCKS + row for row in ROWS] for slot in SLOTS]
 PLACES = np.array(
-    [table._INCARNATION_WORD, table._ROWS_WORD, *_MEMBER]
+    [layout.INCARNATION_WORD, layout.ROWS_WORD, *_MEMBER]
     + [at + word for at in _BLOCK for word in (0, 1, 2, 4, 5)]
     + list(itertools.chain(*_CLAIM))
 )
 """The words that make a state."""
 SIZES = [at + 3 for at in _BLOCK]
 AT = {int(place): n for n, place in enumerate(PLACES)}
-IGNORED = {table._CHANGES_WORD} | {at + n for at in _MEMBER for n in (1, 2, 3)} | {*SIZES}
+IGNORED = {layout.CHANGES_WORD} | {at + n for at in _MEMBER for n in (1, 2, 3)} | {*SIZES}
 """Words that no operation reads: a counter, numbers of processes, sizes."""
 
 Words = tuple[int, ...]
@@ -79,9 +81,10 @@ class Machine:
         self.words = np.frombuffer(buffer, np.uint64)
         self.log: list[tuple[int, int]] = []
         book = self.table._book
-        book._words = Recorder(book._words, self.log, table._MEMBERS_AT)  # type: ignore[assignment]
-        self.table._claims = Recorder(self.table._claims, self.log, table._CLAIMS_AT, table.BLOCKS)  # type: ignore[assignment]
-        self.table._words = Recorder(self.table._words, self.log)  # type: ignore[assignment]
+        book._words = Recorder(book._words, self.log, layout.MEMBERS_AT)  # type: ignore[assignment]
+        claims, blocks = self.table._claims, self.table._blocks
+        claims._claims = Recorder(claims._claims, self.log, layout.CLAIMS_AT, layout.BLOCKS)  # type: ignore[assignment]
+        self.table._words = blocks._words = Recorder(self.table._words, self.log)  # type: ignore[assignment]
 
     def run(self, words: Words, action: Callable[[Table], Any]) -> tuple[Any, list[Words]]:
         """Return what an operation returns, and the states before each of its stores and after the last."""
@@ -112,7 +115,7 @@ def canonical(words: Words) -> Words:
         new[at] = order[words[at] >> 2] << 2 | ENTERED if at in entered else 0
     for at in owners:
         new[at] = order[words[at]]
-    new[AT[table._INCARNATION_WORD]] = len(used)
+    new[AT[layout.INCARNATION_WORD]] = len(used)
     for row in ROWS:
         at, claims = AT[_BLOCK[row]], [AT[_CLAIM[slot][row]] for slot in SLOTS]
         generation, state = stateword.unpack(words[at])

@@ -13,12 +13,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule
 
-from dask_shm_plugin import placement
-from dask_shm_plugin import table as table_module
+from dask_shm_plugin import layout, placement
 from dask_shm_plugin.exceptions import StaleBlock
+from dask_shm_plugin.layout import MEMBERS, TABLE_BYTES, Extent, Row
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.rolebook import Role
-from dask_shm_plugin.table import MEMBERS, TABLE_BYTES, Extent, Row, Table
+from dask_shm_plugin.table import Table
 
 PAGE = 4096
 CAPACITY = 24 * PAGE
@@ -150,7 +150,12 @@ class TableMachine(RuleBasedStateMachine):
         """Return the parts that are in use: no more rows than there are pages, and few members."""
         table = self.table
         words = np.frombuffer(self.buffer, np.uint64)
-        return [words[: table_module._BLOCKS_AT], table._blocks[:32], table._claims[:6, :32], table._claims[-1, :32]]
+        return [
+            words[: layout.BLOCKS_AT],
+            table._blocks._rows[:32],
+            table._claims._claims[:6, :32],
+            table._claims._claims[-1, :32],
+        ]
 
     def taken(self) -> list[tuple[int, ...]]:
         """Return what is taken, in order."""

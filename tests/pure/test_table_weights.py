@@ -6,8 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dask_shm_plugin.layout import TABLE_BYTES, Extent
 from dask_shm_plugin.memberbook import Member
-from dask_shm_plugin.table import TABLE_BYTES, Extent, Table, Weight
+from dask_shm_plugin.table import Table, Weight
 
 PAGE = 4096
 

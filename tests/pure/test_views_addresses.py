@@ -10,8 +10,8 @@ from other_processes import Process, publish, wait_until
 
 from dask_shm_plugin import views
 from dask_shm_plugin.arena import Arena
+from dask_shm_plugin.layout import Row
 from dask_shm_plugin.segment import PAGE
-from dask_shm_plugin.table import Row
 from dask_shm_plugin.views import ATLAS, Atlas, Place, is_written, touched
 
 MIB = 1 << 20

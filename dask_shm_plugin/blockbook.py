@@ -1,0 +1,188 @@
+"""Which blocks there are, and in which state: one row per block over a part of the table.
+
+A row's first word says state and generation, and carries a tag over the rest (see ``stateword``); it is written last.
+What stands in the other words of a FREE row means nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from dask_shm_plugin import stateword
+from dask_shm_plugin.exceptions import StaleBlock, TableCorrupt, TableFull
+from dask_shm_plugin.layout import BLOCK, BLOCKS, BLOCKS_AT, CHANGES_WORD, CLAIMS_AT, ROWS_WORD, Extent, Row
+from dask_shm_plugin.memberbook import Member
+from dask_shm_plugin.stateword import DRAFT, FREE
+
+TRIMMING = 0
+"""The size of a draft that nobody will write: its pages are being given back to the operating system."""
+
+_ODD_ROW = "the state of a block does not fit what is written beside it"
+
+
+class BlockBook:
+    """The rows of all blocks.
+
+    Parameters
+    ----------
+    words
+        The words of the whole table, for the header counts the rows in use and the changes.
+    """
+
+    def __init__(self, words: memoryview) -> None:
+        self._words = words
+        self._rows = np.frombuffer(words, dtype=np.uint64)[BLOCKS_AT:CLAIMS_AT].reshape(BLOCKS, BLOCK)
+
+    @property
+    def in_use(self) -> int:
+        """How many rows are or were in use, bounded by how many there are."""
+        # Not checked here, for many ask without the mutex: somebody may be about to use one more.
+        return min(self._words[ROWS_WORD], BLOCKS)
+
+    # -- one row
+
+    def state(self, index: int) -> tuple[int, int]:
+        """Return generation and state of a block."""
+        return stateword.unpack(self._words[BLOCKS_AT + index * BLOCK])
+
+    def generation(self, index: int) -> int:
+        """Return the present or last generation of a block."""
+        return self.state(index)[0]
+
+    def owner(self, index: int) -> Member:
+        """Return who writes a draft."""
+        at = BLOCKS_AT + index * BLOCK
+        return Member(self._words[at + 4], self._words[at + 5])
+
+    def extent(self, index: int) -> Extent:
+        """Return where a block lies."""
+        at = BLOCKS_AT + index * BLOCK
+        return Extent(self._words[at + 1], self._words[at + 2])
+
+    def size(self, index: int) -> int:
+        """Return how many bytes of its extent a block uses."""
+        return self._words[BLOCKS_AT + index * BLOCK + 3]
+
+    def enter(self, extent: Extent, size: int, owner: Member) -> Row:
+        """Enter a draft.
+
+        Raises
+        ------
+        TableFull
+            All rows are taken.
+        """
+        index = self._free_row()
+        at = BLOCKS_AT + index * BLOCK
+        generation = self.generation(index) + 1
+        if generation >= stateword.GENERATIONS:
+            raise TableCorrupt("there was never such a generation")
+        body = (extent.offset, extent.length, size, *owner)
+        if index == self.in_use:
+            self._words[at] = stateword.pack(generation - 1, FREE)
+            self._words[ROWS_WORD] = index + 1
+        for n, word in enumerate(body, 1):
+            self._words[at + n] = word
+        self._count_change()
+        self._words[at] = stateword.pack(generation, DRAFT, body)
+        return Row(index, generation)
+
+    def turn(self, row: Row, state: int) -> None:
+        """Give a draft or block another state; what is written beside it stays."""
+        at = BLOCKS_AT + row.index * BLOCK
+        self._words[at] = stateword.pack(row.generation, state, self._words[at + 1 : at + stateword.WORDS].tolist())
+
+    def free(self, index: int) -> Extent:
+        """Make a row free, and return the extent that it had."""
+        self.insist_sound(index)
+        extent = self.extent(index)
+        self._count_change()
+        self._words[BLOCKS_AT + index * BLOCK] = stateword.pack(self.generation(index), FREE)
+        return extent
+
+    def demand(self, row: Row, state: int) -> None:
+        """Demand that a row is in a generation and a state.
+
+        Raises
+        ------
+        StaleBlock
+            It is not, or not any more.
+        TableCorrupt
+            What it says is not what was written there.
+        """
+        if not 0 <= row.index < BLOCKS:
+            raise StaleBlock(f"there is no block {row.index}")
+        if self.state(row.index) != (row.generation, state):
+            raise StaleBlock(f"generation {row.generation} of block {row.index} is not there any more")
+        self.insist_sound(row.index)
+
+    def insist_sound(self, index: int) -> None:
+        """Insist that a draft or block is as it was written."""
+        at = BLOCKS_AT + index * BLOCK
+        word, *body = self._words[at : at + stateword.WORDS].tolist()
+        if not stateword.is_sound(word, body):
+            raise TableCorrupt(_ODD_ROW)
+
+    # -- all rows
+
+    def insist_all_sound(self) -> None:
+        """Insist that all drafts and blocks are as they were written."""
+        if not stateword.are_sound(self._used()):
+            raise TableCorrupt(_ODD_ROW)
+
+    def generations(self) -> npt.NDArray[np.uint64]:
+        """Return the generation of each row, shape (BLOCKS,)."""
+        return stateword.generations(self._rows[:, 0])
+
+    def lengths(self, indices: npt.NDArray[np.intp]) -> npt.NDArray[np.uint64]:
+        """Return the bytes that some blocks take."""
+        column: npt.NDArray[np.uint64] = self._rows[indices, 2]
+        return column
+
+    def taken(self) -> npt.NDArray[np.uint64]:
+        """Return offset and length of every draft and block, shape (n, 2), in no order."""
+        used = self._used()
+        rows: npt.NDArray[np.uint64] = used[stateword.states(used[:, 0]) != FREE, 1:3]
+        return rows
+
+    def drafts(self) -> npt.NDArray[np.uint64]:
+        """Return offset and length of every draft that is being written, shape (n, 2)."""
+        used = self._used()
+        rows: npt.NDArray[np.uint64] = used[_are_drafts(used) & (used[:, 3] != TRIMMING), 1:3]
+        return rows
+
+    def is_trimmed(self) -> bool:
+        """Tell whether pages are being given back just now."""
+        used = self._used()
+        return bool(np.any(_are_drafts(used) & (used[:, 3] == TRIMMING)))
+
+    def drafts_of(self, member: Member) -> list[Row]:
+        """Return the drafts of one member."""
+        used = self._used()
+        own = (used[:, 4] == member.slot) & (used[:, 5] == member.incarnation)
+        return [Row(int(index), self.generation(int(index))) for index in np.flatnonzero(_are_drafts(used) & own)]
+
+    # -- inside
+
+    def _used(self) -> npt.NDArray[np.uint64]:
+        # Asked for once in each look, for somebody may take one more row meanwhile.
+        return self._rows[: self.in_use]
+
+    def _free_row(self) -> int:
+        in_use = self.in_use
+        free = np.flatnonzero(stateword.states(self._rows[:in_use, 0]) == FREE)
+        if len(free):
+            return int(free[0])
+        if in_use == BLOCKS:
+            raise TableFull(
+                f"the arena holds {BLOCKS} blocks; raise shm.threshold so that fewer and larger values are shared"
+            )
+        return in_use
+
+    def _count_change(self) -> None:
+        self._words[CHANGES_WORD] = (self._words[CHANGES_WORD] + 1) % (1 << 64)
+
+
+def _are_drafts(rows: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    drafts: npt.NDArray[np.bool_] = stateword.states(rows[:, 0]) == DRAFT
+    return drafts

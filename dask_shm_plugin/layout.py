@@ -1,0 +1,70 @@
+"""Where in an arena's table everything lies, in words of eight bytes, native order.
+
+::
+
+    header   magic+version, arena id (2 words), capacity, change counter, next incarnation, rows in use, reserved
+    members  see ``memberbook``
+    roles    see ``rolebook``
+    blocks   BLOCKS rows of   [tag | generation | state, offset, extent, size, owner slot, owner incarnation,
+                               reserved x 2]; the first word see ``stateword``
+    claims   see ``claimbook``
+
+Behind the table come the blocks themselves.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dask_shm_plugin import memberbook, rolebook
+
+VERSION = 3
+MAGIC = int.from_bytes(b"daskshm" + bytes([VERSION]), "little")
+
+SPREAD = 4
+"""How many times the capacity there are offsets for blocks: gaps between them take no memory."""
+
+MEMBERS = memberbook.SLOTS
+BLOCKS = 16384
+
+MAGIC_WORD, ID_WORD, CAPACITY_WORD, CHANGES_WORD, INCARNATION_WORD, ROWS_WORD = 0, 1, 3, 4, 5, 6
+HEADER = 8
+BLOCK = 8
+"""Words of one row of blocks."""
+
+MEMBERS_AT = HEADER
+ROLES_AT = MEMBERS_AT + memberbook.WORDS
+BLOCKS_AT = -(-(ROLES_AT + rolebook.WORDS) // 512) * 512
+CLAIMS_AT = BLOCKS_AT + BLOCKS * BLOCK
+
+SHARED_BYTES = CLAIMS_AT * 8
+"""Bytes of the part that every member reads: header, members, roles, blocks."""
+CLAIM_BYTES = BLOCKS * 8
+"""Bytes of one member's row of claims."""
+TABLE_BYTES = SHARED_BYTES + MEMBERS * CLAIM_BYTES
+"""Bytes of the whole table."""
+
+
+class Row(NamedTuple):
+    """One generation of one block."""
+
+    # Shadows the method of tuples, which nobody needs here.
+    index: int  # type: ignore[assignment]
+    generation: int
+
+
+class Extent(NamedTuple):
+    """A part of the arena, in bytes, aligned to pages."""
+
+    offset: int
+    length: int
+
+
+def at_most(size: int) -> int:
+    """Return how many bytes of memory a segment of some size may take: the table, and blocks up to the capacity."""
+    return TABLE_BYTES + (size - TABLE_BYTES) // SPREAD
+
+
+def claims_offset(slot: int) -> int:
+    """Return where in the table, in bytes, the claims of a member lie."""
+    return SHARED_BYTES + slot * CLAIM_BYTES
