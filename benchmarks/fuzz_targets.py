@@ -177,15 +177,15 @@ class Camp:
             lambda: self.drop(chance),
             lambda: self.follow(*chance.choice(known or self.known())),
             arena.inspect,
-            arena.reclaim_dead,
+            arena.roster.reclaim_dead,
             arena.trim_all,
             arena.stats,
-            lambda: arena.add_role("worker", f"tcp://{chance.random()}"),
-            lambda: arena.remove_role("worker", "tcp://other"),
-            arena.roles,
+            lambda: arena.roster.add_role("worker", f"tcp://{chance.random()}"),
+            lambda: arena.roster.remove_role("worker", "tcp://other"),
+            arena.roster.roles,
             lambda: (arena.weights.weigh(), arena.weights.count_holders(rows), arena.weights.size_of(rows[0])),
             lambda: (arena.holders(rows[0]), arena.weights.private_memory(os.getpid())),
-            lambda: arena.is_live(Member(number(chance), number(chance))),
+            lambda: arena.roster.is_live(Member(number(chance), number(chance))),
         ]
         for deed in chance.choices(deeds, k=5):
             try:

@@ -31,7 +31,7 @@ from dask_shm_plugin.mappings import Dropped, Mappings
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.pages import Pages
 from dask_shm_plugin.references import References
-from dask_shm_plugin.rolebook import Role
+from dask_shm_plugin.roster import Roster
 from dask_shm_plugin.segment import PAGE, Segment, Whereabouts, round_up
 from dask_shm_plugin.table import Table
 from dask_shm_plugin.views import Place
@@ -97,6 +97,7 @@ class Arena:
         self.upkeep: Callable[[], None] = lambda: None
         self.member = self._join()
         self.pages = Pages(segment, _BLOCKS_FROM, lambda: self._table.drafts(), self._make_room, self.trim_all)
+        self.roster = Roster(self._access, segment, self.member)
         self.weights = Weights(lambda: self._table, self.member)
         tidying.start(self, self._dropped)
 
@@ -151,7 +152,7 @@ class Arena:
         size = max(size, 1)
         extent_length = round_up(size)
         taken = self._reserve(extent_length, size)
-        for find_more in (self.tidy, self.reclaim_dead, lambda: trimming.wait(self._table)):
+        for find_more in (self.tidy, self.roster.reclaim_dead, lambda: trimming.wait(self._table)):
             if taken is None:
                 # Whether it found anything does not matter: another thread may have been quicker.
                 find_more()
@@ -221,50 +222,10 @@ class Arena:
 
     # -- members
 
-    def is_live(self, member: Member) -> bool:
-        """Tell whether a member, this very incarnation of it, has not left and was not reclaimed."""
-        with contextlib.suppress(TableCorrupt, ArenaUnavailable):
-            return self._table.is_live(member)
-        return False
-
     @property
     def is_damaged(self) -> bool:
         """Whether this process has found something here that nobody should have written, and keeps away from it."""
         return self._access.is_damaged
-
-    def add_role(self, kind: str, address: str) -> None:
-        """Let the others know that this process plays a role at an address."""
-        with self._access as table:
-            table.add_role(self.member, kind, address)
-
-    def remove_role(self, kind: str, address: str) -> None:
-        """Undo :meth:`add_role`."""
-        with self._access as table:
-            table.remove_role(self.member, kind, address)
-
-    def roles(self) -> list[Role]:
-        """Return the roles of all members, as they stand; an entry that is being written is not among them."""
-        return self._table.roles()
-
-    def reclaim_dead(self) -> bool:
-        """Take back what members hold whose death is proved; return whether any space became free.
-
-        A forked child of the dead keeps what it may look at. Drafts it has no use for, and nobody else will seal them.
-        """
-        # Looked for without the mutex: an incarnation that is proved dead stays dead.
-        others = [member for member in self._table.members() if member != self.member]
-        dead = [member for member in others if not liveness.is_held(self.segment.fd, member.slot)]
-        orphans = [
-            member
-            for member in others
-            if self._table.has_drafts(member) and liveness.is_orphaned(self.segment.fd, member.slot)
-        ]
-        if not dead and not orphans:
-            return False
-        with self._access as table:
-            freed = [extent for member in orphans for extent in table.reclaim_drafts(member)]
-            freed += [extent for member in dead for extent in table.reclaim(member)]
-        return bool(freed)
 
     def holders(self, row: Row) -> int:
         """Count the members that refer to a block now."""

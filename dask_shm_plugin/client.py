@@ -187,7 +187,7 @@ class SharedMemoryClient:
     def _members(self) -> set[str]:
         """Return the addresses of the workers that can map what this client has published."""
         try:
-            roles = self._arena.roles() if self._arena else []
+            roles = self._arena.roster.roles() if self._arena else []
         except SharedMemoryError:
             return set()
         return {role.address for role in roles if role.kind == "worker" and not role.address.startswith("inproc://")}

@@ -75,7 +75,7 @@ def is_member(arena: Arena, asked_by: list[str]) -> bool:
                 continue
             arena_id, slot, incarnation = asker.split(":")
             if arena_id == arena.arena_id.hex():
-                return arena.is_live(Member(int(slot), int(incarnation)))
+                return arena.roster.is_live(Member(int(slot), int(incarnation)))
     return False
 
 

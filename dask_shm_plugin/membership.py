@@ -74,7 +74,7 @@ def join(
             raise TableCorrupt("the arena is damaged")
         joined.roles.append((kind, address))
     with contextlib.suppress(SharedMemoryError):
-        joined.arena.add_role(kind, address)
+        joined.arena.roster.add_role(kind, address)
     return joined.arena
 
 
@@ -83,7 +83,7 @@ def withdraw(cluster: str, kind: str, address: str) -> None:
     joined = _by_cluster.get(cluster)
     if joined is not None:
         with contextlib.suppress(SharedMemoryError):
-            joined.arena.remove_role(kind, address)
+            joined.arena.roster.remove_role(kind, address)
 
 
 def leave(cluster: str, kind: str, address: str) -> None:
@@ -94,7 +94,7 @@ def leave(cluster: str, kind: str, address: str) -> None:
             return
         joined.roles.remove((kind, address))
         with contextlib.suppress(SharedMemoryError):
-            joined.arena.remove_role(kind, address)
+            joined.arena.roster.remove_role(kind, address)
         if not joined.roles:
             del _by_cluster[cluster]
             _depart(joined)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from dask_shm_plugin.mappings import Dropped
+from dask_shm_plugin.roster import Roster
 from dask_shm_plugin.weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class Bin:
 class Tidied(Protocol):
     """What an arena can do about it."""
 
+    roster: Roster
     weights: Weights
     upkeep: Callable[[], None]
 
@@ -78,9 +80,6 @@ class Tidied(Protocol):
 
     def tidy(self) -> bool:
         """Give back what was dropped."""
-
-    def reclaim_dead(self) -> bool:
-        """Take back what dead members held."""
 
     def unpin(self) -> None:
         """Drop what was kept for forked children."""
@@ -108,7 +107,7 @@ def _tidy(arena: Tidied, dropped: Bin) -> None:
                 arena.unpin()
                 if not arena.is_damaged:
                     arena.inspect()
-                    arena.reclaim_dead()
+                    arena.roster.reclaim_dead()
                     arena.trim()
                     arena.weights.note_other_shared()
                     arena.upkeep()

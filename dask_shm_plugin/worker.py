@@ -127,7 +127,7 @@ class _Running:
 
     def _has_clients(self) -> bool:
         with contextlib.suppress(SharedMemoryError):
-            return any(role.kind == "client" for role in self._arena.roles())
+            return any(role.kind == "client" for role in self._arena.roster.roles())
         return False
 
     def completed(self, key: Any) -> None:
@@ -263,7 +263,7 @@ class _ScatterGuard:
         with contextlib.suppress(Exception):
             if self._arena is not None:
                 shared = min(size, sum(reach.rows_of(value, self._arena.arena_id).values()))
-                workers = sum(role.kind == "worker" for role in self._arena.roles()) if shared else 1
+                workers = sum(role.kind == "worker" for role in self._arena.roster.roles()) if shared else 1
                 return size - shared + shared // max(1, workers)
         return size
 

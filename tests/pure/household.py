@@ -156,7 +156,7 @@ class Household:
             "publish(arena, b'x').close()",
             "arena.attach_block(d).close()",
             "arena.draft(1 << 19).__exit__(None, None, None)",
-            "arena.reclaim_dead(); arena.tidy(); arena.trim_all()",
+            "arena.roster.reclaim_dead(); arena.tidy(); arena.trim_all()",
         ):
             with contextlib.suppress(SharedMemoryError):
                 self.second(what, d=self.block.descriptor)

@@ -34,7 +34,7 @@ class TestBeginning:
         stats = arena.stats()
         assert stats == ArenaStats(MIB, 0, stats.resident, 0, 1)
         assert 0 < stats.resident < 2 * MIB
-        assert arena.is_live(arena.member)
+        assert arena.roster.is_live(arena.member)
         assert arena.arena_id.hex()[:4] in repr(arena)
 
     def test_its_capacity_is_a_number_of_pages(self) -> None:
@@ -61,7 +61,7 @@ class TestBeginning:
         others = [joined() for _ in range(3)]
         members = {arena.member, *(other("arena.member") for other in others)}
         assert len(members) == arena.stats().members == others[0]("arena.stats().members") == 4
-        assert all(arena.is_live(member) for member in members)
+        assert all(arena.roster.is_live(member) for member in members)
 
     def test_joining_wants_the_very_arena(self, arena: Arena, process: Callable[[], Process]) -> None:
         """Its name must be the one that was told; whoever is refused leaves nothing behind."""
@@ -90,7 +90,7 @@ class TestBeginning:
         other = process()
         with pytest.raises(MembersFull, match=str(MEMBERS)):
             other("Arena.attach(at, arena_id)", at=arena.segment.whereabouts, arena_id=arena.arena_id)
-        arena.reclaim_dead()
+        arena.roster.reclaim_dead()
         assert arena.stats().members == 1
         other("arena = Arena.attach(at, arena_id, warm=1 << 20)")
         assert arena.stats().members == 2
@@ -114,14 +114,14 @@ class TestBeginning:
     def test_roles_are_seen_by_all(self, arena: Arena, joined: Callable[[], Process]) -> None:
         """And go with their member."""
         other = joined()
-        arena.add_role("nanny", "tcp://a")
-        other("arena.add_role('worker', 'tcp://b')")
+        arena.roster.add_role("nanny", "tcp://a")
+        other("arena.roster.add_role('worker', 'tcp://b')")
         expected = {(arena.member, "nanny", "tcp://a"), (other("arena.member"), "worker", "tcp://b")}
-        assert set(arena.roles()) == set(other("arena.roles()")) == expected
+        assert set(arena.roster.roles()) == set(other("arena.roster.roles()")) == expected
         other("arena.close()")
-        assert [role.kind for role in arena.roles()] == ["nanny"]
-        arena.remove_role("nanny", "tcp://a")
-        assert arena.roles() == []
+        assert [role.kind for role in arena.roster.roles()] == ["nanny"]
+        arena.roster.remove_role("nanny", "tcp://a")
+        assert arena.roster.roles() == []
 
 
 class TestSpace:

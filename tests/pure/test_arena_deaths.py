@@ -83,15 +83,15 @@ class TestDeath:
             "kept = [arena.draft(1000), publish(arena, bytes(10000)), arena.attach_block(found)]",
             found=block.descriptor,
         )
-        other("view = kept[1].view(0, 10000); arena.add_role('worker', 'tcp://a')")
+        other("view = kept[1].view(0, 10000); arena.roster.add_role('worker', 'tcp://a')")
         member = other("arena.member")
-        assert not arena.reclaim_dead()
+        assert not arena.roster.reclaim_dead()
         assert arena.stats().blocks == 3
         other.kill()
-        assert arena.reclaim_dead() or not arena.is_live(member)
-        assert not arena.is_live(member)
+        assert arena.roster.reclaim_dead() or not arena.roster.is_live(member)
+        assert not arena.roster.is_live(member)
         assert arena.stats()[:2] == (MIB, PAGE)
-        assert arena.roles() == []
+        assert arena.roster.roles() == []
         block.close()
         wait_until_empty(arena)
 
@@ -137,7 +137,7 @@ class TestDeath:
             found=descriptors[::4],
         )
         other.kill()
-        arena.reclaim_dead()
+        arena.roster.reclaim_dead()
         assert arena.stats().used == MIB // 2
         for _ in range(8):
             publish(arena, b"\xff" * 65536).close()
@@ -168,7 +168,7 @@ class TestDeath:
             "draft.__exit__(None, None, None)",
             "block.close(); arena.tidy()",
             "again = arena.attach_block(found)",
-            "arena.add_role('worker', 'tcp://a')",
+            "arena.roster.add_role('worker', 'tcp://a')",
             "block.close(); draft.seal().close(); arena.close()",
         ],
     )
@@ -190,7 +190,9 @@ class TestDeath:
                 other.begin(f"sys.settrace(watch); {action}; sys.settrace(None)", found=block.descriptor)
                 is_killed = other.is_killed()
                 other.kill()
-                wait_until(lambda: arena.reclaim_dead() or arena.stats().members == 1, "the dead one is no member")
+                wait_until(
+                    lambda: arena.roster.reclaim_dead() or arena.stats().members == 1, "the dead one is no member"
+                )
                 arena.validate()
             wait_until_empty(arena)
             if not is_killed:
@@ -227,7 +229,7 @@ class TestDeath:
                 wait_until(lambda begun=begun, turns=turns: arena._table.changes >= begun + turns, "they have worked")
                 for victim in victims:
                     victim.kill()
-                wait_until(lambda: arena.reclaim_dead() or arena.stats().members == 1, "the dead are no members")
+                wait_until(lambda: arena.roster.reclaim_dead() or arena.stats().members == 1, "the dead are no members")
                 arena.validate()
                 assert arena.stats()[1:2] + arena.stats()[3:] == (PAGE, 1, 1)
             assert stays.view(0, 5) == b"stays"
@@ -255,9 +257,9 @@ class TestFork:
             arena.close()
             """)
         child.leave()
-        arena.reclaim_dead()
+        arena.roster.reclaim_dead()
         assert arena.stats()[3:] == (2, 2)
-        assert arena.is_live(parent("arena.member"))
+        assert arena.roster.is_live(parent("arena.member"))
         assert parent("bytes(view)") == b"parents"
         parent("draft.write(0, memoryview(b'x')); sealed = draft.seal()")
 
@@ -290,13 +292,13 @@ class TestFork:
         child = parent.fork()
         member = parent("arena.member")
         parent.kill()
-        arena.reclaim_dead()
-        assert arena.is_live(member)
+        arena.roster.reclaim_dead()
+        assert arena.roster.is_live(member)
         for _ in range(5):
             publish(arena, b"\xff" * (MIB // 2)).close()
         assert child("bytes(view)") == b"parents"
         child.kill()
-        wait_until(lambda: arena.reclaim_dead() or not arena.is_live(member), "the dead one is no member")
+        wait_until(lambda: arena.roster.reclaim_dead() or not arena.roster.is_live(member), "the dead one is no member")
         wait_until_empty(arena)
 
     def test_a_place_is_not_used_again_while_a_child_of_its_last_owner_lives(

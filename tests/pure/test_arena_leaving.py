@@ -173,7 +173,7 @@ class TestClosing:
         other = joined()
         member, open_before = other("arena.member"), other("len(os.listdir('/proc/self/fd'))")
         other("arena.close()")
-        assert not arena.is_live(member)
+        assert not arena.roster.is_live(member)
         assert arena.stats().members == 1
         assert other("arena.has_left, arena.segment.fd") == (True, -1)
         assert other("len(os.listdir('/proc/self/fd'))") == open_before - 1
@@ -214,14 +214,14 @@ class TestClosing:
             with pytest.raises(SharedMemoryError):
                 refused()
 
-    @pytest.mark.parametrize("what", ["tidy", "trim", "reclaim_dead", "finish_leaving", "roles", "close"])
+    @pytest.mark.parametrize("what", ["tidy", "trim", "roster.reclaim_dead", "finish_leaving", "roster.roles", "close"])
     def test_whoever_has_left_touches_nobody(self, arena: Arena, joined: Callable[[], Process], what: str) -> None:
         """The tidying thread may still be at it; its descriptor is closed, and says nothing of who lives."""
         other, third = joined(), joined()
         other("arena.close()")
         with contextlib.suppress(SharedMemoryError, OSError):
             other(f"arena.{what}()")
-        assert arena.is_live(third("arena.member"))
+        assert arena.roster.is_live(third("arena.member"))
         assert arena.stats().members == 2
 
     @pytest.mark.parametrize("made", ["view", "view[5:9]", "np.frombuffer(view, np.uint8)[7:]", "memoryview(view)"])
@@ -237,14 +237,14 @@ class TestClosing:
         member = other("arena.member")
         other(f"kept = {made}; view = None; before = bytes(kept); arena.close()")
         other("arena.close(); gc.collect(); arena.tidy()")
-        assert arena.is_live(member)
-        assert not arena.reclaim_dead()
+        assert arena.roster.is_live(member)
+        assert not arena.roster.reclaim_dead()
         with pytest.raises(SharedMemoryError):
             arena.draft(MIB)
         with publish(arena, bytes(MIB - PAGE)):
             assert other("bytes(kept) == before")
         other("kept = None")
-        wait_until(lambda: not arena.is_live(member), "the member has left")
+        wait_until(lambda: not arena.roster.is_live(member), "the member has left")
         wait_until_empty(arena)
 
     def test_an_open_block_keeps_the_member(self, arena: Arena, joined: Callable[[], Process]) -> None:
@@ -255,9 +255,9 @@ class TestClosing:
         other("arena.close()")
         with arena.attach_block(descriptor) as block:
             assert block.view(0, 8) == b"promised"
-        assert arena.is_live(member)
+        assert arena.roster.is_live(member)
         other("block.close()")
-        wait_until(lambda: not arena.is_live(member), "the member has left")
+        wait_until(lambda: not arena.roster.is_live(member), "the member has left")
         wait_until_empty(arena)
 
     def test_an_open_draft_can_still_be_written(self, arena: Arena, joined: Callable[[], Process]) -> None:

@@ -29,11 +29,11 @@ def test_drafts_of_the_dead_are_free_though_a_child_lives(arena: Arena, parent: 
     parent.kill()
     wait_until(lambda: arena.stats().used == PAGE, "the drafts are free")
     arena.validate()
-    assert arena.is_live(member)
+    assert arena.roster.is_live(member)
     publish(arena, b"\xff" * (MIB - PAGE)).close()
     assert child("bytes(view)") == b"parents"
     child.kill()
-    wait_until(lambda: not arena.is_live(member), "the dead one is no member")
+    wait_until(lambda: not arena.roster.is_live(member), "the dead one is no member")
     wait_until_empty(arena)
 
 
@@ -63,7 +63,7 @@ def test_drafts_of_the_living_stay(arena: Arena, parent: Process) -> None:
     child = parent.fork()
     child.kill()
     parent.stop()
-    assert not arena.reclaim_dead()
+    assert not arena.roster.reclaim_dead()
     parent.go_on()
     parent("drafts[0].write(0, memoryview(b'x' * 4096)); kept = drafts[0].seal()")
     assert parent("bytes(kept.view(0, 1))") == b"x"

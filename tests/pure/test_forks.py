@@ -114,7 +114,7 @@ def test_a_child_may_join_as_itself(arena):
         return own is not arena and own.stats().members == 2 and view[0] == 7
 
     assert fork(join)() == 1
-    wait_until(lambda: arena.reclaim_dead() or arena.stats().members == 1, "the child is still a member")
+    wait_until(lambda: arena.roster.reclaim_dead() or arena.stats().members == 1, "the child is still a member")
 
 
 def test_a_fork_without_a_descriptor_left_keeps_what_the_child_looks_at(cluster, process):

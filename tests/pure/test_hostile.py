@@ -53,10 +53,15 @@ def scene(arena: Arena, caplog: pytest.LogCaptureFixture) -> Iterator[Callable[.
         with pytest.raises(TableCorrupt):
             change()
         assert arena.is_damaged
-        for again in (lambda: arena.draft(1), lambda: arena.attach_block(block.descriptor), arena.roles, arena.inspect):
+        for again in (
+            lambda: arena.draft(1),
+            lambda: arena.attach_block(block.descriptor),
+            arena.roster.roles,
+            arena.inspect,
+        ):
             with pytest.raises(SharedMemoryError):
                 again()
-        assert not arena.is_live(arena.member)
+        assert not arena.roster.is_live(arena.member)
         assert arena.stats().capacity == 0
         assert bytes(views[0]) == b"mine" * 1000
         assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -167,7 +172,7 @@ class TestTable:
     def test_a_changed_beginning_is_noticed(self, scene: Callable[..., None], arena: Arena, word: int) -> None:
         """Whatever is done next."""
         scribble(arena, word, read(arena, word) + PAGE)
-        scene(lambda: arena.add_role("worker", "tcp://here"))
+        scene(lambda: arena.roster.add_role("worker", "tcp://here"))
 
     def test_a_member_that_was_crossed_out_notices(self, scene: Callable[..., None], arena: Arena) -> None:
         """The others would not count its claims."""
@@ -239,11 +244,11 @@ class TestTable:
         scribble(arena, word, 0)
         wait_until(lambda: other("arena.is_damaged"), "the other has noticed")
         scribble(arena, word, claim)
-        assert arena.reclaim_dead() is False
+        assert arena.roster.reclaim_dead() is False
         assert other("bytes(view)") == b"x"
         other("del view; block.close()")
         wait_until(lambda: other("arena.has_left"), "the other has left")
-        wait_until(lambda: arena.reclaim_dead() or arena.stats().used == 0, "its block is free")
+        wait_until(lambda: arena.roster.reclaim_dead() or arena.stats().used == 0, "its block is free")
         assert arena.stats().members == 1
 
 

@@ -37,7 +37,7 @@ class TestOneProcess:
         assert len(arenas) == 1
         arena = membership.of_cluster(cluster)
         assert arena.stats().members == 1
-        roles = {(role.member, role.kind, role.address) for role in arena.roles()}
+        roles = {(role.member, role.kind, role.address) for role in arena.roster.roles()}
         assert roles == {(arena.member, kind, address) for kind in ("nanny", "worker", "client") for address in "ab"}
 
     def test_a_role_that_is_played_by_threads_at_once_is_one_member(self, cluster: str) -> None:
@@ -54,14 +54,14 @@ class TestOneProcess:
         for thread in threads:
             thread.join()
         assert len({id(arena) for arena in arenas}) == 1
-        assert len(arenas[0].roles()) == 8
+        assert len(arenas[0].roster.roles()) == 8
 
     def test_the_last_role_leaves(self, cluster: str) -> None:
         """Until then the process stays a member; afterwards nothing is left."""
         arena = join(cluster, "nanny", "a")
         join(cluster, "client", "a")
         membership.leave(cluster, "nanny", "a")
-        assert [role.kind for role in arena.roles()] == ["client"]
+        assert [role.kind for role in arena.roster.roles()] == ["client"]
         assert membership.of_cluster(cluster) is arena
         assert not arena.has_left
         membership.leave(cluster, "client", "a")
@@ -125,7 +125,7 @@ class TestSeveralProcesses:
         third = member(LOOK)
         assert other("arena.arena_id") == third("arena.arena_id") == arena.arena_id
         assert arena.stats().members == 3
-        assert {role.kind for role in arena.roles()} == {"nanny", "worker"}
+        assert {role.kind for role in arena.roster.roles()} == {"nanny", "worker"}
         with publish(arena, b"shared") as block:
             other("block = membership.find(d.arena_id).attach_block(d)", d=block.descriptor)
             assert other("bytes(block.view(0, 6))") == b"shared"

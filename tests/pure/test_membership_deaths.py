@@ -64,7 +64,7 @@ class TestDeath:
         second.kill()
         third = member(LOOK)
         assert third("arena.arena_id") == arena.arena_id
-        arena.reclaim_dead()
+        arena.roster.reclaim_dead()
         assert arena.stats()[3:] == (0, 2)
         assert descriptor.arena_id == arena.arena_id
 

@@ -84,7 +84,10 @@ def test_every_claim_that_threads_keep_is_in_the_table_and_no_other(
     assert other("len(kept)") > 5
     other("rows = {descriptor.row for descriptor, *_ in kept.values()}")
     wait_until(
-        lambda: other("arena.tidy() or set(arena._table._claimed_by(arena.member)) == rows"), "the rest is dropped"
+        lambda: other(
+            "arena.tidy() or set(arena._table._claims.of(arena.member, arena._table._blocks.in_use)) == rows"
+        ),
+        "the rest is dropped",
     )
     arena.validate()
     assert (
