@@ -6,6 +6,7 @@ stays off and says so once; ``tests/test_seams.py`` says it earlier. Written aga
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import threading
@@ -167,8 +168,9 @@ SEAMS = (
 )
 
 
+@functools.cache
 def why_not() -> str | None:
-    """Return why sharing cannot be switched on in this process, or None."""
+    """Return why sharing cannot be switched on in this process, or None. Looked for once: it takes 30 ms."""
     if not sys.platform.startswith("linux"):
         return f"shared memory needs Linux, this is {sys.platform}; Dask works as without the plugin"
     moved = [seam.name for seam in SEAMS if not _still_holds(seam)]

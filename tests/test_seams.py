@@ -12,6 +12,14 @@ from distributed.spill import SpillBuffer
 from dask_shm_plugin import SharedMemoryPlugin, notices, seams, stats
 
 
+@pytest.fixture(autouse=True)
+def looked_for_anew():
+    """Let each test look for itself, and nobody go by what it has found."""
+    seams.why_not.cache_clear()
+    yield
+    seams.why_not.cache_clear()
+
+
 @pytest.mark.parametrize("seam", seams.SEAMS, ids=lambda seam: seam.name)
 def test_a_seam_is_where_it_was(seam):
     """Fails when a version of distributed has moved it: then ``seams`` must follow."""

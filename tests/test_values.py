@@ -26,9 +26,17 @@ SECONDS = 30
 #: Here somebody else wrote the value: a large one certainly lies in the arena.
 MAPPED = ("scattered", "broadcast", "fetched", "passed_on", "gathered", "gathered_directly", "result", "returned")
 WAYS = (*MAPPED, "kept", "contained")
+#: One of each kind is enough to see whether other versions of the libraries are carried as well.
+QUICK = ("scattered", "fetched", "gathered", "kept")
 OPTIONS = {"threshold": "16 KiB", "capacity": "256 MiB"}
 
 Outcomes = dict[str, dict[Case, Any]]
+
+
+def along(ways: Sequence[str]) -> pytest.MarkDecorator:
+    """Run a test for each of some ways; the quick ones are those that the suite without slow tests goes."""
+    slow = pytest.mark.slow
+    return pytest.mark.parametrize("way", [pytest.param(way, marks=() if way in QUICK else slow) for way in ways])
 
 
 def look(value: Any) -> Outcome:
@@ -59,10 +67,10 @@ def make_together(cases: Cases) -> tuple[Any, ...]:
 class Journey:
     """Sends all kinds of value along all ways through one cluster, a batch at a time."""
 
-    def __init__(self, client: Client) -> None:
-        self.client = client
+    def __init__(self, client: Client, ways: Sequence[str]) -> None:
+        self.client, self.ways = client, ways
         self.a, self.b = addresses(client)
-        self.outcomes: Outcomes = {way: {} for way in WAYS}
+        self.outcomes: Outcomes = {way: {} for way in ways}
 
     def travel(self) -> Outcomes:
         """Go all ways, and return the outcomes by way and case."""
@@ -70,7 +78,7 @@ class Journey:
             cases = CASES[start : start + BATCH]
             self.made_on_a = dict(zip(cases, self.make(cases, self.a), strict=True))
             self.made_on_b = dict(zip(cases, self.make(cases, self.b), strict=True))
-            for way in WAYS:
+            for way in self.ways:
                 self.go(way, cases)
         return self.outcomes
 
@@ -143,21 +151,28 @@ class Journey:
 
 
 @pytest.fixture(scope="module")
-def expected(nothing_leaks: None) -> Outcomes:
-    """What arrives where without the plugin."""
-    with local_cluster(2, options=None) as client:
-        return Journey(client).travel()
+def ways(request: pytest.FixtureRequest) -> list[str]:
+    """The ways that any selected test asks for, each after those that it relies on."""
+    asked = {item.callspec.params.get("way") for item in request.session.items if hasattr(item, "callspec")}
+    return [way for way in WAYS if way in asked]
 
 
 @pytest.fixture(scope="module")
-def actual(nothing_leaks: None) -> Outcomes:
+def expected(nothing_leaks: None, ways: list[str]) -> Outcomes:
+    """What arrives where without the plugin."""
+    with local_cluster(2, options=None) as client:
+        return Journey(client, ways).travel()
+
+
+@pytest.fixture(scope="module")
+def actual(nothing_leaks: None, ways: list[str]) -> Outcomes:
     """What arrives where with the plugin, and under ``"counted"`` the counters at the end."""
     with local_cluster(2, OPTIONS) as client:
-        return Journey(client).travel() | {"counted": {("totals", ""): totals(client)}}
+        return Journey(client, ways).travel() | {"counted": {("totals", ""): totals(client)}}
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("way", WAYS)
+@along(WAYS)
 def test_stock_dask_carries_every_kind(expected: Outcomes, way: str) -> None:
     """The oracle itself has no errors: each kind is something that Dask can send."""
     errors = {case: outcome for case, outcome in expected[way].items() if isinstance(outcome, str)}
@@ -166,7 +181,7 @@ def test_stock_dask_carries_every_kind(expected: Outcomes, way: str) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("way", WAYS)
+@along(WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_value_arrives_as_stock_dask_brings_it(expected: Outcomes, actual: Outcomes, way: str, kind: str) -> None:
     """Type, content, dtype, shape, strides, order and writeable flag are those of a cluster without the plugin."""
@@ -176,21 +191,22 @@ def test_a_value_arrives_as_stock_dask_brings_it(expected: Outcomes, actual: Out
         assert_descriptions_equal(outcome[0], expected[way][kind, size][0])
 
 
-@pytest.mark.parametrize("way", MAPPED)
+@along(MAPPED)
 def test_a_large_value_arrives_through_the_arena(actual: Outcomes, way: str) -> None:
     """The comparison is no comparison of stock Dask with itself: what is made of buffers was mapped."""
     assert {kind for kind in BUFFERS if not actual[way][kind, "large"][1]} == set()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@along(WAYS)
 def test_a_small_value_stays_outside_the_arena(actual: Outcomes, way: str) -> None:
     """Below the threshold nothing is shared."""
     assert {kind for kind in KINDS if actual[way][kind, "small"][1]} == set()
 
 
-def test_most_large_values_were_published(actual: Outcomes) -> None:
+@pytest.mark.slow
+def test_most_large_values_were_published(actual: Outcomes, ways: list[str]) -> None:
     """Kinds of which one cannot see whether they lie in the arena went through it for the most part."""
-    assert actual["counted"]["totals", ""].published > 3 * len(BUFFERS)
+    assert actual["counted"]["totals", ""].published > len(ways) / 3 * len(BUFFERS)
 
 
 def changed(value: np.ndarray, place: int = 0) -> np.ndarray:

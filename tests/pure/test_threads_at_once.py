@@ -11,6 +11,8 @@ from dask_shm_plugin import membership
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.rendezvous import exists, name_for
 
+pytestmark = pytest.mark.slow
+
 #: Runs some functions in threads, with a collection at nearly every allocation and one more thread that does nothing else.
 AT_ONCE = """
     warnings.simplefilter("ignore", ResourceWarning)
