@@ -41,6 +41,20 @@ def private(pids: list[int]) -> int:
     return total
 
 
+def family(pid: int) -> list[int]:
+    """Return a process and all that descend from it."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return sorted(found)
+
+
 def loopback() -> int:
     """Return the bytes that the loopback interface has carried so far."""
     for line in Path("/proc/net/dev").read_text().splitlines():
