@@ -218,12 +218,6 @@ def arguments(description: str | None, works: Sequence[str], pairs: int) -> argp
     return asked
 
 
-def write(path: Path | None, result: dict[str, Any]) -> None:
-    """Keep a result, if that is wanted."""
-    if path:
-        path.write_text(json.dumps(result, indent=1) + "\n")
-
-
 def headline(result: dict[str, Any]) -> str:
     """Return on what and how a result was measured, for people."""
     around = dict(result["surroundings"])
@@ -243,3 +237,30 @@ def show(result: dict[str, Any]) -> None:
         for kind in ("shared", "private", "together"):
             print(f"{stock[kind] / 2**20:>10.0f}{plugin[kind] / 2**20:>10.0f}", end="")
         print()
+
+
+def result(
+    asked: argparse.Namespace, works: Sequence[Work], settings: Settings, surroundings: dict[str, Any]
+) -> dict[str, Any]:
+    """Measure as was asked for, and return all rounds with all that is needed to judge them."""
+    return {
+        "pairs": asked.pairs,
+        "sizes": {work.name: vars(work) for work in works},
+        "settings": settings._asdict(),
+        "surroundings": surroundings,
+        "rounds": measure(works, asked.pairs, settings),
+    }
+
+
+def write(path: Path | None, result: dict[str, Any]) -> None:
+    """Keep a result, if that is wanted."""
+    if path:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def report(asked: argparse.Namespace, works: Sequence[Work], settings: Settings, surroundings: dict[str, Any]) -> None:
+    """Measure times and memory, keep them, and print them."""
+    measured = result(asked, works, settings, surroundings)
+    measured["summary"] = summary(measured["rounds"])
+    write(asked.json, measured)
+    show(measured)

@@ -41,11 +41,11 @@ class ClientScatter(pairs.Work):
     name = "client-scatter"
 
     def __init__(self, size: int) -> None:
-        self._size = size
+        self.size = size
 
     def prepare(self, client: Client, seed: int) -> np.ndarray:
         """Make the array."""
-        return machine.make(seed, self._size)
+        return machine.make(seed, self.size)
 
     def do(self, client: Client, prepared: np.ndarray) -> list[int]:
         """Scatter and read it."""
@@ -67,12 +67,12 @@ class WorkerScatter(pairs.Work):
     name = "worker-scatter"
 
     def __init__(self, size: int) -> None:
-        self._size = size
+        self.size = size
 
     def do(self, client: Client, prepared: int) -> list[int]:
         """Let the task begin, and wait for what it says."""
         workers = on_all_workers(client, READS)
-        return client.submit(scatter_and_read, prepared, self._size, workers, pure=False).result()
+        return client.submit(scatter_and_read, prepared, self.size, workers, pure=False).result()
 
 
 def rows(part: int, seed: int, count: int, keys: int) -> Any:
@@ -98,12 +98,12 @@ class DataFrame(pairs.Work):
     name = "dataframe"
 
     def __init__(self, keys: int, count: int, partitions: int) -> None:
-        self._keys, self._count, self._partitions = keys, count, partitions
+        self.keys, self.count, self.partitions = keys, count, partitions
 
     def prepare(self, client: Client, seed: int) -> Any:
         """Let the workers make both sides."""
-        left = dd.from_map(rows, range(self._partitions), seed=seed, count=self._count, keys=self._keys).persist()
-        right = dd.from_map(table, [0], seed=seed, keys=self._keys).persist()
+        left = dd.from_map(rows, range(self.partitions), seed=seed, count=self.count, keys=self.keys).persist()
+        right = dd.from_map(table, [0], seed=seed, keys=self.keys).persist()
         wait([left, right])
         return left, right
 
@@ -129,12 +129,12 @@ class MapOverlap(pairs.Work):
     name = "map-overlap"
 
     def __init__(self, side: int, chunk: int) -> None:
-        self._side, self._chunk = side, chunk
+        self.side, self.chunk = side, chunk
 
     def prepare(self, client: Client, seed: int) -> Any:
         """Let the workers make the array."""
         random = da.random.default_rng(seed)
-        x = random.integers(0, 1000, size=(self._side, self._side), chunks=self._chunk, dtype=np.int64).persist()
+        x = random.integers(0, 1000, size=(self.side, self.side), chunks=self.chunk, dtype=np.int64).persist()
         wait(x)
         return x
 
@@ -164,17 +164,7 @@ def main() -> None:
     """Read the arguments, measure, print."""
     asked = pairs.arguments(__doc__, [work.name for work in works(is_quick=True)], pairs=7)
     chosen = [work for work in works(is_quick=asked.quick) if work.name in asked.only]
-    rounds = pairs.measure(chosen, asked.pairs, settings := pairs.Settings())
-    result = {
-        "pairs": asked.pairs,
-        "sizes": {work.name: {name.strip("_"): size for name, size in vars(work).items()} for work in chosen},
-        "settings": settings._asdict(),
-        "surroundings": machine.surroundings("distributed", "numpy", "pandas"),
-        "summary": pairs.summary(rounds),
-        "rounds": rounds,
-    }
-    pairs.write(asked.json, result)
-    pairs.show(result)
+    pairs.report(asked, chosen, pairs.Settings(), machine.surroundings("distributed", "numpy", "pandas"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One start of one peer, in the peer's own environment; run by ``__main__``.
 
-    python driver.py MODULE times|memory FOLDER SHM_FOLDER OUTPUT ROUNDS SIZE...
+Takes the peer's module, "times" or "memory", a folder, a folder in shared memory, the file for the result, the number of
+warm rounds, and sizes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""This package's arena, without Dask."""
+"""The arena of this package, without Dask."""
 
 from __future__ import annotations
 

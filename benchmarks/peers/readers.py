@@ -55,7 +55,7 @@ class Failed(Exception):
 
 
 class Process:
-    """This end of such a process."""
+    """The end of such a process that gives the orders."""
 
     def __init__(self, module: str, whereabouts: Any) -> None:
         context = multiprocessing.get_context("spawn")
