@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import gc
 import json
+import logging
 import multiprocessing
 import os
 import statistics
@@ -130,6 +131,8 @@ class Arm:
 
 def serve(pipe: Connection, with_plugin: bool, settings: Settings) -> None:
     """Run one cluster and do what the other end of the pipe asks for, until it says None."""
+    # distributed logs every shuffle that begins and ends as a warning (2026.8.0, shuffle/_scheduler_plugin.py).
+    logging.getLogger("distributed.shuffle").setLevel(logging.ERROR)
     with (
         LocalCluster(
             n_workers=settings.workers,

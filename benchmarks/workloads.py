@@ -1,6 +1,6 @@
 """Work that people do with a value that all workers need, through the libraries they do it with.
 
-    pip install -e '.[bench]'
+    pip install -e '.[benchmark]'
     python benchmarks/workloads.py [--quick] [--pairs 5] [--only NAME ...] [--json PATH]
 
 Stock Dask and the plugin in turn (see `pairs.py`, also for how memory is measured), with memory limits on, until the last
