@@ -35,6 +35,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ sys.path.append(str(HERE.parent))
 import machine  # noqa: E402  (beside this folder)
 
 MIB = 1 << 20
-PATIENCE = 180
+PATIENCE = 120
+MODES = ("times", "memory")
 FIGURES = ("memcpy", "put", "attach", "read", "own_read")
 
 
@@ -82,22 +84,22 @@ def run(peer: Peer, python: str, mode: str, rounds: int, sizes: list[int]) -> An
 
 
 def measure(peers: list[Peer], envs: Path, starts: int, rounds: int, sizes: list[int]) -> dict[str, Any]:
-    """Start all peers in turn, several times for the times and once for the memory."""
-    results: dict[str, Any] = {peer.name: {"requirements": peer.requirements, "starts": []} for peer in peers}
-    for number in range(starts + 1):
-        for peer in peers:
-            result = results[peer.name]
-            if "reason" in result:
-                continue
-            print(f"start {number + 1} of {starts + 1}: {peer.name}", file=sys.stderr)
-            try:
-                python = python_of(peer, envs)
-                if number < starts:
-                    result["starts"].append(run(peer, python, "times", rounds, sizes))
-                else:
-                    result["memory"] = run(peer, python, "memory", rounds, sizes)
-            except NotThere as reason:
-                result["reason"] = str(reason)
+    """Start all peers in turn, several times for the times and as often for the memory."""
+    results: dict[str, Any] = {peer.name: {"requirements": peer.requirements} for peer in peers}
+    for number in range(starts):
+        for mode in MODES:
+            for peer in peers:
+                result = results[peer.name]
+                if "reason" in result:
+                    continue
+                begin = time.monotonic()
+                try:
+                    one = run(peer, python_of(peer, envs), mode, rounds, sizes)
+                    result.setdefault(mode, []).append(one)
+                except NotThere as reason:
+                    result["reason"] = str(reason)
+                seconds = time.monotonic() - begin
+                print(f"{number + 1} of {starts}, {mode}: {peer.name} took {seconds:.0f} s", file=sys.stderr)
     return results
 
 
@@ -134,11 +136,11 @@ def show(result: dict[str, Any]) -> None:
         if copies:
             print(f"{'memcpy':<14}{statistics.median(m['memcpy'] for m in copies) * 1e6:>12,.0f}{1:>10.2f}", end="")
             print(f"{'':>34}{statistics.median(m['own_read'] for m in copies) * 1e6:>11,.0f}")
-    print(f"\nmemory with one value and four readers{'Shmem, MiB':>12}{'private, MiB':>14}")
+    print(f"\n{result['sizes'][-1] / MIB:g} MiB, four readers{'Shmem, MiB':>16}{'private, MiB':>14}")
     for name, peer in result["peers"].items():
         if "memory" in peer:
-            size, shared, private = (peer["memory"][key] / MIB for key in ("size", "shared", "private"))
-            print(f"{name:<16}{size:>18g} MiB{shared:>12.0f}{private:>14.0f}")
+            shared, private = (statistics.median(one[key] for one in peer["memory"]) for key in ("shared", "private"))
+            print(f"{name:<22}{shared / MIB:>16.0f}{private / MIB:>14.0f}")
     for name, peer in result["peers"].items():
         if "reason" in peer:
             print(f"\n{name}: {peer['reason']}")
@@ -159,8 +161,8 @@ def main() -> None:
     asked.envs.mkdir(parents=True, exist_ok=True)
     results = measure(peers, asked.envs, starts, rounds, sizes)
     for peer in results.values():
-        if peer["starts"]:
-            peer["medians"] = {str(size): medians(peer["starts"], size) for size in sizes}
+        if "times" in peer:
+            peer["medians"] = {str(size): medians(peer["times"], size) for size in sizes}
     result = {
         "surroundings": machine.surroundings("numpy"),
         "sizes": sizes,

@@ -17,8 +17,7 @@ import numpy as np
 from distributed import Client, LocalCluster
 from readers import Answer
 
-PROTOCOL = os.environ.get("PEERS_PROTOCOL", "tcp")
-WORKERS = 5
+PROTOCOL = os.environ["PEERS_PROTOCOL"]
 
 
 def first(x: np.ndarray) -> float:
@@ -56,22 +55,30 @@ class Reader:
 
 
 class Store:
-    """A cluster."""
+    """A cluster of one worker, and one more for each reader."""
 
     def __init__(self, folder: Path, capacity: int) -> None:
         self._cluster = LocalCluster(
-            n_workers=WORKERS, threads_per_worker=1, protocol=PROTOCOL, dashboard_address=":0", local_directory=folder
+            n_workers=1, threads_per_worker=1, protocol=PROTOCOL, dashboard_address=":0", local_directory=folder
         )
         self._client = Client(self._cluster)
         self._client.amm.stop()  # replicas must still be there when memory is read
-        self._owner, *self._others = sorted(self._client.scheduler_info(n_workers=-1)["workers"])
-        self._next = iter(self._others)
-        for other in self._others:  # connections are not what is measured
-            Reader(self._client, other).attach(self.put(np.zeros(512)), False)
+        [self._owner] = self._workers()
+
+    def _workers(self) -> set[str]:
+        return set(self._client.scheduler_info(n_workers=-1)["workers"])
 
     def reader(self) -> Reader:
-        """Return the next worker."""
-        return Reader(self._client, next(self._next))
+        """Start one more worker."""
+        before = self._workers()
+        self._cluster.scale(len(before) + 1)
+        self._client.wait_for_workers(len(before) + 1)
+        [worker] = self._workers() - before
+        reader = Reader(self._client, worker)
+        small = self.put(np.zeros(machine.PAGE // 8))
+        reader.attach(small, False)  # connections are not what is measured
+        self.delete(small)
+        return reader
 
     def put(self, x: np.ndarray) -> Any:
         """Scatter it to the first worker."""
