@@ -81,6 +81,8 @@ def run(peer: Peer, python: str, mode: str, rounds: int, sizes: list[int]) -> An
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(shm, ignore_errors=True)
+        for left in Path("/dev/shm").glob(f"{folder.name}-*"):
+            left.unlink(missing_ok=True)
 
 
 def measure(peers: list[Peer], envs: Path, starts: int, rounds: int, sizes: list[int]) -> dict[str, Any]:

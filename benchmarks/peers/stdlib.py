@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,17 @@ import numpy as np
 
 
 class Store:
-    """Creates segments and removes them."""
+    """Creates segments and removes them; the names say whose they are, should it be killed."""
 
     whereabouts = None
 
     def __init__(self, folder: Path, capacity: int) -> None:
+        self._prefix, self._numbers = folder.name, itertools.count()
         self._segments: dict[Any, SharedMemory] = {}
 
     def put(self, x: np.ndarray) -> Any:
         """Create a segment and copy."""
-        segment = SharedMemory(create=True, size=x.nbytes)
+        segment = SharedMemory(f"{self._prefix}-{next(self._numbers)}", create=True, size=x.nbytes)
         np.copyto(np.ndarray(x.shape, x.dtype, segment.buf), x)
         name = (segment.name, x.size)
         self._segments[name] = segment
