@@ -189,7 +189,7 @@ def measure(works: Sequence[Work], pairs: int, settings: Settings) -> Rounds:
                     if number >= 0:
                         rounds[work.name][arm].append(figures)
                 if answers[0] != answers[1]:
-                    raise SystemExit(f"{work.name}: the plugin changes the result: {answers}")
+                    raise SystemExit(f"{work.name}: the plugin changes the result: {str(answers)[:1000]}")
     return rounds
 
 
