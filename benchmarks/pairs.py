@@ -20,6 +20,7 @@ import logging
 import multiprocessing
 import os
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -180,6 +181,7 @@ def measure(works: Sequence[Work], pairs: int, settings: Settings) -> Rounds:
     rounds: Rounds = {work.name: {arm: [] for arm in ARMS} for work in works}
     with clusters(settings) as pipes:
         for number in range(-1, pairs):
+            print(f"pair {number + 1} of {pairs}" if number >= 0 else "once unmeasured", file=sys.stderr)
             for work in works:
                 answers = []
                 for arm in ARMS if number % 2 else reversed(ARMS):

@@ -136,9 +136,9 @@ def works(*, is_quick: bool) -> list[pairs.Work]:
     return [
         TinyTasks(10_000),
         Shuffle(100_000, 8),
-        Tensordot("tensordot", 1280, 256),
-        Tensordot("tensordot-shared", 2048, 512),
-        GroupBy(250_000, 16),
+        Tensordot("tensordot", 1024, 256),
+        Tensordot("tensordot-shared", 1536, 512),
+        GroupBy(100_000, 16),
     ]
 
 
