@@ -24,78 +24,29 @@ Other programs that use shared memory or the loopback while this runs spoil its 
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import distributed
-import numpy as np
 from dask.utils import format_bytes, parse_bytes
 from distributed import Client, LocalCluster
+from machine import PAGE, field, loopback, make, read_pages, surroundings, warm_copy
 
 from dask_shm_plugin import SharedMemoryPlugin
 
 Round = dict[str, float]
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
-STEP = PAGE // 8
 WAYS = ("broadcast", "fetch")
 ARMS = ("stock", "plugin")
-
-
-# ------------------------------------------------------------------------------------------------------- the machine
-
-
-def field(path: str, name: str) -> int:
-    """Return a field of a file in /proc that is given in kB, in bytes."""
-    for line in Path(path).read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) << 10
-    raise LookupError(f"{path} has no {name}")
-
-
-def loopback() -> int:
-    """Return the bytes that the loopback interface has carried so far."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        name, _, figures = line.partition(":")
-        if name.strip() == "lo":
-            return int(figures.split()[0])
-    raise LookupError("no loopback interface")
-
-
-def warm_copy(size: int) -> float:
-    """Return the seconds of a copy into memory that exists: the yardstick of this machine."""
-    source, target = np.random.default_rng(0).random(size // 8), np.zeros(size // 8)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        np.copyto(target, source)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-# ------------------------------------------------------------------------------------------------------------- tasks
-
-
-def make(seed: int, size: int) -> np.ndarray:
-    """Return an array of random numbers, every page written."""
-    return np.random.default_rng(seed).random(size // 8)
-
-
-def read_pages(x: np.ndarray) -> int:
-    """Read one element of every page, and sum their bits, which unlike a sum of floats is exact."""
-    return int(x.view(np.uint64)[::STEP].sum())
 
 
 # --------------------------------------------------------------------------------------------------------- one cluster
@@ -235,19 +186,6 @@ def summary(rounds: dict[str, dict[str, list[Round]]]) -> dict[str, dict[str, An
     return result
 
 
-def surroundings() -> dict[str, Any]:
-    """Return what a reader must know to judge the figures."""
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "python": platform.python_version(),
-        "distributed": distributed.__version__,
-        "numpy": np.__version__,
-        "linux": platform.release(),
-        "processors": os.cpu_count(),
-        "memory": field("/proc/meminfo", "MemTotal"),
-    }
-
-
 def show(result: dict[str, Any]) -> None:
     """Print the figures for people."""
     around, size = result["surroundings"], format_bytes(result["size"])
@@ -290,7 +228,7 @@ def main() -> None:
         "size": asked.size,
         "workers": asked.workers,
         "pairs": asked.pairs,
-        "surroundings": surroundings(),
+        "surroundings": surroundings("distributed", "numpy"),
         "warm_copy": warm_copy(asked.size),
         "summary": summary(rounds),
         "rounds": rounds,
