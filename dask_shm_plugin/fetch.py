@@ -104,10 +104,11 @@ async def _get_data_from_worker(
     deserializers: list[str] | None = None,
 ) -> Any:
     ask: Callable[..., Any] = REQUESTS.old
-    is_ours = rpc.deserialize and not (serializers or rpc.serializers) and not worker.startswith("inproc://")
+    names = askers()
+    is_ours = names and rpc.deserialize and not (serializers or rpc.serializers) and not worker.startswith("inproc://")
     if not is_ours:
         return await ask(rpc, keys, worker, who=who, serializers=serializers, deserializers=deserializers)
-    response = await ask(rpc, keys, worker, who=who, serializers=seams.tagged(askers()), deserializers=deserializers)
+    response = await ask(rpc, keys, worker, who=who, serializers=seams.tagged(names), deserializers=deserializers)
     if response["status"] != "OK":
         return response
     response = {**response, "data": await finish(response["data"])}

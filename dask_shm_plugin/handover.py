@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 from collections.abc import Callable
@@ -46,17 +45,11 @@ class Courier:
         A running client.
     scatter
         Dask's own way, through the scheduler.
-
-    Notes
-    -----
-    What goes to all members goes to each of them at once, and the scheduler is told afterwards, as Dask does it with
-    ``direct=True``. Through the scheduler it would go to one of them and from there, in steps, from worker to worker.
     """
 
     def __init__(self, client: Any, scatter: Callable[..., Any]) -> None:
-        self._client, self._scheduler, self._scatter = client, client.scheduler, scatter
+        self._scheduler, self._scatter = client.scheduler, scatter
         self._turns = itertools.count()
-        self._reaches_workers = True
 
     @step("hand over")
     async def deliver(self, what: HandOver, broadcast: bool | int) -> list[Any]:
@@ -69,47 +62,12 @@ class Courier:
 
     async def _broadcast(self, what: HandOver, broadcast: bool | int) -> None:
         members, others = what.targets
-        n = len(members) + len(others) if broadcast is True else broadcast
-        if n < len(members):
-            await self._scatter(data=what.handles, workers=members, broadcast=n, **what.options)
-            return
-        await self._give_to_each(what)
-        if others and n > len(members):
-            await self._replicate(what.data, members + others, None if broadcast is True else n)
-
-    async def _give_to_each(self, what: HandOver) -> None:
-        members = what.targets.members
-        handles = {key: published.message for key, published in what.published.items()}
-        rest = {key: value for key, value in what.data.items() if key not in handles}
-        if rest:
-            await self._scatter(data=rest, workers=members, broadcast=True, **what.options)
-        answers = await asyncio.gather(*(self._give(address, handles) for address in members))
-        given = {address: answer for address, answer in zip(members, answers, strict=True) if answer is not None}
-        if not given:
-            await self._scatter(data=handles, workers=members, broadcast=True, **what.options)
-            return
-        nbytes = next(iter(given.values()))["nbytes"]
-        who_has = {key: list(given) for key in handles}
-        await self._scheduler.update_data(who_has=who_has, nbytes=nbytes, client=self._client.id)
-        if len(given) < len(members):
-            await self._replicate(handles, members, None)
-
-    async def _give(self, address: str, handles: Data) -> Any:
-        if not self._reaches_workers:
-            return None
-        call = self._client.rpc(address)
-        try:
-            return await call.update_data(data=handles)
-        except Exception as error:
-            # Who cannot be reached now, behind a firewall perhaps, is not tried again and again.
-            self._reaches_workers = not isinstance(error, OSError)
-            logger.debug("%s was not given its handles directly", address, exc_info=True)
-            return None
-        finally:
-            await call.close_rpc()
-
-    async def _replicate(self, data: Data, workers: list[str], n: int | None) -> None:
-        await self._scheduler.replicate(keys=list(data), n=n, workers=workers, branching_factor=2)
+        everyone = broadcast is True
+        among_members = everyone or min(int(broadcast), len(members))
+        await self._scatter(data=what.handles, workers=members, broadcast=among_members, **what.options)
+        if others and (everyone or broadcast > len(members)):
+            n = None if everyone else broadcast
+            await self._scheduler.replicate(keys=list(what.data), n=n, workers=members + others, branching_factor=2)
 
     async def _distribute(self, what: HandOver) -> None:
         """Like Dask, take one worker after the other."""

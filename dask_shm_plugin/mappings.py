@@ -84,7 +84,7 @@ class Mappings:
         """Take a mapping back whose views are all gone, to keep it or to unmap it."""
         views.ATLAS.remove(mapping.address)
         too_many = [mapping]
-        if _SMALLEST <= mapping.length <= self._keep and not views.is_written(mapping.address, mapping.length):
+        if _SMALLEST <= mapping.length <= self._keep and not _is_written(mapping):
             with self._lock:
                 self._kept.append(mapping)
                 too_many = self._beyond()
@@ -115,6 +115,14 @@ class Mappings:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+
+def _is_written(mapping: Mapping) -> bool:
+    # To look takes memory of its own; what cannot be looked at is unmapped, or its references would stay for good.
+    try:
+        return views.is_written(mapping.address, mapping.length)
+    except MemoryError:
+        return True
 
 
 def _unmap(mapping: Mapping) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 
 from dask_shm_plugin.forks import Pins
@@ -18,7 +19,7 @@ class References:
 
     def __init__(self) -> None:
         self._counts: dict[Row, int] = {}
-        self._pins: list[Pins] = []
+        self._pins: collections.deque[Pins] = collections.deque()
 
     def add(self, row: Row) -> None:
         """Count one more."""
@@ -45,9 +46,16 @@ class References:
 
     def unpinned(self) -> list[Row]:
         """Return what is not kept any more, for children that have ended."""
-        over = [pins for pins in self._pins if pins.are_over()]
-        self._pins = [pins for pins in self._pins if pins not in over]
-        return [row for pins in over for row in pins.rows]
+        # Another thread may fork meanwhile, and what it keeps may look like what was just given up: each is taken out
+        # before it is asked, and put back if it stays.
+        rows = []
+        for _ in range(len(self._pins)):
+            pins = self._pins.popleft()
+            if pins.are_over():
+                rows += pins.rows
+            else:
+                self._pins.append(pins)
+        return rows
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self._counts)

@@ -70,14 +70,6 @@ SEAMS = (
         ),
     ),
     Seam(
-        "Scheduler.update_data, Client.rpc",
-        "a broadcast goes from the client to each worker, and then the scheduler is told",
-        lambda: (
-            _takes(distributed.scheduler.Scheduler.update_data, "who_has", "nbytes", "client")
-            and _names(distributed.client.Client._scatter, "rpc", "update_data")
-        ),
-    ),
-    Seam(
         "Worker.get_data",
         "the handler of data requests: values become handles when the answer is written",
         lambda: _takes(distributed.worker.Worker.get_data, "comm", "keys", "who", "serializers"),

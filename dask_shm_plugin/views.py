@@ -159,7 +159,7 @@ def _page_table(address: int, length: int) -> npt.NDArray[np.uint64] | None:
         with open("/proc/self/pagemap", "rb", buffering=0) as file:
             file.seek(first * 8)
             entries = np.frombuffer(file.read((last - first + 1) * 8), dtype=np.uint64)
-    except OSError:
+    except (OSError, MemoryError):
         return None
     return entries if len(entries) == last - first + 1 else None
 

@@ -8,6 +8,7 @@ a mapping would be answered by SIGBUS.
 from __future__ import annotations
 
 import functools
+import resource
 import threading
 
 import numpy as np
@@ -35,7 +36,8 @@ class Window:
         self._segment = segment
         self._lock = threading.Lock()
         self._bytes: npt.NDArray[np.uint8] | None = None
-        self._is_refused = False
+        # It takes the address space of the whole segment, which a process may need for other things.
+        self._is_refused = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
     def sees(self, offset: int, length: int) -> bool:
         """Tell whether a part is mapped page by page, so that all its pages exist (256 MiB: 1 ms)."""

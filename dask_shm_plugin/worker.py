@@ -60,7 +60,7 @@ class SharedMemoryWorker(WorkerPlugin):
         role = Role("worker", worker.scheduler, worker.contact_address or worker.address, options)
         self._joining = Joining(role, lambda arena: self._joined(worker, role, arena))
         await self._joining.start()
-        if self._running is None:
+        if self._running is None and role.kept_out_by is not None:
             self._outsider = fetch.Outsider(lambda: role.kept_out_by)
 
     def _joined(self, worker: Any, role: Role, arena: Arena) -> None:
