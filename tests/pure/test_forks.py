@@ -10,6 +10,9 @@ import pytest
 from other_processes import JOIN, wait_until
 
 from dask_shm_plugin import membership
+from dask_shm_plugin.forks import Pins
+from dask_shm_plugin.layout import Row
+from dask_shm_plugin.references import References
 
 SIZE = 1 << 20
 
@@ -165,3 +168,17 @@ def test_a_process_that_stands_still_inside_the_table_keeps_no_fork_from_keeping
     assert child("bytes(view)") == b"parents"
     child.leave()
     wait_until(lambda: other("arena.stats().used") == 0, "it goes with the child")
+
+
+def test_what_is_kept_for_a_child_while_another_ones_is_given_up_is_not_mistaken_for_it():
+    """The system uses descriptors and addresses again, so that the two look the same."""
+    references, row = References(), Row(0, 1)
+
+    class Ending(Pins):
+        def are_over(self):
+            references.keep(Pins(*self))
+            return True
+
+    references.keep(Ending([row], 7, 8, 4096))
+    assert references.unpinned() == [row]
+    assert len(references._pins) == 1

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from other_processes import Process, publish, wait_until
 
-from dask_shm_plugin import syscalls
+from dask_shm_plugin import syscalls, views
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.block import Block
 from dask_shm_plugin.exceptions import MappingRefused
@@ -88,10 +88,10 @@ def test_pages_that_were_given_back_meanwhile_are_mapped_anew(roomy: Arena) -> N
 def test_what_is_kept_is_bounded_and_the_oldest_goes_first(roomy: Arena) -> None:
     """It is never more than stays warm of the arena."""
     blocks = [publish(roomy, bytes([n]) * MIB) for n in range(6)]
-    views = [look(block) for block in blocks]
-    at = [address(view) for view in views]
-    while views:
-        del views[0]
+    living = [look(block) for block in blocks]
+    at = [address(view) for view in living]
+    while living:
+        del living[0]
         roomy.tidy()
     wait_until(lambda: len(roomy._mappings) == 4, "four are kept")
     assert [address(look(block)) for block in blocks[2:]] == at[2:]
@@ -105,6 +105,19 @@ def test_small_ones_are_not_kept(roomy: Arena) -> None:
         look(block, PAGE)
         roomy.tidy()
         wait_until(lambda: len(roomy._mappings) == 0, "nothing is kept")
+
+
+def test_without_memory_to_look_whether_it_was_written_it_is_unmapped(
+    roomy: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reference whose mapping could not be looked at would stay for good."""
+
+    def no_memory(*args: int) -> bool:
+        raise MemoryError
+
+    monkeypatch.setattr(views, "is_written", no_memory)
+    shown_and_dropped(roomy, 1)
+    assert len(roomy._mappings) == 0
 
 
 def test_where_no_mapping_is_left_those_that_are_kept_go(roomy: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
