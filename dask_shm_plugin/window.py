@@ -1,6 +1,6 @@
 """The one mapping through which a process writes: for pages that exist, it is as fast as memory.
 
-Where a page exists already, ``pwrite`` takes twice the time of a copy in memory (256 MiB: 77 ms against 30; 2 cores,
+Where a page exists already, ``pwrite`` takes twice the time of a copy in memory (256 MiB: 55 to 60 ms against 28; 2 cores,
 November 2026). Where it does not, ``pwrite`` is quicker, and it is the one that reports a lack of memory: a store through
 a mapping would be answered by SIGBUS.
 """
