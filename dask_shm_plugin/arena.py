@@ -17,6 +17,7 @@ from dask_shm_plugin.access import Access
 from dask_shm_plugin.block import Block, Descriptor, Draft
 from dask_shm_plugin.blockbook import TRIMMING
 from dask_shm_plugin.crashpoints import step
+from dask_shm_plugin.directory import Directory
 from dask_shm_plugin.exceptions import (
     ArenaBusy,
     ArenaFull,
@@ -26,7 +27,7 @@ from dask_shm_plugin.exceptions import (
     TableCorrupt,
 )
 from dask_shm_plugin.forks import Pins
-from dask_shm_plugin.layout import Extent, Row
+from dask_shm_plugin.layout import BLOCKS_FROM, TABLE_BYTES, Extent, Row
 from dask_shm_plugin.mappings import Dropped, Mappings
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.pages import Pages
@@ -36,8 +37,6 @@ from dask_shm_plugin.segment import PAGE, Segment, Whereabouts, round_up
 from dask_shm_plugin.table import Table
 from dask_shm_plugin.views import Place
 from dask_shm_plugin.weights import Weights
-
-_BLOCKS_FROM = round_up(layout.TABLE_BYTES)
 
 
 class ArenaStats(NamedTuple):
@@ -96,8 +95,9 @@ class Arena:
         self._leaving = False
         self.upkeep: Callable[[], None] = lambda: None
         self.member = self._join()
-        self.pages = Pages(segment, _BLOCKS_FROM, lambda: self._table.drafts(), self._make_room, self.trim_all)
+        self.pages = Pages(segment, BLOCKS_FROM, lambda: self._table.drafts(), self._make_room, self.trim_all)
         self.roster = Roster(self._access, segment, self.member)
+        self.directory = Directory(self._table.marks, segment, self.roster, self.member)
         self.weights = Weights(lambda: self._table, self.member)
         tidying.start(self, self._dropped)
 
@@ -107,7 +107,7 @@ class Arena:
         capacity = capacity // PAGE * PAGE
         if capacity <= 0:
             raise ArenaUnavailable("shm.capacity is zero: sharing is off")
-        segment = Segment.create(_BLOCKS_FROM + layout.SPREAD * capacity, _BLOCKS_FROM + capacity)
+        segment = Segment.create(BLOCKS_FROM + layout.SPREAD * capacity, TABLE_BYTES + capacity)
         try:
             segment.reserve(0, layout.SHARED_BYTES)
             Table.format(_map_table(segment), secrets.token_bytes(16), capacity)
@@ -127,10 +127,10 @@ class Arena:
         """
         segment = Segment.open(at)
         try:
-            table = Table(_map_table(segment)) if segment.size >= _BLOCKS_FROM else None
+            table = Table(_map_table(segment)) if segment.size >= BLOCKS_FROM else None
             if table is None or table.arena_id != arena_id:
                 raise ArenaUnavailable("another arena was found in the place of the one looked for")
-            if _BLOCKS_FROM + table.span > segment.size:
+            if BLOCKS_FROM + table.span > segment.size:
                 raise TableCorrupt("the arena's memory is shorter than its table says")
             return cls(segment, warm)
         except BaseException:
@@ -196,7 +196,7 @@ class Arena:
         first, last = place.offset // PAGE * PAGE, round_up(place.offset + place.length)
         self._refer(place.row)
         try:
-            mapping = self._mappings.map(_BLOCKS_FROM + extent.offset + first, last - first)
+            mapping = self._mappings.map(BLOCKS_FROM + extent.offset + first, last - first)
         except BaseException:
             self.drop(place.row)
             raise
@@ -303,7 +303,7 @@ class Arena:
         return int(np.sum(self._table.taken_by_now()[:, 1]))
 
     def _trim_to(self, warm: int) -> None:
-        trimming.trim(self, self.segment, self._table, _BLOCKS_FROM, warm)
+        trimming.trim(self, self.segment, self._table, BLOCKS_FROM, warm)
 
     @property
     def has_left(self) -> bool:
@@ -337,6 +337,7 @@ class Arena:
             with self._mutex:
                 if len(self._references) or not (self._leaving or self.is_damaged):
                     return
+                self.directory.close()
                 self._access.attempt(lambda table: table.reclaim(self.member))
                 liveness.let_go(self.segment.fd, self.member.slot)
                 self._mutex.retire(self.segment.close)
@@ -402,5 +403,5 @@ class Arena:
 
 def _map_table(segment: Segment) -> memoryview:
     """Map the table of a segment for as long as anything refers to it."""
-    address = segment.map_shared(0, _BLOCKS_FROM)
-    return views.Exporter(address, _BLOCKS_FROM, functools.partial(syscalls.unmap, address, _BLOCKS_FROM)).bytes()
+    address = segment.map_shared(0, TABLE_BYTES)
+    return views.Exporter(address, TABLE_BYTES, functools.partial(syscalls.unmap, address, TABLE_BYTES)).bytes()

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import distributed.worker
 
-from dask_shm_plugin import handles, membership, seams
+from dask_shm_plugin import handles, listings, membership, seams
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.exceptions import REASONS
 from dask_shm_plugin.handles import Deferred, Unresolved
@@ -94,6 +94,16 @@ def unusable(data: Mapping[Any, Any]) -> list[Any]:
     return keys
 
 
+async def _look_up(worker: str, keys: Collection[Any]) -> dict[Any, Any]:
+    """Return what a worker need not be asked for."""
+    listed = listings.find(worker, keys)
+    arrived = await finish({key: handles.arrive(handle) for key, handle in listed.items()})
+    found = {key: value for key, value in arrived.items() if type(value) is not Unresolved}
+    for key in found:
+        COUNTERS.count("found", listed[key].size)
+    return found
+
+
 async def _get_data_from_worker(
     rpc: Any,
     keys: Any,
@@ -108,10 +118,14 @@ async def _get_data_from_worker(
     is_ours = names and rpc.deserialize and not (serializers or rpc.serializers) and not worker.startswith("inproc://")
     if not is_ours:
         return await ask(rpc, keys, worker, who=who, serializers=serializers, deserializers=deserializers)
+    found = await _look_up(worker, keys)
+    keys = [key for key in keys if key not in found]
+    if found and not keys:
+        return {"status": "OK", "data": found}
     response = await ask(rpc, keys, worker, who=who, serializers=seams.tagged(names), deserializers=deserializers)
     if response["status"] != "OK":
         return response
-    response = {**response, "data": await finish(response["data"])}
+    response = {**response, "data": {**found, **await finish(response["data"])}}
     missing = unusable(response["data"])
     if missing:
         again = await ask(

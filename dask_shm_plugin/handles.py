@@ -93,6 +93,18 @@ class Handle:
         if not is_whole:
             raise HandleDamaged("a handle was changed on its way")
 
+    def to_bytes(self) -> bytes:
+        """Return what :meth:`from_bytes` makes the handle of, in the same arena."""
+        parts = [part if isinstance(part, bytes) else [*part.row, part.offset, part.length] for part in self.parts]
+        return bytes(msgpack.dumps([self.header, parts, self.size, self.in_band, self.checksum], use_bin_type=True))
+
+    @classmethod
+    def from_bytes(cls, arena_id: bytes, data: bytes) -> Handle:
+        """Undo :meth:`to_bytes`."""
+        header, parts, size, in_band, checksum = msgpack.loads(data)
+        placed = (p if isinstance(p, bytes) else Span(Row(p[0], p[1]), p[2], p[3]) for p in parts)
+        return cls(arena_id, header, tuple(placed), size, in_band, checksum)
+
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _receive, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
@@ -220,6 +232,11 @@ def _receive(*fields: Any) -> Any:
         return Unresolved("version")
     except HandleDamaged as error:
         return Unresolved(error.reason)
+    return arrive(handle)
+
+
+def arrive(handle: Handle) -> Any:
+    """Return the value of a handle, or an :class:`Unresolved`, or on an event loop a :class:`Deferred`."""
     if handle.in_band > _AT_ONCE and asyncio._get_running_loop() is not None:
         return Deferred(handle)
     return become(handle)

@@ -5,20 +5,22 @@
     header   magic+version, arena id (2 words), capacity, change counter, next incarnation, rows in use, reserved
     members  see ``memberbook``
     roles    see ``rolebook``
+    marks    see ``markbook``
     blocks   BLOCKS rows of   [tag | generation | state, offset, extent, size, owner slot, owner incarnation,
                                reserved x 2]; the first word see ``stateword``
     claims   see ``claimbook``
 
-Behind the table come the blocks themselves.
+Behind the table come the members' directories, one after the other, each ``PLACES`` places of ``PLACE_BYTES``; behind
+these the blocks themselves.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from dask_shm_plugin import memberbook, rolebook
+from dask_shm_plugin import markbook, memberbook, rolebook
 
-VERSION = 3
+VERSION = 4
 MAGIC = int.from_bytes(b"daskshm" + bytes([VERSION]), "little")
 
 SPREAD = 4
@@ -34,15 +36,22 @@ BLOCK = 8
 
 MEMBERS_AT = HEADER
 ROLES_AT = MEMBERS_AT + memberbook.WORDS
-BLOCKS_AT = -(-(ROLES_AT + rolebook.WORDS) // 512) * 512
+MARKS_AT = ROLES_AT + rolebook.WORDS
+BLOCKS_AT = -(-(MARKS_AT + markbook.WORDS) // 512) * 512
 CLAIMS_AT = BLOCKS_AT + BLOCKS * BLOCK
 
 SHARED_BYTES = CLAIMS_AT * 8
-"""Bytes of the part that every member reads: header, members, roles, blocks."""
+"""Bytes of the part that every member reads: header, members, roles, marks, blocks."""
 CLAIM_BYTES = BLOCKS * 8
 """Bytes of one member's row of claims."""
 TABLE_BYTES = SHARED_BYTES + MEMBERS * CLAIM_BYTES
 """Bytes of the whole table."""
+PLACE_BYTES = 2048
+"""Bytes of one place of a directory: a handle of a DataFrame takes about 1000 (November 2026)."""
+DIRECTORY_BYTES = markbook.PLACES * PLACE_BYTES
+"""Bytes of one member's directory; only what is used has pages."""
+BLOCKS_FROM = TABLE_BYTES + MEMBERS * DIRECTORY_BYTES
+"""Where the blocks begin, in bytes."""
 
 
 class Row(NamedTuple):
@@ -62,9 +71,14 @@ class Extent(NamedTuple):
 
 def at_most(size: int) -> int:
     """Return how many bytes of memory a segment of some size may take: the table, and blocks up to the capacity."""
-    return TABLE_BYTES + (size - TABLE_BYTES) // SPREAD
+    return TABLE_BYTES + (size - BLOCKS_FROM) // SPREAD
 
 
 def claims_offset(slot: int) -> int:
     """Return where in the table, in bytes, the claims of a member lie."""
     return SHARED_BYTES + slot * CLAIM_BYTES
+
+
+def directory_offset(slot: int, place: int = 0) -> int:
+    """Return where in the segment, in bytes, a place of a member's directory lies."""
+    return TABLE_BYTES + slot * DIRECTORY_BYTES + place * PLACE_BYTES

@@ -2,6 +2,7 @@
 
 ``published``  values copied into the arena, and the bytes copied
 ``attached``   values mapped from the arena instead of being received, and their bytes
+``found``      those of them that were found in the arena, without asking the worker that has them
 ``adopted``    values of which the publisher gave up its private copy for the shared one, and their bytes
 ``sent``       values that were large enough to be shared and were sent as bytes instead, by reason
 """
@@ -13,7 +14,7 @@ import threading
 from collections import defaultdict
 from typing import Any
 
-EVENTS = ("published", "attached", "adopted")
+EVENTS = ("published", "attached", "found", "adopted")
 
 
 class Counters:

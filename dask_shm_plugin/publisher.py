@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -16,7 +16,9 @@ from dask_shm_plugin.codec import Published, Serialized
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.handles import Handle
+from dask_shm_plugin.listings import Listings
 from dask_shm_plugin.metrics import COUNTERS
+from dask_shm_plugin.uses import Uses, Watch
 
 logger = logging.getLogger("dask_shm_plugin")
 
@@ -27,6 +29,8 @@ class _Record(NamedTuple):
     value: object
     published: Published
     is_adopted: bool = False
+    is_settled: bool = False
+    """Whether it is decided if it is adopted."""
     is_idle: bool = False
 
 
@@ -48,16 +52,26 @@ class Publisher:
         Bytes of serialized frames from which a value is shared.
     data
         The worker's mapping from keys to values.
+    address
+        Where others ask for them.
+    inputs
+        Returns the keys that the worker's running tasks have as their inputs.
 
     Notes
     -----
     Lives on the worker's event loop; copying happens in threads. A record is dropped in the same moment in which the
     worker lets the key go or spills its value. There must never be a moment when a record answers for another value:
-    it holds the value itself and compares identity.
+    it holds the value itself and compares identity. Nor may there be one when a copy stands for a value that a task has
+    had the chance to change since: it is adopted and listed only while it is watched that none has.
     """
 
-    def __init__(self, arena: Arena, threshold: int, data: Any) -> None:
+    def __init__(
+        self, arena: Arena, threshold: int, data: Any, address: str, inputs: Callable[[], set[Any]] = set
+    ) -> None:
         self._arena, self._threshold, self._data = arena, threshold, data
+        self._listings = Listings(arena, address)
+        self._uses = Uses(inputs, self._listings.cross_out)
+        self._watches: dict[Any, Watch] = {}
         self._records: dict[Any, _Record] = {}
         self._flights: dict[Any, _Flight] = {}
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="dask-shm-copy")
@@ -105,29 +119,50 @@ class Publisher:
     def forget(self, key: Any) -> None:
         """Drop the record of a key that the worker holds no longer in memory."""
         self._records.pop(key, None)
+        self._take_back(key)
+
+    def task_begins(self, keys: Iterable[Any]) -> None:
+        """Take note that a task begins, which has some keys as its inputs."""
+        self._uses.begin(keys)
 
     def prune(self) -> None:
         """Drop the shared copies beside private ones that nobody else has referred to since the last call."""
         for key, record in list(self._records.items()):
             is_idle = not record.is_adopted and not record.published.is_used_elsewhere
             if is_idle and record.is_idle:
-                del self._records[key]
+                self.forget(key)
             elif is_idle != record.is_idle:
                 self._records[key] = record._replace(is_idle=is_idle)
 
     def close(self) -> None:
         """Drop everything; views stay valid."""
         self._stop_listening()
-        self._records.clear()
+        for key in list(self._records):
+            self.forget(key)
+        self._listings.clear()
         self._threads.shutdown(wait=False)
 
     def __repr__(self) -> str:
         return f"<Publisher {len(self._records)} published, {len(self._flights)} under way>"
 
     async def _publish(self, key: Any, value: object, size: int) -> Published | DaskSerialized | None:
-        record = self._records.get(key)
-        if record is not None and record.value is value and await self._still_holds(record):
+        watch = self._uses.watch({key, *seams.keys_of(self._data, value)})
+        try:
+            record = self._records.get(key)
+            if record is None or record.value is not value or not await self._still_holds(record):
+                outcome = await self._copy(value, size)
+                if not isinstance(outcome, Published) or not self._has(key, value):
+                    return outcome
+                record = self._records[key] = _Record(value, outcome)
+            if not record.is_settled:
+                record = await self._adopt(key, record, watch)
+            self._list(key, record, watch)
             return record.published
+        finally:
+            if self._watches.get(key) is not watch:
+                self._uses.end(watch)
+
+    async def _copy(self, value: object, size: int) -> Published | DaskSerialized | None:
         if size < self._threshold:
             serialized = Serialized.of(value)
         else:
@@ -141,8 +176,6 @@ class Publisher:
             return None
         if published.copied:
             COUNTERS.count("published", published.copied)
-        if seams.keeps_values(self._data) and self._has(key, value):
-            await self._remember(key, value, published)
         return published
 
     async def _still_holds(self, record: _Record) -> bool:
@@ -153,20 +186,40 @@ class Publisher:
             return False
 
     @step("adopt")
-    async def _remember(self, key: Any, value: object, published: Published) -> None:
-        self._records[key] = _Record(value, published)
-        if not published.copied or not adoption.may_adopt(value):
-            return
-        shared = await self._in_thread(_rebuild, published.handle, value)
-        # While the thread was at work the key may have been released, replaced or spilled.
-        if shared is not None and self._has(key, value):
+    async def _adopt(self, key: Any, record: _Record, watch: Watch) -> _Record:
+        """Give the private copy up for the shared one, if nobody can tell the difference; return the record."""
+        value, published = record.value, record.published
+        shared = None
+        if published.copied and adoption.may_adopt(value):
+            if not watch.is_quiet:
+                return record
+            shared = await self._in_thread(_rebuild, published.handle, value)
+        # While the thread was at work the key may have been released, replaced, spilled, or used by a task.
+        is_same = self._records.get(key) is record and self._has(key, value)
+        if not is_same or not (shared is None or watch.is_quiet):
+            return record
+        if shared is not None:
             # What a task has returned as it came is one object under several keys, and stays one.
             for also in seams.keys_of(self._data, value):
                 if self._has(also, value):  # storing one may spill another
-                    self._records.pop(also, None)
+                    self.forget(also)
                     self._data[also] = shared
-            self._records[key] = _Record(shared, published, is_adopted=True)
             COUNTERS.count("adopted", published.handle.size)
+        record = _Record(value if shared is None else shared, published, is_adopted=shared is not None, is_settled=True)
+        self._records[key] = record
+        return record
+
+    def _list(self, key: Any, record: _Record, watch: Watch) -> None:
+        if watch.is_quiet and self._records.get(key) is record and self._has(key, record.value):
+            self._take_back(key)
+            self._watches[key] = watch
+            self._listings.enter(key, record.published.handle)
+
+    def _take_back(self, key: Any) -> None:
+        self._listings.cross_out(key)
+        watch = self._watches.pop(key, None)
+        if watch is not None:
+            self._uses.end(watch)
 
     def _has(self, key: Any, value: object) -> bool:
         return seams.in_memory(self._data, key) is value

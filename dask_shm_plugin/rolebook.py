@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from dask_shm_plugin.memberbook import Member
 
 ENTRIES = 512
@@ -40,6 +42,11 @@ class RoleBook:
 
     def __init__(self, words: memoryview) -> None:
         self._words = words
+        self._taken_by = np.frombuffer(words, np.uint64).reshape(ENTRIES, _ENTRY)[:, :2]
+
+    def fingerprint(self) -> bytes:
+        """Return what changes whenever a role comes or goes."""
+        return self._taken_by.tobytes()
 
     def add(self, role: Role) -> None:
         """Enter a role, if there is room."""

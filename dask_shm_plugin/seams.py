@@ -279,7 +279,9 @@ def in_memory(data: Any, key: Any) -> Any:
 
 
 def keys_of(data: Any, value: object) -> list[Any]:
-    """Return the keys under which a worker has this very object in memory."""
+    """Return the keys under which a worker has this very object in memory, as far as its mapping keeps values."""
+    if not keeps_values(data):
+        return []
     held = data.fast.d if isinstance(data, distributed.spill.SpillBuffer) else data
     return [key for key, item in held.items() if item is value]
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dask_shm_plugin import layout, memberbook, rolebook
+from dask_shm_plugin import layout, markbook, memberbook, rolebook
 from dask_shm_plugin.blockbook import BlockBook
 from dask_shm_plugin.claimbook import ClaimBook
 from dask_shm_plugin.crashpoints import step
@@ -40,6 +40,7 @@ from dask_shm_plugin.layout import (
     Extent,
     Row,
 )
+from dask_shm_plugin.markbook import MarkBook
 from dask_shm_plugin.memberbook import Member, MemberBook
 from dask_shm_plugin.rolebook import Role, RoleBook
 from dask_shm_plugin.stateword import DRAFT, FREE, SEALED
@@ -71,6 +72,8 @@ class Table:
         Sixteen random bytes that name this arena and no other.
     capacity
         Bytes that all blocks together may have.
+    marks
+        Which listings of whose directory are good. Need no mutex.
     """
 
     def __init__(self, buffer: memoryview) -> None:
@@ -84,6 +87,7 @@ class Table:
         self._rows_seen = 0
         self._book = MemberBook(self._words[layout.MEMBERS_AT : layout.ROLES_AT])
         self._roles = RoleBook(self._words[layout.ROLES_AT : layout.ROLES_AT + rolebook.WORDS])
+        self.marks = MarkBook(self._words[layout.MARKS_AT : layout.MARKS_AT + markbook.WORDS])
         self._blocks = BlockBook(self._words)
         self._claims = ClaimBook(np.frombuffer(self._words, dtype=np.uint64)[layout.CLAIMS_AT :])
 
@@ -120,6 +124,7 @@ class Table:
         incarnation = self._words[INCARNATION_WORD] + 1
         _insist(incarnation < memberbook.INCARNATIONS, "there was never such an incarnation")
         self._words[INCARNATION_WORD] = incarnation
+        self.marks.unset_all(slot)
         member = Member(slot, incarnation)
         self._book.enter(member, pid, started)
         return member
@@ -177,6 +182,10 @@ class Table:
     def remove_role(self, member: Member, kind: str, address: str) -> None:
         """Undo :meth:`add_role`."""
         self._roles.remove(Role(member, kind, address))
+
+    def fingerprint_of_roles(self) -> bytes:
+        """Return what changes whenever a role comes or goes. Needs no mutex."""
+        return self._roles.fingerprint()
 
     def roles(self) -> list[Role]:
         """Return the roles of all members."""

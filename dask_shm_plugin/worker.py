@@ -89,6 +89,8 @@ class SharedMemoryWorker(WorkerPlugin):
             self._running.publisher.forget(key)
         elif finish == "memory" and start in ("executing", "long-running"):
             self._running.completed(key)
+        elif finish == "executing":
+            self._running.begins(key)
 
     def report(self) -> dict[str, Any] | None:
         """Return what the arena holds and what this process did, or None where sharing is off."""
@@ -100,7 +102,7 @@ class _Running:
 
     def __init__(self, worker: Any, role: Role, arena: Arena) -> None:
         self._worker, self._role, self._arena = worker, role, arena
-        self.publisher = Publisher(arena, role.options.threshold, worker.data)
+        self.publisher = Publisher(arena, role.options.threshold, worker.data, role.address, self._inputs)
         self._background: set[asyncio.Task[Any]] = set()
         self._get_data_before = seams.Replacement(worker.handlers, "get_data", self._get_data)
         self._meter = WorkerMeter(worker, arena)
@@ -139,6 +141,16 @@ class _Running:
                 task = asyncio.create_task(self._publish_unasked(key, value))
                 self._background.add(task)
                 task.add_done_callback(self._background.discard)
+
+    def begins(self, key: Any) -> None:
+        """Let nobody rely on the inputs of a task that begins: it may change them in place."""
+        task = self._worker.state.tasks.get(key)
+        if task is not None:
+            self.publisher.task_begins(dependency.key for dependency in task.dependencies)
+
+    def _inputs(self) -> set[Any]:
+        running = self._worker.state.all_running_tasks
+        return {dependency.key for task in running for dependency in task.dependencies}
 
     async def _publish_unasked(self, key: Any, value: object) -> None:
         try:

@@ -72,6 +72,11 @@ class Gate:
         self._open.set()
 
 
+def publisher_of(arena, data, inputs=set):
+    """Return the publisher of a worker whose running tasks have these inputs."""
+    return Publisher(arena, THRESHOLD, data, "tcp://here", inputs)
+
+
 def big(seed=0):
     """Return an array above the threshold."""
     return np.random.default_rng(seed).random(THRESHOLD // 4)
@@ -82,7 +87,7 @@ async def test_a_result_is_published_once_and_adopted(arena):
     """The private copy gives way to the shared one, and the next asker gets the same handle."""
     data = {"x": big()}
     expected = data["x"].copy()
-    ours = Publisher(arena, THRESHOLD, data)
+    ours = publisher_of(arena, data)
     first = await ours.publish("x", data["x"], expected.nbytes)
     assert codec.is_shared(data["x"])
     np.testing.assert_array_equal(data["x"], expected)
@@ -96,7 +101,7 @@ async def test_one_object_under_two_keys_is_copied_once_and_stays_one(arena, tmp
     """A task that returns its input as it came makes no second value, here as in stock Dask."""
     data = SpillBuffer(str(tmp_path), target=1 << 24) if spills else {}
     data["x"] = data["y"] = value = big()
-    ours = Publisher(arena, THRESHOLD, data)
+    ours = publisher_of(arena, data)
     await ours.publish("x", value, value.nbytes)
     assert data["y"] is data["x"]
     published = await ours.publish("y", data["y"], value.nbytes)
@@ -109,7 +114,7 @@ async def test_one_object_under_two_keys_is_copied_once_and_stays_one(arena, tmp
 @in_loop
 async def test_a_small_value_takes_no_detour(arena):
     """It is serialized where the answer is made; what only looked small is published."""
-    ours = Publisher(arena, THRESHOLD, {})
+    ours = publisher_of(arena, {})
     serialized = ours.small("x", (1, [2, 3]), 100)
     assert deserialize(serialized.header, serialized.frames) == (1, [2, 3])
     assert ours.small("x", Model(), 100) is None
@@ -122,7 +127,7 @@ async def test_many_askers_make_one_copy(arena, monkeypatch):
     """All that come while a publication is under way await that one."""
     gate = Gate(monkeypatch, codec, "publish", "before")
     data = {"x": big()}
-    ours = Publisher(arena, THRESHOLD, data)
+    ours = publisher_of(arena, data)
     askers = [asyncio.create_task(ours.publish("x", data["x"], data["x"].nbytes)) for _ in range(20)]
     await gate.wait()
     gate.open()
@@ -137,7 +142,7 @@ async def test_an_asker_that_goes_away_takes_nobody_along(arena, monkeypatch):
     """Cancelling the one that began a publication leaves the others theirs."""
     gate = Gate(monkeypatch, codec, "publish", "before")
     data = {"x": big()}
-    ours = Publisher(arena, THRESHOLD, data)
+    ours = publisher_of(arena, data)
     first, second = (asyncio.create_task(ours.publish("x", data["x"], data["x"].nbytes)) for _ in range(2))
     await gate.wait()
     first.cancel()
@@ -155,7 +160,7 @@ async def test_a_key_released_meanwhile_stays_released(arena, monkeypatch, step,
     """Neither value nor record comes back, whichever step the release met."""
     gate = Gate(monkeypatch, *{"publish": (codec, "publish"), "rebuild": (publisher, "_rebuild")}[step], when)
     data = {"x": big()}
-    ours = Publisher(arena, THRESHOLD, data)
+    ours = publisher_of(arena, data)
     asker = asyncio.create_task(ours.publish("x", data["x"], data["x"].nbytes))
     await gate.wait()
     del data["x"]
@@ -176,7 +181,7 @@ async def test_a_key_used_again_meanwhile_keeps_its_new_value(arena, monkeypatch
     gate = Gate(monkeypatch, *{"publish": (codec, "publish"), "rebuild": (publisher, "_rebuild")}[step], when)
     old, new = big(1), big(2)
     data = {"x": old}
-    ours = Publisher(arena, THRESHOLD, data)
+    ours = publisher_of(arena, data)
     asker = asyncio.create_task(ours.publish("x", old, old.nbytes))
     await gate.wait()
     ours.forget("x")
@@ -197,7 +202,7 @@ async def test_a_value_spilled_meanwhile_stays_on_disk(arena, monkeypatch, tmp_p
     gate = Gate(monkeypatch, *{"publish": (codec, "publish"), "rebuild": (publisher, "_rebuild")}[step], when)
     data = SpillBuffer(str(tmp_path), target=1 << 24)
     data["x"] = big()
-    ours = Publisher(arena, THRESHOLD, data)
+    ours = publisher_of(arena, data)
     asker = asyncio.create_task(ours.publish("x", data["x"], data["x"].nbytes))
     await gate.wait()
     assert data.evict() > 0
@@ -214,7 +219,7 @@ async def test_a_value_that_is_spilled_gives_its_block_back(arena, tmp_path):
     """What only this worker holds is an ordinary value: on disk, it takes no shared memory."""
     data = SpillBuffer(str(tmp_path), target=1 << 24)
     data["x"] = big()
-    ours = Publisher(arena, THRESHOLD, data)
+    ours = publisher_of(arena, data)
     await ours.publish("x", data["x"], data["x"].nbytes)
     assert codec.is_shared(data["x"])
     await asyncio.sleep(0)  # the loop itself still has the answer in its hand
@@ -240,7 +245,7 @@ class Model:
 async def test_a_class_of_the_users_is_shared_for_the_transport_only(arena):
     """Its owner keeps the object, cache and all; its readers get what Dask would have sent."""
     data = {"m": Model()}
-    ours = Publisher(arena, THRESHOLD, data)
+    ours = publisher_of(arena, data)
     model = data["m"]
     published = await ours.publish("m", model, 100)
     assert data["m"] is model
@@ -258,7 +263,7 @@ async def test_a_mapping_that_makes_a_new_object_each_time_is_not_remembered(are
             return super().__getitem__(key).copy()
 
     data = Fresh(x=big())
-    ours = Publisher(arena, THRESHOLD, data)
+    ours = publisher_of(arena, data)
     assert isinstance(await ours.publish("x", data["x"], data["x"].nbytes), Published)
     assert "0 published" in repr(ours)
     ours.close()

@@ -71,6 +71,9 @@ ROLES = {
         3,
         JOIN,
     ),
+    "lists": Role(
+        "arena.directory.enter(b'name', b'data'); arena.directory.cross_out(b'name')", "list value, cross out", 0, JOIN
+    ),
     "cleans up behind the dead": Role("arena.roster.reclaim_dead()", "reclaim, release", 1, JOIN),
     "cleans up the drafts of the dead": Role("arena.roster.reclaim_dead()", "reclaim drafts", 0, JOIN),
     "restores the rendezvous": Role("membership._restore(cluster)", "enter, list, attend", 0, JOIN),

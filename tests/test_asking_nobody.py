@@ -1,0 +1,198 @@
+"""A published value is found in the arena, without its owner; a task that changes its input spoils nobody's value."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from clusters import local_cluster
+from describing import assert_descriptions_equal, describe
+from distributed import Client, wait
+from observing import (
+    addresses,
+    array,
+    assert_saw,
+    drop_replica,
+    fresh,
+    lies_in_arena,
+    pids,
+    see_on,
+    settle,
+    wait_until,
+)
+
+from dask_shm_plugin import membership, metrics, publisher
+
+
+@pytest.fixture(scope="module")
+def three(nothing_leaks: None) -> Iterator[Client]:
+    """A client of three workers."""
+    with local_cluster(3) as client:
+        yield client
+
+
+def made_and_read(client: Client, seed: int, **options: Any) -> Any:
+    """Let the first worker make a value and the second read it, and leave it with the first alone."""
+    a, b, _ = addresses(client)
+    made = client.submit(array, seed, workers=[a], pure=False, **options)
+    (seen,) = see_on(client, made, [b])
+    assert_saw(seen, array(seed))
+    drop_replica(client, made, b)
+    return made
+
+
+def found(client: Client, address: str) -> int:
+    """Return how many values a worker has found without asking."""
+    return client.run(lambda: metrics.COUNTERS.snapshot()["found"]["count"], workers=[address])[address]
+
+
+def listed(client: Client, address: str) -> int:
+    """Return how many values a worker lists."""
+    return client.run(lambda: sum(len(arena.directory._names) for arena in membership.all_arenas()), workers=[address])[
+        address
+    ]
+
+
+def negate(x: np.ndarray) -> np.ndarray:
+    """Change an array in place and return it."""
+    np.negative(x, out=x)
+    return x
+
+
+def test_a_published_value_is_read_while_its_owner_stands_still(three: Client) -> None:
+    """It is stopped all the time: nobody but the arena can have answered."""
+    a, _, c = addresses(three)
+    seed, victim = fresh(), pids(three)[a]
+    made = made_and_read(three, seed)
+    before = found(three, c)
+    os.kill(victim, signal.SIGSTOP)
+    try:
+        (seen,) = see_on(three, made, [c])
+        assert_saw(seen, array(seed))
+        assert found(three, c) == before + 1
+    finally:
+        os.kill(victim, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("key", ["a name", ("tuple", 1, 2.5)])
+def test_a_key_that_is_used_again_gives_the_new_value(three: Client, key: Any) -> None:
+    """What was listed under it goes in the moment in which its owner releases it."""
+    a, b, c = addresses(three)
+    for _ in range(5):
+        seed = fresh()
+        made = made_and_read(three, seed, key=key)
+        before = found(three, c)
+        (seen,) = see_on(three, made, [c])
+        assert_saw(seen, array(seed))
+        assert found(three, c) == before + 1
+        del made, seen
+        settle(three)
+    assert [listed(three, address) for address in (a, b, c)] == [0, 0, 0]
+
+
+def test_a_value_that_is_spilled_is_not_listed(three: Client) -> None:
+    """What its owner would send comes from disk, and nothing keeps its block."""
+    a, _, c = addresses(three)
+    seed = fresh()
+    made = made_and_read(three, seed)
+    assert listed(three, a) == 1
+    three.run(lambda dask_worker: dask_worker.data.fast.evict(made.key) and None, workers=[a])
+    assert listed(three, a) == 0
+    (seen,) = see_on(three, made, [c])
+    assert_saw(seen, array(seed))
+
+
+def test_what_a_task_of_its_owner_has_changed_is_sent_as_it_is_now(three: Client) -> None:
+    """As in stock Dask, which shows what a task does to its input to the tasks of that worker and to whoever asks it."""
+    a, b, c = addresses(three)
+    seed = fresh()
+    made = made_and_read(three, seed)
+    assert listed(three, a) == 1
+    changed = three.submit(negate, made, workers=[a], pure=False)
+    wait(changed)
+    assert listed(three, a) == 0
+    for value in (changed, made):
+        for seen in see_on(three, value, [c, a, b]):
+            assert_saw(seen, -array(seed), shared=seen.shared)
+
+
+class Gate:
+    """Stops a worker before it looks whether its private copy may go."""
+
+    def __init__(self, client: Client, address: str) -> None:
+        self._client, self._address = client, address
+
+    def _run(self, function: Any) -> Any:
+        return self._client.run(function, workers=[self._address])[self._address]
+
+    def __enter__(self) -> Gate:
+        def close() -> None:
+            reached, opened, before = threading.Event(), threading.Event(), publisher._rebuild
+
+            def wait_there(*args: Any) -> Any:
+                reached.set()
+                assert opened.wait(30)
+                return before(*args)
+
+            publisher._rebuild = wait_there
+            publisher._gate = reached, opened, before
+
+        self._run(close)
+        return self
+
+    def wait(self) -> None:
+        """Wait until somebody stands there."""
+        wait_until(lambda: self._run(lambda: publisher._gate[0].is_set()), "the gate is reached")
+
+    def __exit__(self, *_: object) -> None:
+        def leave_open() -> None:
+            _, opened, publisher._rebuild = publisher._gate
+            del publisher._gate
+            opened.set()
+
+        self._run(leave_open)
+
+
+def test_a_result_that_is_its_changed_input_is_not_replaced_by_what_that_was_before(three: Client) -> None:
+    """While a value is being published, a task of its owner writes to it in place and returns it."""
+    a, b, c = addresses(three)
+    seed = fresh()
+    made = three.submit(array, seed, workers=[a], pure=False)
+    wait(made)
+    with Gate(three, a) as gate:
+        reading = three.submit(np.sum, made, workers=[b], pure=False)
+        gate.wait()
+        changed = three.submit(negate, made, workers=[a], pure=False)
+        wait(changed)
+    assert reading.result() in (array(seed).sum(), -array(seed).sum())
+    drop_replica(three, made, b)
+    for value in (changed, made):
+        for seen in see_on(three, value, [a, c]):
+            assert_saw(seen, -array(seed), shared=seen.shared)
+    # What nobody is at any more becomes one copy again.
+    assert lies_in_arena(three, changed, a)
+
+
+def test_values_that_are_not_arrays_are_found_as_well(three: Client) -> None:
+    """Whatever is shared, however it is nested."""
+    pd = pytest.importorskip("pandas")
+    a, b, c = addresses(three)
+    for make in (
+        lambda seed: {"x": array(seed), "name": "y"},
+        lambda seed: pd.DataFrame({"x": array(seed), "y": array(seed + 1)}),
+        lambda seed: pd.Series(array(seed), name="z"),
+    ):
+        seed = fresh()
+        made = three.submit(make, seed, workers=[a], pure=False)
+        see_on(three, made, [b])
+        drop_replica(three, made, b)
+        before = found(three, c)
+        (seen,) = see_on(three, made, [c])
+        assert_descriptions_equal(seen.description, describe(make(seed)))
+        assert seen.shared
+        assert found(three, c) == before + 1
