@@ -17,7 +17,7 @@ from collections import OrderedDict
 
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import SharedMemoryError
-from dask_shm_plugin.layout import PLACE_BYTES, directory_offset
+from dask_shm_plugin.layout import DIRECTORY_BYTES, PLACE_BYTES, directory_offset
 from dask_shm_plugin.markbook import PLACES, MarkBook
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.roster import Roster
@@ -96,11 +96,12 @@ class Directory:
         return None
 
     def close(self) -> None:
-        """Take everything back and let go of the table."""
+        """Take everything back, give its pages back, and let go of the table."""
         with self._lock:
             for place in list(self._names):
                 self._unmark(place)
             self._marks = None
+        self._segment.give_back(directory_offset(self._member.slot), DIRECTORY_BYTES)
 
     def _read(self, member: Member, place: int, name: bytes) -> bytes | None:
         listing = self._segment.read(directory_offset(member.slot, place), PLACE_BYTES)

@@ -7,6 +7,7 @@ import contextlib
 from dask_shm_plugin import liveness
 from dask_shm_plugin.access import Access
 from dask_shm_plugin.exceptions import ArenaUnavailable, TableCorrupt
+from dask_shm_plugin.layout import DIRECTORY_BYTES, directory_offset
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.rolebook import Role
 from dask_shm_plugin.segment import Segment
@@ -86,5 +87,7 @@ class Roster:
             return False
         with self._access as table:
             freed = [extent for member in orphans for extent in table.reclaim_drafts(member)]
-            freed += [extent for member in dead for extent in table.reclaim(member)]
+            for member in dead:
+                self._segment.give_back(directory_offset(member.slot), DIRECTORY_BYTES)
+                freed += table.reclaim(member)
         return bool(freed)
