@@ -61,13 +61,16 @@ class Courier:
         return list(what.data)
 
     async def _broadcast(self, what: HandOver, broadcast: bool | int) -> None:
-        members, others = what.targets
+        (members, others), keys = what.targets, list(what.data)
         everyone = broadcast is True
-        among_members = everyone or min(int(broadcast), len(members))
-        await self._scatter(data=what.handles, workers=members, broadcast=among_members, **what.options)
+        n = len(members) if everyone else min(int(broadcast), len(members))
+        await self._scatter(data=what.handles, workers=members, broadcast=False, **what.options)
+        if n > 1:
+            # Dask's tree spares wires. Here each of its rounds would take time and move nothing, so there is only one.
+            await self._scheduler.replicate(keys=keys, n=n, workers=members, branching_factor=len(members))
         if others and (everyone or broadcast > len(members)):
-            n = None if everyone else broadcast
-            await self._scheduler.replicate(keys=list(what.data), n=n, workers=members + others, branching_factor=2)
+            n_all = None if everyone else broadcast
+            await self._scheduler.replicate(keys=keys, n=n_all, workers=members + others, branching_factor=2)
 
     async def _distribute(self, what: HandOver) -> None:
         """Like Dask, take one worker after the other."""

@@ -8,7 +8,6 @@ import logging
 import traceback
 from typing import Any
 
-from distributed.core import error_message
 from distributed.diagnostics.plugin import WorkerPlugin
 from tornado.ioloop import PeriodicCallback
 
@@ -16,12 +15,13 @@ from dask_shm_plugin import codec, config, fetch, metrics, reach, seams
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.codec import Published
 from dask_shm_plugin.crashpoints import step
-from dask_shm_plugin.exceptions import SharedMemoryError, StaleBlock
+from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.joining import Joining
 from dask_shm_plugin.meters import WorkerMeter
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.publisher import Publisher
 from dask_shm_plugin.role import Role
+from dask_shm_plugin.scatterguard import ScatterGuard, ignore
 from dask_shm_plugin.seats import switch_off, switch_on
 
 _PRUNE_EVERY = 5.0
@@ -106,7 +106,7 @@ class _Running:
         self._background: set[asyncio.Task[Any]] = set()
         self._get_data_before = seams.Replacement(worker.handlers, "get_data", self._get_data)
         self._meter = WorkerMeter(worker, arena)
-        self._scatter_guard = _ScatterGuard.around(worker.handlers, arena)
+        self._scatter_guard = ScatterGuard.around(worker.handlers, arena, self._received)
         self._pruning = PeriodicCallback(self.publisher.prune, _PRUNE_EVERY * 1000)
         self._pruning.start()
         before = COUNTERS.snapshot()
@@ -117,6 +117,7 @@ class _Running:
     async def stop(self) -> None:
         # First nobody sends handles any more, then nobody resolves them.
         await self._role.withdraw()
+        self._scatter_guard.received = ignore
         if not self._has_clients():
             self._scatter_guard.undo()
         fetch.REQUESTS.end()
@@ -138,9 +139,18 @@ class _Running:
             value = seams.in_memory(self._worker.data, key)
             # What is not known to be large waits for a request: it might not even be possible to serialize it.
             if value is not None and self._size(key) >= self._role.options.threshold:
-                task = asyncio.create_task(self._publish_unasked(key, value))
-                self._background.add(task)
-                task.add_done_callback(self._background.discard)
+                self._publish_soon(key, value)
+
+    def _received(self, data: dict[Any, Any]) -> None:
+        """List what was scattered and lies in the arena, so that nobody need ask for it."""
+        for key, value in data.items():
+            if self._size(key) >= self._role.options.threshold and reach.rows_of(value, self._arena.arena_id):
+                self._publish_soon(key, value)
+
+    def _publish_soon(self, key: Any, value: object) -> None:
+        task = asyncio.create_task(self._publish_unasked(key, value))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     def begins(self, key: Any) -> None:
         """Let nobody rely on the inputs of a task that begins: it may change them in place."""
@@ -237,51 +247,6 @@ def _let_go_of_values(error: BaseException | None) -> None:
         seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
-
-
-class _ScatterGuard:
-    """The handler of scatter: nothing becomes a value that is none.
-
-    Notes
-    -----
-    It outlives the plugin where other clients still take part, for a handle of theirs may be on its way.
-    """
-
-    @classmethod
-    def around(cls, handlers: dict[str, Any], arena: Arena) -> _ScatterGuard:
-        """Return the guard of a worker, set up if there is none."""
-        present = handlers["update_data"]
-        guard = present if isinstance(present, cls) else cls(handlers)
-        guard._arena = arena
-        return guard
-
-    def __init__(self, handlers: dict[str, Any]) -> None:
-        self._arena: Arena | None = None
-        self._before = seams.Replacement(handlers, "update_data", self)
-        self.undo = self._before.undo
-
-    async def __call__(self, data: dict[Any, Any], stimulus_id: str | None = None) -> Any:
-        data = await fetch.finish(data)
-        keys = fetch.unusable(data)
-        if keys:
-            # An answer, not an exception: the sender repeats with bytes, and nobody's log needs a traceback.
-            return error_message(StaleBlock(f"{keys} cannot be mapped here"), status="uncaught-error")
-        answer = self._before.old(data, stimulus_id=stimulus_id)
-        return {**answer, "nbytes": {key: self._share(data[key], size) for key, size in answer["nbytes"].items()}}
-
-    def _share(self, value: object, size: int) -> int:
-        """Return what the scheduler is told: it refuses tasks whose inputs are larger than a worker's limit."""
-        # The values are stored by now: whatever goes wrong here must not make the scatter fail.
-        with contextlib.suppress(Exception):
-            if self._arena is not None:
-                shared = min(size, sum(reach.rows_of(value, self._arena.arena_id).values()))
-                workers = sum(role.kind == "worker" for role in self._arena.roster.roles()) if shared else 1
-                return size - shared + shared // max(1, workers)
-        return size
-
-    @property
-    def __name__(self) -> str:
-        return "update_data"
 
 
 class _HandingOver:

@@ -34,15 +34,30 @@ def who_holds(address: str) -> dict[str, Any]:
         return [f"{task!r} {task.who_wants} {task.who_has}" for task in dask_scheduler.tasks.values()]
 
     def of_worker(dask_worker: Any) -> Any:
+        import gc
+
         from dask_shm_plugin import membership
+        from dask_shm_plugin.block import Block, Draft
+        from dask_shm_plugin.codec import Published
+        from dask_shm_plugin.publisher import Publisher
         from dask_shm_plugin.views import ATLAS
 
-        tasks = [repr(task) for task in dask_worker.state.tasks.values()]
+        def owners(thing: object) -> list[str]:
+            return [
+                f"{type(one).__name__}: {one!r}"[:300]
+                for one in gc.get_referrers(thing)
+                if type(one).__name__ != "list_iterator"
+            ]
+
+        living = [one for one in gc.get_objects() if isinstance(one, (Block, Draft, Published, Publisher))]
         return {
             "data": list(dask_worker.data),
-            "tasks": tasks,
+            "tasks": [repr(task) for task in dask_worker.state.tasks.values()],
             "arenas": repr(membership.all_arenas()),
             "views": len(ATLAS),
+            "references": [repr(arena._references._counts) for arena in membership.all_arenas()],
+            "pins": [repr(list(arena._references._pins)) for arena in membership.all_arenas()],
+            "living": [[repr(one), owners(one)] for one in living if len(gc.get_objects())][:12],
         }
 
     with Client(address, timeout=60, set_as_default=False) as client:
