@@ -178,7 +178,7 @@ class Camp:
             lambda: self.follow(*chance.choice(known or self.known())),
             arena.inspect,
             arena.roster.reclaim_dead,
-            arena.trim_all,
+            arena.trimmer.trim_all,
             arena.stats,
             lambda: arena.roster.add_role("worker", f"tcp://{chance.random()}"),
             lambda: arena.roster.remove_role("worker", "tcp://other"),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dask_shm_plugin import layout, liveness, placement, syscalls, tidying, trimming, views
+from dask_shm_plugin import layout, liveness, placement, syscalls, tidying, views
 from dask_shm_plugin.access import Access
 from dask_shm_plugin.block import Block, Descriptor, Draft
 from dask_shm_plugin.blockbook import TRIMMING
@@ -35,6 +35,7 @@ from dask_shm_plugin.references import References
 from dask_shm_plugin.roster import Roster
 from dask_shm_plugin.segment import PAGE, Segment, Whereabouts, round_up
 from dask_shm_plugin.table import Table
+from dask_shm_plugin.trimming import Trimmer
 from dask_shm_plugin.views import Place
 from dask_shm_plugin.weights import Weights
 
@@ -83,7 +84,6 @@ class Arena:
 
     def __init__(self, segment: Segment, warm: int = 0) -> None:
         self.segment = segment
-        self.warm = warm
         self._pid = os.getpid()
         self._mutex = liveness.Mutex(segment.fd)
         self._access = Access(segment, Table(_map_table(segment)), self._mutex)
@@ -95,7 +95,8 @@ class Arena:
         self._leaving = False
         self.upkeep: Callable[[], None] = lambda: None
         self.member = self._join()
-        self.pages = Pages(segment, BLOCKS_FROM, lambda: self._table.drafts(), self._make_room, self.trim_all)
+        self.trimmer = Trimmer(self, segment, lambda: self._table, BLOCKS_FROM, warm)
+        self.pages = Pages(segment, BLOCKS_FROM, lambda: self._table.drafts(), self.trimmer)
         self.roster = Roster(self._access, segment, self.member)
         self.directory = Directory(self._table.marks, segment, self.roster, self.member)
         self.weights = Weights(lambda: self._table, self.member)
@@ -152,7 +153,7 @@ class Arena:
         size = max(size, 1)
         extent_length = round_up(size)
         taken = self._reserve(extent_length, size)
-        for find_more in (self.tidy, self.roster.reclaim_dead, lambda: trimming.wait(self._table)):
+        for find_more in (self.tidy, self.roster.reclaim_dead, self.trimmer.wait):
             if taken is None:
                 # Whether it found anything does not matter: another thread may have been quicker.
                 find_more()
@@ -284,26 +285,6 @@ class Arena:
         """Drop what was kept for forked children that have ended."""
         for row in self._references.unpinned():
             self.drop(row)
-
-    def trim(self) -> None:
-        """Return freed memory beyond ``warm`` to the operating system, and what is beyond the capacity in any case."""
-        self._trim_to(min(self.warm, self._table.capacity - self._used()))
-
-    def trim_all(self) -> None:
-        """Return all freed memory to the operating system."""
-        self._trim_to(0)
-
-    def _make_room(self, missing: int) -> None:
-        """Return so much freed memory that with ``missing`` more bytes there are pages for the capacity, not more."""
-        resident = self.segment.resident - self._table.reserved_bytes()
-        if resident + missing > self._table.capacity:
-            self._trim_to(self._table.capacity - self._used() - missing)
-
-    def _used(self) -> int:
-        return int(np.sum(self._table.taken_by_now()[:, 1]))
-
-    def _trim_to(self, warm: int) -> None:
-        trimming.trim(self, self.segment, self._table, BLOCKS_FROM, warm)
 
     @property
     def has_left(self) -> bool:

@@ -13,6 +13,7 @@ from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import FileSizeLimited, MemoryExhausted, NoHeadRoom
 from dask_shm_plugin.layout import Extent
 from dask_shm_plugin.segment import Segment
+from dask_shm_plugin.trimming import Trimmer
 from dask_shm_plugin.window import Window
 
 T = TypeVar("T")
@@ -33,10 +34,8 @@ class Pages:
         Where in the segment the blocks begin.
     drafts
         Returns offset and length of every draft of every member that is being written, shape (n, 2).
-    make_room
-        Gives so much warm memory back that a number of bytes more keep within the capacity.
-    find_more
-        Gives all warm memory that nobody needs back to the operating system.
+    trimmer
+        Gives back warm memory that nobody needs, to keep within the capacity and where pages are missing.
 
     Notes
     -----
@@ -52,11 +51,10 @@ class Pages:
         segment: Segment,
         blocks_from: int,
         drafts: Callable[[], npt.NDArray[np.uint64]],
-        make_room: Callable[[int], None],
-        find_more: Callable[[], None],
+        trimmer: Trimmer,
     ) -> None:
         self._segment, self._blocks_from, self._drafts = segment, blocks_from, drafts
-        self._make_room, self._find_more = make_room, find_more
+        self._trimmer = trimmer
         self._window = Window(segment)
 
     def reserve(self, extent: Extent, offset: int, length: int) -> None:
@@ -110,9 +108,9 @@ class Pages:
         start = self._blocks_from + extent.offset + offset
         missing = self._segment.missing(start, length)
         if missing:
-            self._make_room(missing)
+            self._trimmer.make_room(missing)
         if missing and not self._is_room(missing, extent):
-            self._find_more()
+            self._trimmer.trim_all()
             if not self._is_room(missing, extent):
                 raise NoHeadRoom(
                     f"the machine or its control group has less than {missing} bytes left; free memory or raise the limit"
@@ -122,7 +120,7 @@ class Pages:
         except FileSizeLimited:
             raise
         except MemoryExhausted:
-            self._find_more()
+            self._trimmer.trim_all()
             how(start, what)
 
     def _is_room(self, missing: int, extent: Extent) -> bool:

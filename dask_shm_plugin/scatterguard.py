@@ -43,6 +43,7 @@ class ScatterGuard:
         self.undo = self._before.undo
 
     async def __call__(self, data: dict[Any, Any], stimulus_id: str | None = None) -> Any:
+        """Take what a scatter brings, or refuse all of it where a handle is of no use here."""
         data = await fetch.finish(data)
         keys = fetch.unusable(data)
         if keys:

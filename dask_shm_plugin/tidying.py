@@ -17,6 +17,7 @@ from typing import Protocol
 
 from dask_shm_plugin.mappings import Dropped
 from dask_shm_plugin.roster import Roster
+from dask_shm_plugin.trimming import Trimmer
 from dask_shm_plugin.weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Tidied(Protocol):
 
     roster: Roster
     weights: Weights
+    trimmer: Trimmer
     upkeep: Callable[[], None]
 
     @property
@@ -83,9 +85,6 @@ class Tidied(Protocol):
 
     def unpin(self) -> None:
         """Drop what was kept for forked children."""
-
-    def trim(self) -> None:
-        """Return memory to the operating system."""
 
     def finish_leaving(self) -> None:
         """Leave, if that is wanted and possible."""
@@ -108,7 +107,7 @@ def _tidy(arena: Tidied, dropped: Bin) -> None:
                 if not arena.is_damaged:
                     arena.inspect()
                     arena.roster.reclaim_dead()
-                    arena.trim()
+                    arena.trimmer.trim()
                     arena.weights.note_other_shared()
                     arena.upkeep()
             arena.finish_leaving()

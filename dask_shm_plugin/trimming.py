@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -27,26 +28,65 @@ class Trimmed(Protocol):
         """Give a draft up."""
 
 
-def trim(arena: Trimmed, segment: Segment, table: Table, blocks_from: int, warm: int) -> None:
-    """Give free pages back until at most ``warm`` bytes of them stay.
+class Trimmer:
+    """Gives memory of one arena back.
 
-    Holes are punched under a draft: there must never be a moment when somebody else could reserve that place.
+    Parameters
+    ----------
+    arena
+        Takes the parts to give back as drafts.
+    segment
+        Of the arena.
+    table
+        Returns its table.
+    blocks_from
+        Where in the segment the blocks begin.
+    warm
+        Bytes of freed memory that stay resident.
+
+    Notes
+    -----
+    Thread-safe. Holes are punched under a draft: there must never be a moment when somebody else could reserve that place.
     """
-    while (extent := find(segment, table, blocks_from, warm)) is not None:
-        row = arena.take_if_free(extent)
-        if row is None:
-            return
-        try:
-            segment.give_back(blocks_from + extent.offset, extent.length)
-        finally:
-            arena.abandon(row)
 
+    def __init__(
+        self, arena: Trimmed, segment: Segment, table: Callable[[], Table], blocks_from: int, warm: int
+    ) -> None:
+        self._arena, self._segment, self._table = arena, segment, table
+        self._blocks_from, self.warm = blocks_from, warm
 
-def wait(table: Table) -> None:
-    """Wait, for a bounded time, until nobody gives pages back."""
-    until = time.monotonic() + _TAKES
-    while table.is_trimmed() and time.monotonic() < until:
-        time.sleep(0.001)
+    def trim(self) -> None:
+        """Return freed memory beyond ``warm`` to the operating system, and what is beyond the capacity in any case."""
+        self._trim_to(min(self.warm, self._table().capacity - self._used()))
+
+    def trim_all(self) -> None:
+        """Return all freed memory to the operating system."""
+        self._trim_to(0)
+
+    def make_room(self, missing: int) -> None:
+        """Return so much freed memory that with ``missing`` more bytes there are pages for the capacity, not more."""
+        table = self._table()
+        if self._segment.resident - table.reserved_bytes() + missing > table.capacity:
+            self._trim_to(table.capacity - self._used() - missing)
+
+    def wait(self) -> None:
+        """Wait, for a bounded time, until nobody gives pages back."""
+        until = time.monotonic() + _TAKES
+        while self._table().is_trimmed() and time.monotonic() < until:
+            time.sleep(0.001)
+
+    def _used(self) -> int:
+        return int(np.sum(self._table().taken_by_now()[:, 1]))
+
+    def _trim_to(self, warm: int) -> None:
+        while (extent := find(self._segment, self._table(), self._blocks_from, warm)) is not None:
+            row = self._arena.take_if_free(extent)
+            if row is None:
+                return
+            try:
+                self._segment.give_back(self._blocks_from + extent.offset, extent.length)
+            finally:
+                self._arena.abandon(row)
 
 
 def find(segment: Segment, table: Table, blocks_from: int, warm: int) -> Extent | None:

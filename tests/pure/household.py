@@ -132,7 +132,7 @@ class Household:
     def is_as_before(self) -> bool:
         """Tell whether nothing is used or resident but the blocks of the two, and nobody else is a member."""
         with contextlib.suppress(SharedMemoryError):
-            self.arena.trim_all()
+            self.arena.trimmer.trim_all()
             stats = self.arena.stats()
             is_small = stats.resident == self.arena._table.reserved_bytes() + stats.used
             return is_small and (stats.used, stats.blocks) == (3 * SIZE, 3) and not self.guests()
@@ -156,7 +156,7 @@ class Household:
             "publish(arena, b'x').close()",
             "arena.attach_block(d).close()",
             "arena.draft(1 << 19).__exit__(None, None, None)",
-            "arena.roster.reclaim_dead(); arena.tidy(); arena.trim_all()",
+            "arena.roster.reclaim_dead(); arena.tidy(); arena.trimmer.trim_all()",
         ):
             with contextlib.suppress(SharedMemoryError):
                 self.second(what, d=self.block.descriptor)

@@ -42,7 +42,7 @@ class TestTrimming:
         before = arena.stats().resident
         publish(arena, bytes(8 * MIB)).close()
         wait_until_empty(arena)
-        arena.trim()
+        arena.trimmer.trim()
         assert arena.stats().resident == before
         assert arena.stats().blocks == 0
 
@@ -59,10 +59,10 @@ class TestTrimming:
         before = arena.stats().resident
         publish(arena, bytes(8 * MIB)).close()
         wait_until_empty(arena)
-        arena.trim()
+        arena.trimmer.trim()
         kept = arena.stats().resident - before
         assert 3 * MIB // 2 <= kept <= 2 * MIB
-        arena.trim()
+        arena.trimmer.trim()
         assert arena.stats().resident - before == kept
 
     def test_a_warm_rest_stays_however_many_members_there_are(
@@ -75,7 +75,7 @@ class TestTrimming:
         before = arena.stats().resident
         publish(arena, bytes(8 * MIB)).close()
         wait_until_empty(arena)
-        arena.trim()
+        arena.trimmer.trim()
         assert MIB // 2 <= arena.stats().resident - before <= MIB
 
     def test_less_than_the_warm_rest_stays_as_it_is(self, make: Callable[[int], Arena]) -> None:
@@ -84,7 +84,7 @@ class TestTrimming:
         before = arena.stats().resident
         publish(arena, bytes(4 * MIB)).close()
         wait_until_empty(arena)
-        arena.trim()
+        arena.trimmer.trim()
         assert arena.stats().resident - before == 4 * MIB
 
     def test_what_is_in_use_is_not_touched(self, make: Callable[[int], Arena]) -> None:
@@ -96,7 +96,7 @@ class TestTrimming:
         for block in dropped:
             block.close()
         wait_until(lambda: arena.stats().used == 5 * MIB, "every other block is free")
-        arena.trim()
+        arena.trimmer.trim()
         assert arena.stats().resident - before == 5 * MIB
         for number, block in enumerate(kept):
             assert block.view(0, MIB) == bytes([2 * number]) * MIB
@@ -109,7 +109,7 @@ class TestTrimming:
             with publish(arena, bytes([number]) * 16 * MIB) as block:
                 assert block.view(5 * MIB, 3) == bytes([number]) * 3
             wait_until_empty(arena)
-            arena.trim()
+            arena.trimmer.trim()
 
     def test_trimming_keeps_nobody_from_free_space(
         self, make: Callable[[int], Arena], monkeypatch: pytest.MonkeyPatch
@@ -136,7 +136,7 @@ class TestTrimming:
         monkeypatch.setattr(arena.segment, "give_back", give_back)
         publish(arena, bytes(16 * MIB)).close()
         arena.tidy()
-        arena.trim()
+        arena.trimmer.trim()
         wait_until(lambda: threads, "something was given back")
         for thread in threads:
             thread.join()
@@ -214,7 +214,9 @@ class TestClosing:
             with pytest.raises(SharedMemoryError):
                 refused()
 
-    @pytest.mark.parametrize("what", ["tidy", "trim", "roster.reclaim_dead", "finish_leaving", "roster.roles", "close"])
+    @pytest.mark.parametrize(
+        "what", ["tidy", "trimmer.trim", "roster.reclaim_dead", "finish_leaving", "roster.roles", "close"]
+    )
     def test_whoever_has_left_touches_nobody(self, arena: Arena, joined: Callable[[], Process], what: str) -> None:
         """The tidying thread may still be at it; its descriptor is closed, and says nothing of who lives."""
         other, third = joined(), joined()

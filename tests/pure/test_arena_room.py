@@ -76,7 +76,7 @@ def test_the_tidying_thread_keeps_within_the_capacity(roomy: Arena, nothing: int
         draft.write(0, memoryview(bytes(MIB)))
         # As a neighbour that looked before the line above was executed.
         roomy.segment.reserve(roomy.segment.size - 4 * MIB, 4 * MIB)
-        roomy.trim()
+        roomy.trimmer.trim()
         assert roomy.stats().resident <= nothing + CAPACITY
     for block in blocks[1::2]:
         block.close()

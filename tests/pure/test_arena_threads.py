@@ -123,7 +123,7 @@ def test_threads_that_attach_and_release_one_block_keep_it(arena: Arena, joined:
 
 
 @pytest.mark.parametrize(
-    "what", ["arena.draft(1)", "arena.attach_block(kept.descriptor)", "arena.tidy()", "arena.trim()"]
+    "what", ["arena.draft(1)", "arena.attach_block(kept.descriptor)", "arena.tidy()", "arena.trimmer.trim()"]
 )
 def test_a_finalizer_may_run_inside_of_any_lock(joined: Callable[[], Process], what: str) -> None:
     """Views and blocks are dropped, by a collection that is forced, at every call that the package makes."""

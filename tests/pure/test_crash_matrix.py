@@ -52,7 +52,7 @@ ROLES = {
         seen = bytes(view)
         publish(arena, b"gone").close()
         arena.tidy()
-        arena.trim_all()
+        arena.trimmer.trim_all()
         """,
         "reserve, abandon, tidy, write, make pages, seal, acquire, map, release, give pages back",
         4,

@@ -80,7 +80,7 @@ def test_two_views_of_one_block_never_share_a_mapping(roomy: Arena) -> None:
 def test_pages_that_were_given_back_meanwhile_are_mapped_anew(roomy: Arena) -> None:
     """The mapping is kept, and the system fills it again."""
     shown_and_dropped(roomy, 1)
-    roomy.trim_all()
+    roomy.trimmer.trim_all()
     assert len(roomy._mappings) == 1
     shown_and_dropped(roomy, 2)
 

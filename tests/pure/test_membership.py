@@ -22,7 +22,7 @@ class TestOneProcess:
         """Of the capacity that it is told, with the warmth that it is told."""
         arena = membership.join(cluster, "nanny", "tcp://a", capacity=lambda: 3 * MIB, warm=MIB)
         assert arena.stats().capacity == 3 * MIB
-        assert arena.warm == MIB
+        assert arena.trimmer.warm == MIB
         assert exists(name_for(cluster))
 
     def test_whoever_may_not_make_one_finds_none(self, cluster: str) -> None:

@@ -25,19 +25,26 @@ def quick_switches() -> Iterator[None]:
 def test_nothing_is_counted_at_first() -> None:
     """All events are there, and no reason."""
     nothing = {"count": 0, "bytes": 0}
-    assert Counters().snapshot() == {"published": nothing, "attached": nothing, "adopted": nothing, "sent": {}}
+    assert Counters().snapshot() == {
+        "published": nothing,
+        "attached": nothing,
+        "found": nothing,
+        "adopted": nothing,
+        "sent": {},
+    }
 
 
 def test_values_and_their_bytes_are_counted_by_event_and_reason() -> None:
     """Each for itself."""
     counters = Counters()
-    for event, size in [("published", 3), ("published", 4), ("attached", 5), ("adopted", 0)]:
+    for event, size in [("published", 3), ("published", 4), ("attached", 5), ("found", 5), ("adopted", 0)]:
         counters.count(event, size)
     for reason, size in [("arena-full", 7), ("arena-full", 8), ("stale", 0)]:
         counters.count_sent(reason, size)
     assert counters.snapshot() == {
         "published": {"count": 2, "bytes": 7},
         "attached": {"count": 1, "bytes": 5},
+        "found": {"count": 1, "bytes": 5},
         "adopted": {"count": 1, "bytes": 0},
         "sent": {"arena-full": {"count": 2, "bytes": 15}, "stale": {"count": 1, "bytes": 0}},
     }
@@ -78,6 +85,7 @@ def test_snapshots_are_added_up() -> None:
     assert total == {
         "published": {"count": 2, "bytes": 7},
         "attached": {"count": 0, "bytes": 0},
+        "found": {"count": 0, "bytes": 0},
         "adopted": {"count": 0, "bytes": 0},
         "sent": {"stale": {"count": 1, "bytes": 1}, "arena-full": {"count": 1, "bytes": 2}},
     }
@@ -91,7 +99,13 @@ def test_counts_begin_with_any_snapshot(monkeypatch: pytest.MonkeyPatch) -> None
     metrics.COUNTERS.count_sent("stale", 1)
     before = metrics.COUNTERS.snapshot()
     nothing = {"count": 0, "bytes": 0}
-    assert metrics.since(before) == {"published": nothing, "attached": nothing, "adopted": nothing, "sent": {}}
+    assert metrics.since(before) == {
+        "published": nothing,
+        "attached": nothing,
+        "found": nothing,
+        "adopted": nothing,
+        "sent": {},
+    }
     metrics.COUNTERS.count("published", 4)
     metrics.COUNTERS.count_sent("arena-full", 2)
     assert metrics.since(before) == {

@@ -63,7 +63,7 @@ def test_pages_that_were_given_back_are_new(roomy: Arena, written: list[int]) ->
     for _ in range(2):
         put(roomy)
         put(roomy)
-        roomy.trim_all()
+        roomy.trimmer.trim_all()
     assert written == [len(DATA)] * 2
 
 
