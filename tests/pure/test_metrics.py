@@ -111,6 +111,7 @@ def test_counts_begin_with_any_snapshot(monkeypatch: pytest.MonkeyPatch) -> None
     assert metrics.since(before) == {
         "published": {"count": 1, "bytes": 4},
         "attached": nothing,
+        "found": nothing,
         "adopted": nothing,
         "sent": {"arena-full": {"count": 1, "bytes": 2}},
     }
