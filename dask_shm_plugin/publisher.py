@@ -72,6 +72,7 @@ class Publisher:
         self._listings = Listings(arena, address)
         self._uses = Uses(inputs, self._listings.cross_out)
         self._watches: dict[Any, Watch] = {}
+        self._is_closed = False
         self._records: dict[Any, _Record] = {}
         self._flights: dict[Any, _Flight] = {}
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="dask-shm-copy")
@@ -135,7 +136,8 @@ class Publisher:
                 self._records[key] = record._replace(is_idle=is_idle)
 
     def close(self) -> None:
-        """Drop everything; views stay valid."""
+        """Drop everything; views stay valid. What is under way is answered, but neither remembered nor listed."""
+        self._is_closed = True
         self._stop_listening()
         for key in list(self._records):
             self.forget(key)
@@ -151,7 +153,7 @@ class Publisher:
             record = self._records.get(key)
             if record is None or record.value is not value or not await self._still_holds(record):
                 outcome = await self._copy(value, size)
-                if not isinstance(outcome, Published) or not self._has(key, value):
+                if not isinstance(outcome, Published) or self._is_closed or not self._has(key, value):
                     return outcome
                 record = self._records[key] = _Record(value, outcome)
             if not record.is_settled:

@@ -267,3 +267,99 @@ async def test_a_mapping_that_makes_a_new_object_each_time_is_not_remembered(are
     assert isinstance(await ours.publish("x", data["x"], data["x"].nbytes), Published)
     assert "0 published" in repr(ours)
     ours.close()
+
+
+def listed(arena):
+    """Return how many values are listed."""
+    return len(arena.directory._names)
+
+
+@pytest.mark.parametrize(("module", "step"), [(codec, "publish"), (publisher, "_rebuild")])
+@pytest.mark.parametrize("when", ["before", "after"])
+@in_loop
+async def test_what_is_under_way_when_the_plugin_leaves_is_not_kept(arena, monkeypatch, module, step, when):
+    """Nobody would take it back."""
+    gate = Gate(monkeypatch, module, step, when)
+    data = {"x": big()}
+    ours = publisher_of(arena, data)
+    asking = asyncio.create_task(ours.publish("x", data["x"], data["x"].nbytes))
+    await gate.wait()
+    ours.close()
+    gate.open()
+    await asyncio.wait([asking])
+    assert asking.exception() is None or isinstance(asking.exception(), RuntimeError)
+    assert not ours._records
+    assert listed(arena) == 0
+
+
+@in_loop
+async def test_what_is_published_is_listed_until_it_goes(arena, tmp_path):
+    """Released, spilled, in use by a task, or with the plugin."""
+    data = SpillBuffer(str(tmp_path), target=1 << 24)
+    ours = publisher_of(arena, data)
+
+    async def publish():
+        data["x"] = big()
+        await ours.publish("x", data["x"], data["x"].nbytes)
+        assert listed(arena) == 1
+
+    await publish()
+    del data["x"]
+    ours.forget("x")
+    assert listed(arena) == 0
+    await publish()
+    data.evict()
+    assert listed(arena) == 0
+    await publish()
+    ours.task_begins(["y", "z"])
+    assert listed(arena) == 1
+    ours.task_begins(["y", "x"])
+    assert listed(arena) == 0
+    await ours.publish("x", data["x"], data["x"].nbytes)
+    assert listed(arena) == 1
+    ours.close()
+    assert listed(arena) == 0
+    assert not ours._uses._watches
+
+
+@pytest.mark.parametrize("running", [{"x"}, {"alias"}])
+@in_loop
+async def test_what_a_task_is_using_is_neither_adopted_nor_listed(arena, running):
+    """Under whichever of its keys; it is made up for when the task has ended."""
+    data = {"x": big()}
+    data["alias"] = value = data["x"]
+    ours = publisher_of(arena, data, lambda: running)
+    first = await ours.publish("x", value, value.nbytes)
+    assert data["x"] is value
+    assert listed(arena) == 0
+    running.clear()
+    assert await ours.publish("x", value, value.nbytes) is first
+    assert data["x"] is data["alias"] is not value
+    assert listed(arena) == 1
+    ours.close()
+    assert not ours._uses._watches
+
+
+@pytest.mark.parametrize(("module", "step"), [(codec, "publish"), (publisher, "_rebuild")])
+@pytest.mark.parametrize("when", ["before", "after"])
+@in_loop
+async def test_what_a_task_has_had_meanwhile_stays_as_the_task_leaves_it(arena, monkeypatch, module, step, when):
+    """It writes in place, and what it returns is the same object."""
+    gate = Gate(monkeypatch, module, step, when)
+    data = {"x": big()}
+    value = data["x"]
+    ours = publisher_of(arena, data)
+    asking = asyncio.create_task(ours.publish("x", value, value.nbytes))
+    await gate.wait()
+    ours.task_begins(["x"])
+    data["y"] = value
+    value[:] = 7
+    gate.open()
+    await asking
+    assert data["x"] is data["y"] is value
+    assert value[0] == 7
+    assert listed(arena) == 0
+    again = await ours.publish("y", value, value.nbytes)
+    np.testing.assert_array_equal(handles.resolve(again.handle), np.full_like(value, 7))
+    np.testing.assert_array_equal(data["x"], np.full_like(value, 7))
+    ours.close()
