@@ -203,20 +203,22 @@ def planning() -> Iterator[None]:
     Any other program may lock the same directory. Who has waited in vain plans all the same.
     """
     try:
-        fd = os.open(SHM_DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with _opening:
+            fd = os.open(SHM_DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            _opened.add(fd)
     except OSError:
         yield
         return
     try:
         deadline = time.monotonic() + _PATIENCE_TO_PLAN
-        while not (is_alone := _flock(fd)) and time.monotonic() < deadline:
+        while not _flock(fd) and time.monotonic() < deadline:
             time.sleep(0.005)
         yield
     finally:
-        if is_alone:
-            # A child that was forked meanwhile has the same open file.
+        if fd in _opened:  # a child has closed it already
             fcntl.flock(fd, fcntl.LOCK_UN)
-        os.close(fd)
+            _opened.discard(fd)
+            os.close(fd)
 
 
 def _flock(fd: int) -> bool:

@@ -99,3 +99,17 @@ def test_a_child_that_was_forked_meanwhile_does_not_go_on_planning(process: Call
         assert rendezvous._flock(fd)
     finally:
         os.close(fd)
+
+
+def test_who_is_killed_while_it_plans_keeps_nobody_waiting(process: Callable[[], Process]) -> None:
+    """Not even if a child of it lives on, which was forked at that moment."""
+    other = process()
+    other("planning = rendezvous.planning(); planning.__enter__()")
+    child = other.fork()
+    other.kill()
+    fd = os.open("/dev/shm", os.O_RDONLY)
+    try:
+        assert rendezvous._flock(fd)
+    finally:
+        os.close(fd)
+    child.kill()
