@@ -54,7 +54,8 @@ class Mappings:
     """
 
     def __init__(self, segment: Segment, keep: int) -> None:
-        self._segment, self._keep = segment, keep
+        # Where address space is limited, a process may need it for other things.
+        self._segment, self._keep = segment, 0 if syscalls.address_space_is_limited() else keep
         self._lock = threading.Lock()
         self._kept: list[Mapping] = []
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -98,6 +99,11 @@ def map_private(fd: int, offset: int, length: int) -> int:
     No swap is set aside for the pages that might be written (``MAP_NORESERVE``): nearly none ever is.
     """
     return _map(fd, offset, length, _MAP_PRIVATE | _MAP_NORESERVE)
+
+
+def address_space_is_limited() -> bool:
+    """Tell whether this process may not map what it likes (``ulimit -v``)."""
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 def unmap(address: int, length: int) -> None:

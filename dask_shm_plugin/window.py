@@ -8,7 +8,6 @@ a mapping would be answered by SIGBUS.
 from __future__ import annotations
 
 import functools
-import resource
 import threading
 
 import numpy as np
@@ -37,7 +36,7 @@ class Window:
         self._lock = threading.Lock()
         self._bytes: npt.NDArray[np.uint8] | None = None
         # It takes the address space of the whole segment, which a process may need for other things.
-        self._is_refused = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+        self._is_refused = syscalls.address_space_is_limited()
 
     def sees(self, offset: int, length: int) -> bool:
         """Tell whether a part is mapped page by page, so that all its pages exist (256 MiB: 1 ms)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import resource
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -174,3 +175,15 @@ def test_whatever_comes_and_goes_every_view_shows_its_own_block(roomy: Arena) ->
             del view
         roomy.tidy()
     living.clear()
+
+
+def test_where_address_space_is_limited_none_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process may need it for other things."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    monkeypatch.setattr(
+        resource, "getrlimit", lambda which: (1 << 46, limit[1]) if which == resource.RLIMIT_AS else None
+    )
+    arena = Arena.create(16 * MIB, warm=4 * MIB)
+    shown_and_dropped(arena, 1)
+    assert len(arena._mappings) == 0
+    arena.close()
