@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dask_shm_plugin import layout, liveness, placement, syscalls, tidying, views
+from dask_shm_plugin import layout, liveness, syscalls, tidying, views
 from dask_shm_plugin.access import Access
 from dask_shm_plugin.block import Block, Descriptor, Draft
 from dask_shm_plugin.blockbook import TRIMMING
@@ -27,6 +27,7 @@ from dask_shm_plugin.exceptions import (
     TableCorrupt,
 )
 from dask_shm_plugin.forks import Pins
+from dask_shm_plugin.freespace import FreeSpace
 from dask_shm_plugin.layout import BLOCKS_FROM, TABLE_BYTES, Extent, Row
 from dask_shm_plugin.mappings import Dropped, Mappings
 from dask_shm_plugin.memberbook import Member
@@ -89,6 +90,7 @@ class Arena:
         self._access = Access(segment, Table(_map_table(segment)), self._mutex)
         self.arena_id = self._table.arena_id
         self._references = References()
+        self._free_space = FreeSpace()
         self._mappings = Mappings(segment, warm)
         self._dropped = tidying.Bin()
         self._tidying = threading.Lock()
@@ -188,9 +190,7 @@ class Arena:
     def take_if_free(self, extent: Extent) -> Row | None:
         """Make a part of the arena a draft that nobody will write, so that its pages can be given back."""
         with self._access as table:
-            gaps = placement.gaps(table.taken(), table.span)
-            around = (gaps[:, 0] <= extent.offset) & (extent.offset + extent.length <= gaps[:, 0] + gaps[:, 1])
-            return self._take(extent, TRIMMING) if np.any(around) else None
+            return self._take(extent, TRIMMING) if self._free_space.has(table, extent) else None
 
     def map(self, place: Place, extent: Extent) -> memoryview:
         """Map a part of a block that this process refers to, copy-on-write."""
@@ -351,7 +351,7 @@ class Arena:
         with self._access as table:
             if self._leaving:
                 raise ArenaUnavailable("this process is leaving the arena")
-            offset = placement.place(table.taken(), table.capacity, length, layout.SPREAD)
+            offset = self._free_space.place(table, length)
             if offset is None:
                 return None
             extent = Extent(offset, length)
@@ -359,6 +359,7 @@ class Arena:
 
     def _take(self, extent: Extent, size: int) -> Row:
         row = self._table.reserve(extent, size, self.member)
+        self._free_space.note_taken(self._table, extent)
         # A draft counts as a reference: the process must not leave while a thread of it still writes there.
         self._references.add(row)
         return row
@@ -371,7 +372,12 @@ class Arena:
 
     def _drop_references(self, rows: list[Row]) -> None:
         gone = [row for row in rows if self._references.drop(row)]
-        self._access.attempt(lambda table: [table.release(row, self.member) for row in gone])
+
+        def release(table: Table) -> None:
+            freed = [table.release(row, self.member) for row in gone]
+            self._free_space.note_freed(table, [extent for extent in freed if extent is not None])
+
+        self._access.attempt(release)
 
     def __repr__(self) -> str:
         if self.has_left or self.is_damaged:

@@ -1,12 +1,64 @@
-"""Where the next block goes: a pure function."""
+"""Where the next block goes: pure, over offsets and lengths."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
+Offsets = npt.NDArray[np.int64]
 
-def gaps(taken: npt.NDArray[np.uint64], span: int) -> npt.NDArray[np.int64]:
+
+class Room:
+    """The parts of an arena that are in use, and so the gaps between them.
+
+    Parameters
+    ----------
+    taken
+        Offset and length of the parts in use, shape (n, 2), bytes, in any order, without overlap.
+    capacity
+        Bytes that all blocks together may have.
+    spread
+        How many times the capacity there are offsets. A gap takes no memory, for the segment is sparse: so with more
+        offsets than bytes, room is not lost to the gaps between blocks.
+    """
+
+    def __init__(self, taken: npt.NDArray[np.uint64], capacity: int, spread: int = 1) -> None:
+        self._left = capacity - int(np.sum(taken[:, 1]))
+        # Each gap lies between the end at its place and the start at its place: before the first part, and behind the last.
+        self._starts, self._ends = _edges(taken, spread * capacity)
+
+    def place(self, length: int) -> int | None:
+        """Return the offset for a block of ``length`` bytes, or None when it would be too much or no gap is long enough.
+
+        The lowest gap wins, because what is low and free is warm: pages are given back from the top.
+        """
+        if length > self._left:
+            return None
+        fits = self._starts - self._ends >= length
+        lowest = int(np.argmax(fits))
+        return int(self._ends[lowest]) if fits[lowest] else None
+
+    def has(self, offset: int, length: int) -> bool:
+        """Tell whether nobody has anything of a part."""
+        gap = int(np.searchsorted(self._starts, offset, side="right"))
+        return gap < len(self._ends) and bool(self._ends[gap] <= offset and offset + length <= self._starts[gap])
+
+    def take(self, offset: int, length: int) -> None:
+        """Put a part, which is free, in use."""
+        gap = int(np.searchsorted(self._starts, offset, side="right"))
+        self._starts = np.insert(self._starts, gap, offset)
+        self._ends = np.insert(self._ends, gap + 1, offset + length)
+        self._left -= length
+
+    def give(self, offset: int, length: int) -> None:
+        """Undo :meth:`take`."""
+        gap = int(np.searchsorted(self._starts, offset))
+        self._starts = np.delete(self._starts, gap)
+        self._ends = np.delete(self._ends, gap + 1)
+        self._left += length
+
+
+def gaps(taken: npt.NDArray[np.uint64], span: int) -> Offsets:
     """Return offset and length of the free parts among some offsets, by offset.
 
     Parameters
@@ -21,35 +73,13 @@ def gaps(taken: npt.NDArray[np.uint64], span: int) -> npt.NDArray[np.int64]:
     ndarray
         Shape (m, 2), bytes; no empty gap.
     """
+    starts, ends = _edges(taken, span)
+    lengths = starts - ends
+    return np.stack((ends, lengths), axis=1)[lengths > 0]
+
+
+def _edges(taken: npt.NDArray[np.uint64], span: int) -> tuple[Offsets, Offsets]:
     order = np.argsort(taken[:, 0])
     starts = taken[order, 0].astype(np.int64)
     ends = starts + taken[order, 1].astype(np.int64)
-    offsets = np.concatenate(([0], ends))
-    lengths = np.concatenate((starts, [span])) - offsets
-    return np.stack((offsets, lengths), axis=1)[lengths > 0]
-
-
-def place(taken: npt.NDArray[np.uint64], capacity: int, length: int, spread: int = 1) -> int | None:
-    """Return the offset for a block of ``length`` bytes, or None when it would be too much or no gap is long enough.
-
-    The lowest gap wins, because what is low and free is warm: pages are given back from the top.
-
-    Parameters
-    ----------
-    taken
-        Offset and length of the parts in use, shape (n, 2), bytes, in any order, without overlap.
-    capacity
-        Bytes that all blocks together may have.
-    length
-        Bytes of the block.
-    spread
-        How many times the capacity there are offsets. A gap takes no memory, for the segment is sparse: so with more
-        offsets than bytes, room is not lost to the gaps between blocks.
-    """
-    if int(np.sum(taken[:, 1])) + length > capacity:
-        return None
-    free = gaps(taken, spread * capacity)
-    fitting = free[free[:, 1] >= length]
-    if len(fitting) == 0:
-        return None
-    return int(fitting[0, 0])
+    return np.append(starts, span), np.concatenate((np.zeros(1, np.int64), ends))

@@ -271,8 +271,12 @@ class Table:
         TableCorrupt
             A row does not say what was written there.
         """
-        self._blocks.insist_all_sound()
+        self.insist_all_sound()
         return self._blocks.taken()
+
+    def insist_all_sound(self) -> None:
+        """Insist that all rows say what was written there; else raise as :meth:`taken` does."""
+        self._blocks.insist_all_sound()
 
     def taken_by_now(self) -> npt.NDArray[np.uint64]:
         """Return what :meth:`taken` does, without the mutex: a row may be in change, and so is not checked."""

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dask_shm_plugin.layout import SPREAD
-from dask_shm_plugin.placement import gaps, place
+from dask_shm_plugin.placement import Room, gaps
 
 PAGE = 4096
 
@@ -62,14 +62,14 @@ def test_a_place_is_the_lowest_gap_that_is_long_enough(arena: tuple[np.ndarray, 
     """There is a place if and only if a gap is long enough, and it is the beginning of the first of these."""
     length = units * unit
     fitting = [offset for offset, size in bytewise(*arena) if size >= length]
-    assert place(*arena, length) == (fitting[0] if fitting else None)
+    assert Room(*arena).place(length) == (fitting[0] if fitting else None)
 
 
 @given(arenas(), st.integers(1, 12), st.integers(2, 4))
 def test_more_offsets_than_bytes_are_no_more_bytes(arena: tuple[np.ndarray, int], length: int, spread: int) -> None:
     """Behind the last gap there is room for whatever is left of the capacity, and not for more."""
     taken, capacity = arena
-    offset = place(taken, capacity, length, spread)
+    offset = Room(taken, capacity, spread).place(length)
     if length > capacity - int(taken[:, 1].sum()):
         assert offset is None
     else:
@@ -81,7 +81,7 @@ def test_more_offsets_than_bytes_are_no_more_bytes(arena: tuple[np.ndarray, int]
 def test_a_place_overlaps_nothing_and_lies_inside(arena: tuple[np.ndarray, int], pages: int) -> None:
     """What is placed can be entered beside all others."""
     taken, capacity = arena
-    offset = place(taken, capacity, pages)
+    offset = Room(taken, capacity).place(pages)
     if offset is not None:
         parts = sorted([*taken.tolist(), [offset, pages]])
         assert all(start + length <= following for (start, length), (following, _) in pairwise(parts))
@@ -96,34 +96,34 @@ def test_an_arena_can_be_filled_to_the_last_page(arena: tuple[np.ndarray, int]) 
     unit = PAGE if capacity % PAGE == 0 and not np.any(taken % PAGE) else 1
     free = sum(length for _, length in bytewise(taken, capacity)) // unit
     for left in reversed(range(free)):
-        offset = place(taken, capacity, unit)
+        offset = Room(taken, capacity).place(unit)
         assert offset is not None, f"{left + 1} pages are still free"
         taken = np.concatenate((taken, taken_of((offset, unit))))
-    assert place(taken, capacity, 1) is None
+    assert Room(taken, capacity).place(1) is None
 
 
 def test_an_empty_arena_is_one_gap() -> None:
     """The first block goes to the beginning."""
     assert gaps(taken_of(), 8 * PAGE).tolist() == [[0, 8 * PAGE]]
-    assert place(taken_of(), 8 * PAGE, 8 * PAGE) == 0
-    assert place(taken_of(), 8 * PAGE, 8 * PAGE + 1) is None
+    assert Room(taken_of(), 8 * PAGE).place(8 * PAGE) == 0
+    assert Room(taken_of(), 8 * PAGE).place(8 * PAGE + 1) is None
 
 
 def test_freed_space_is_used_again_before_untouched_space() -> None:
     """A gap between blocks lies lower than the rest of the arena, and is warm."""
     taken = taken_of((0, 2 * PAGE), (4 * PAGE, 2 * PAGE))
-    assert place(taken, 1 << 40, PAGE) == 2 * PAGE
+    assert Room(taken, 1 << 40).place(PAGE) == 2 * PAGE
 
 
 def test_offsets_beyond_four_gib_are_exact() -> None:
     """Arenas may be as large as memory."""
-    assert place(taken_of((0, 1 << 45)), (1 << 45) + PAGE, PAGE) == 1 << 45
+    assert Room(taken_of((0, 1 << 45)), (1 << 45) + PAGE).place(PAGE) == 1 << 45
 
 
 @pytest.mark.parametrize("length", [1, PAGE])
 def test_an_offset_is_a_plain_integer(length: int) -> None:
     """It goes into struct, mmap and memoryview, which want no NumPy scalars."""
-    assert type(place(taken_of(), PAGE, length)) is int
+    assert type(Room(taken_of(), PAGE).place(length)) is int
 
 
 def mixed_load(seed: int, capacity: int) -> list[tuple[bool, int, int]]:
@@ -137,6 +137,11 @@ def mixed_load(seed: int, capacity: int) -> list[tuple[bool, int, int]]:
     ends = begins + random.exponential(1.2 * capacity / sizes.mean(), count)
     order = np.argsort(np.concatenate((begins, ends))).tolist()
     return [(at < count, at % count, int(sizes[at % count])) for at in order]
+
+
+def lowest_gap(taken: np.ndarray, capacity: int, length: int, spread: int) -> int | None:
+    """Return the offset in the lowest gap."""
+    return Room(taken, capacity, spread).place(length)
 
 
 def worst_fit(taken: np.ndarray, capacity: int, length: int, spread: int) -> int | None:
@@ -167,6 +172,41 @@ def test_a_day_of_mixed_blocks_leaves_four_fifths_usable(seed: int) -> None:
     """All of it, in fact, where there are more offsets than bytes; the largest block is an eighth of the capacity."""
     capacity = 8 << 30
     load = mixed_load(seed, capacity)
-    assert usable(load, capacity, place, SPREAD) == 1
+    assert usable(load, capacity, lowest_gap, SPREAD) == 1
     assert usable(load, capacity, worst_fit, 1) < 0.6, "this load tells a bad placement"
-    assert usable(load, capacity, place, 1) < 0.8, "and that a good one among as many offsets as bytes is not enough"
+    assert usable(load, capacity, lowest_gap, 1) < 0.8, (
+        "and that a good one among as many offsets as bytes is not enough"
+    )
+
+
+@given(arenas(), st.lists(st.tuples(st.integers(0, 12), st.integers(1, 3)), max_size=12))
+def test_room_that_follows_is_the_room_that_is(arena: tuple[np.ndarray, int], steps: list[tuple[int, int]]) -> None:
+    """Whatever is taken and given back: as if it had been looked for anew."""
+    taken, capacity = arena
+    parts = [tuple(part) for part in taken.tolist()]
+    room = Room(taken, capacity, 2)
+    for which, length in steps:
+        offset = room.place(length)
+        if which < len(parts):
+            room.give(*parts.pop(which))
+        elif offset is not None:
+            assert room.has(offset, length)
+            room.take(offset, length)
+            assert not room.has(offset, length)
+            parts.append((offset, length))
+        anew = Room(taken_of(*parts), capacity, 2)
+        for size in (1, 2, 5, capacity or 1):
+            assert room.place(size) == anew.place(size)
+
+
+def test_a_part_is_free_if_all_of_it_is() -> None:
+    """Its edges count."""
+    room = Room(taken_of((2, 3), (9, 1)), 20)
+    free = [(offset, length) for offset in range(20) for length in (1, 2, 4) if room.has(offset, length)]
+    used = {2, 3, 4, 9}
+    assert free == [
+        (offset, length)
+        for offset in range(20)
+        for length in (1, 2, 4)
+        if offset + length <= 20 and not used & set(range(offset, offset + length))
+    ]

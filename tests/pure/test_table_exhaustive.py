@@ -222,7 +222,7 @@ def drafting(scene: Scene, slot: int, who: Member) -> Iterator[Move]:
     """Return what a member may reserve."""
     for length in (1, 2):
         taken = np.array([entry[1:3] for entry in scene.rows if entry], np.uint64).reshape(-1, 2)
-        offset = placement.place(taken, CAPACITY, length)
+        offset = placement.Room(taken, CAPACITY).place(length)
         if offset is not None:
             extent = Extent(offset, length)
             drafted = replaced(scene, scene.rows.index(None), (DRAFT, *extent, frozenset([slot])))

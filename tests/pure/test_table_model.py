@@ -163,7 +163,7 @@ class TableMachine(RuleBasedStateMachine):
 
     def reserve_page(self, table: Table, member: Member) -> None:
         """Reserve a page where placement says, if there is one."""
-        offset = placement.place(table.taken(), table.capacity, PAGE)
+        offset = placement.Room(table.taken(), table.capacity).place(PAGE)
         if offset is not None:
             table.reserve(Extent(offset, PAGE), 1, member)
 
@@ -187,7 +187,7 @@ class TableMachine(RuleBasedStateMachine):
         if member not in self.live:
             return multiple()
         table = self.table
-        offset = placement.place(table.taken(), table.capacity, pages * PAGE)
+        offset = placement.Room(table.taken(), table.capacity).place(pages * PAGE)
         if offset is None:
             assert max(self.gaps(), default=0) < pages
             return multiple()
