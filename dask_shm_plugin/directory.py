@@ -9,6 +9,7 @@ nor a SIGBUS, and no mutex is needed: a listing that was overwritten while it wa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import struct
 import threading
@@ -16,9 +17,9 @@ import zlib
 from collections import OrderedDict
 
 from dask_shm_plugin.crashpoints import step
-from dask_shm_plugin.exceptions import SharedMemoryError
+from dask_shm_plugin.exceptions import SharedMemoryError, TableCorrupt
 from dask_shm_plugin.layout import DIRECTORY_BYTES, PLACE_BYTES, directory_offset
-from dask_shm_plugin.markbook import PLACES, MarkBook
+from dask_shm_plugin.markbook import PLACES, TAGS, MarkBook
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.roster import Roster
 from dask_shm_plugin.segment import Segment
@@ -70,7 +71,7 @@ class Directory:
             except (SharedMemoryError, OSError):
                 return False
             self._names[place] = name
-            self._marks.set(self._member.slot, place)
+            self._marks.set(self._member.slot, place, _tag_of(name))
             return True
 
     @step("cross out")
@@ -86,7 +87,8 @@ class Directory:
         marks = self._marks
         if marks is None:
             return None
-        marked = [place for place in _places_of(name) if marks.is_set(member.slot, place)]
+        tag = _tag_of(name)
+        marked = [place for place in _places_of(name) if marks.tag(member.slot, place) == tag]
         if not marked or not self._roster.is_running(member):
             return None
         for place in marked:
@@ -117,7 +119,10 @@ class Directory:
 
     def _unmark(self, place: int) -> None:
         if self._names.pop(place, None) is not None and self._marks is not None:
-            self._marks.unset(self._member.slot, place)
+            # Nobody finds anything in memory that was cut short, and to store there would be the end of the process.
+            with contextlib.suppress(TableCorrupt):
+                self._segment.insist_whole()
+                self._marks.unset(self._member.slot, place)
 
     def __repr__(self) -> str:
         return f"<Directory of member {self._member.slot}, {len(self._names)} listings>"
@@ -126,6 +131,11 @@ class Directory:
 def _places_of(name: bytes) -> range:
     first = zlib.crc32(name) % (PLACES // _WAYS) * _WAYS
     return range(first, first + _WAYS)
+
+
+def _tag_of(name: bytes) -> int:
+    # Of other bits than the place.
+    return (zlib.crc32(name) >> 16) % (TAGS - 1) + 1
 
 
 def _digest(member: Member, name: bytes, data: bytes) -> bytes:

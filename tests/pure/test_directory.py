@@ -8,7 +8,7 @@ import pytest
 from conftest import MIB
 from other_processes import JOIN, LEAVE, Process, join, wait_until
 
-from dask_shm_plugin import membership
+from dask_shm_plugin import layout, markbook, membership
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.exceptions import MemoryExhausted
 from dask_shm_plugin.layout import PLACE_BYTES, directory_offset
@@ -87,6 +87,39 @@ def test_a_listing_that_was_damaged_or_is_half_written_is_not_found(arena: Arena
     assert find(arena, b"x") == b"some data"
 
 
+def test_what_is_not_listed_costs_no_system_call_however_much_is(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of small values may come from a worker that has hundreds of large ones."""
+    for n in range(3 * PLACES):
+        arena.directory.enter(f"large-{n}".encode(), b"data")
+    reads: list[int] = []
+    monkeypatch.setattr(arena.segment, "read", lambda *where: reads.append(1) or memoryview(bytes(PLACE_BYTES)))
+    assert all(find(arena, f"small-{n}".encode()) is None for n in range(2000))
+    assert len(reads) < 5
+
+
+@pytest.mark.parametrize("scribble", [0x00, 0x01, 0x5A, 0xFF])
+def test_what_is_scribbled_over_the_marks_brings_nothing_back(arena: Arena, scribble: int) -> None:
+    """A listing that was taken back stands where it stood, whole."""
+    assert arena.directory.enter(b"x", b"data")
+    arena.directory.cross_out(b"x")
+    start, length = layout.MARKS_AT * 8, markbook.WORDS * 8
+    arena.segment.write(start, memoryview(bytes([scribble]) * length))
+    assert find(arena, b"x") is None
+
+
+def test_what_was_listed_in_memory_that_was_cut_short_is_let_go(process: Callable[[], Process]) -> None:
+    """To touch it would be the end of the process."""
+    one = process()
+    one("arena = Arena.create(1 << 20)")
+    assert one("arena.directory.enter(b'x', b'data') and arena.directory.enter(b'y', b'data')")
+    one("import os")
+    one("os.ftruncate(arena.segment.fd, 0)")
+    one("arena.directory.cross_out(b'x')")
+    one("arena.directory.close()")
+    assert one("repr(arena.directory)").endswith("0 listings>")
+    one("arena.close()")
+
+
 def test_a_listing_is_of_one_incarnation(arena: Arena) -> None:
     """Who takes over its slot is somebody else."""
     assert arena.directory.enter(b"x", b"data")
@@ -154,7 +187,7 @@ def test_a_slot_begins_with_an_empty_directory(process: Callable[[], Process]) -
     assert again.slot == member.slot
     assert arena._table.is_live(again)
     assert arena.directory.find(again, b"x") is None
-    assert not any(arena._table.marks.is_set(again.slot, place) for place in range(PLACES))
+    assert not any(arena._table.marks.tag(again.slot, place) for place in range(PLACES))
     second.kill()
     membership.leave(CLUSTER, "nanny", "tcp://here")
 
