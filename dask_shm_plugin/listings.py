@@ -26,21 +26,20 @@ class Listings:
 
     def __init__(self, arena: Arena, address: str) -> None:
         self._arena, self._address = arena, address
-        self._listed: set[Any] = set()
+        # The names as they were entered: keys that are equal, like 1 and 1.0, have different ones.
+        self._listed: dict[Any, bytes] = {}
 
     def enter(self, key: Any, handle: Handle) -> None:
         """Let others find the value of a key, unless there is no room."""
         name = _name(self._address, key)
         if name is not None and self._arena.directory.enter(name, handle.to_bytes()):
-            self._listed.add(key)
+            self._listed[key] = name
 
     def cross_out(self, key: Any) -> None:
         """Let nobody find it any more, from this moment on; harmless when it is not listed."""
-        if key in self._listed:
-            self._listed.discard(key)
-            name = _name(self._address, key)
-            if name is not None:
-                self._arena.directory.cross_out(name)
+        name = self._listed.pop(key, None)
+        if name is not None:
+            self._arena.directory.cross_out(name)
 
     def clear(self) -> None:
         """Let nobody find anything any more."""

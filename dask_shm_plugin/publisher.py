@@ -97,13 +97,8 @@ class Publisher:
         None
             It is to be sent as usual.
         """
-        flight = self._flights.get(key)
-        if flight is None or flight.value is not value:
-            flight = _Flight(value, asyncio.create_task(self._publish(key, value, size)))
-            self._flights[key] = flight
-            flight.task.add_done_callback(lambda _: self._land(key, flight))
         # One asker that goes away must not take the others' publication along.
-        outcome: Published | DaskSerialized | None = await asyncio.shield(flight.task)
+        outcome: Published | DaskSerialized | None = await asyncio.shield(self._take_off(key, value, size).task)
         return outcome
 
     def small(self, key: Any, value: object, size: int) -> DaskSerialized | None:
@@ -127,13 +122,19 @@ class Publisher:
         self._uses.begin(keys)
 
     def prune(self) -> None:
-        """Drop the shared copies beside private ones that nobody else has referred to since the last call."""
+        """Let no value keep two copies for ever; lives on the event loop.
+
+        A shared copy beside a private one goes where nobody else has referred to it since the last call. The private one
+        goes where it could not be adopted yet, and no task uses it now: nobody may ask for it any more.
+        """
         for key, record in list(self._records.items()):
             is_idle = not record.is_adopted and not record.published.is_used_elsewhere
             if is_idle and record.is_idle:
                 self.forget(key)
             elif is_idle != record.is_idle:
                 self._records[key] = record._replace(is_idle=is_idle)
+            elif not record.is_settled and not self._uses.are_running(seams.keys_of(self._data, record.value)):
+                self._take_off(key, record.value, record.published.handle.size)
 
     def close(self) -> None:
         """Drop everything; views stay valid. What is under way is answered, but neither remembered nor listed."""
@@ -146,6 +147,14 @@ class Publisher:
 
     def __repr__(self) -> str:
         return f"<Publisher {len(self._records)} published, {len(self._flights)} under way>"
+
+    def _take_off(self, key: Any, value: object, size: int) -> _Flight:
+        flight = self._flights.get(key)
+        if flight is None or flight.value is not value:
+            flight = _Flight(value, asyncio.create_task(self._publish(key, value, size)))
+            self._flights[key] = flight
+            flight.task.add_done_callback(lambda _: self._land(key, flight))
+        return flight
 
     async def _publish(self, key: Any, value: object, size: int) -> Published | DaskSerialized | None:
         watch = self._uses.watch({key, *seams.keys_of(self._data, value)})
@@ -201,8 +210,13 @@ class Publisher:
         if not is_same or not (shared is None or watch.is_quiet):
             return record
         if shared is not None:
-            # What a task has returned as it came is one object under several keys, and stays one.
-            for also in seams.keys_of(self._data, value):
+            # What a task has returned as it came is one object under several keys, and stays one. A key that was not
+            # watched has come by it in another way than by a watched one (a global, ``future.result()`` in a task): who
+            # put it there may have changed it.
+            keys = seams.keys_of(self._data, value)
+            if not watch.keys.issuperset(keys):
+                return record
+            for also in keys:
                 if self._has(also, value):  # storing one may spill another
                     self.forget(also)
                     self._data[also] = shared

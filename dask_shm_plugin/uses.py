@@ -20,8 +20,8 @@ class Watch:
         Whether no task has had any of the keys as its input since the watch began, and none had then.
     """
 
-    def __init__(self, keys: Iterable[Any], *, is_quiet: bool) -> None:
-        self.keys = frozenset(keys)
+    def __init__(self, keys: frozenset[Any], *, is_quiet: bool) -> None:
+        self.keys = keys
         self.is_quiet = is_quiet
 
     def __repr__(self) -> str:
@@ -49,8 +49,8 @@ class Uses:
 
     def watch(self, keys: Iterable[Any]) -> Watch:
         """Begin to watch."""
-        watch = Watch(keys, is_quiet=True)
-        watch.is_quiet = watch.keys.isdisjoint(self._inputs())
+        keys = frozenset(keys)
+        watch = Watch(keys, is_quiet=not self.are_running(keys))
         for key in watch.keys:
             self._watches.setdefault(key, []).append(watch)
         return watch
@@ -63,6 +63,10 @@ class Uses:
                 watches.remove(watch)
             if not watches:
                 self._watches.pop(key, None)
+
+    def are_running(self, keys: Iterable[Any]) -> bool:
+        """Tell whether a running task has any of some keys as its input."""
+        return not self._inputs().isdisjoint(keys)
 
     def begin(self, keys: Iterable[Any]) -> None:
         """Take note that a task begins, which has some keys as its inputs."""

@@ -115,16 +115,18 @@ class _Running:
         fetch.REQUESTS.begin()
 
     async def stop(self) -> None:
+        # Dask (2026.8.0) tells a plugin that it removes nothing more: there must never be a moment when tasks begin that
+        # the publisher does not hear of. So it closes before anything is awaited.
+        self._get_data_before.undo()
+        self._scatter_guard.received = ignore
+        self._pruning.stop()
+        self.publisher.close()
         # First nobody sends handles any more, then nobody resolves them.
         await self._role.withdraw()
-        self._scatter_guard.received = ignore
         if not self._has_clients():
             self._scatter_guard.undo()
         fetch.REQUESTS.end()
-        self._get_data_before.undo()
-        self._pruning.stop()
         self._worker.metrics.pop("shm", None)
-        self.publisher.close()
         self._meter.stop()
         await self._role.leave()
 
@@ -159,8 +161,10 @@ class _Running:
             self.publisher.task_begins(dependency.key for dependency in task.dependencies)
 
     def _inputs(self) -> set[Any]:
-        running = self._worker.state.all_running_tasks
-        return {dependency.key for task in running for dependency in task.dependencies}
+        inputs = [one for task in self._worker.state.all_running_tasks for one in task.dependencies]
+        # A cancelled task runs on with what was released since, and which other keys have that object nobody knows.
+        is_unknown = any(one.state != "memory" for one in inputs)
+        return {one.key for one in inputs} | (set(self._worker.state.tasks) if is_unknown else set())
 
     async def _publish_unasked(self, key: Any, value: object) -> None:
         try:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from clusters import local_cluster
 from describing import assert_descriptions_equal, describe
-from distributed import Client, wait
+from distributed import Client, Event, wait
 from observing import (
     addresses,
     array,
@@ -26,7 +26,7 @@ from observing import (
     wait_until,
 )
 
-from dask_shm_plugin import membership, metrics, publisher
+from dask_shm_plugin import membership, metrics, publisher, unregister
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,11 @@ def listed(client: Client, address: str) -> int:
     return client.run(lambda: sum(len(arena.directory._names) for arena in membership.all_arenas()), workers=[address])[
         address
     ]
+
+
+def prune(dask_worker: Any) -> None:
+    """Do what a worker does every few seconds."""
+    dask_worker.plugins["dask-shm"].half._running.publisher.prune()
 
 
 def negate(x: np.ndarray) -> np.ndarray:
@@ -175,7 +180,117 @@ def test_a_result_that_is_its_changed_input_is_not_replaced_by_what_that_was_bef
         for seen in see_on(three, value, [a, c]):
             assert_saw(seen, -array(seed), shared=seen.shared)
     # What nobody is at any more becomes one copy again.
-    assert lies_in_arena(three, changed, a)
+    three.run(prune, workers=[a])
+    wait_until(lambda: lies_in_arena(three, changed, a), "the private copy is given up")
+
+
+def keep(seed: int) -> np.ndarray:
+    """Return an array that this worker keeps for later, too."""
+    publisher._kept = array(seed)
+    return publisher._kept
+
+
+def negate_kept() -> np.ndarray:
+    """Change what :func:`keep` has kept, and return it."""
+    kept = publisher._kept
+    del publisher._kept
+    return negate(kept)
+
+
+def test_a_result_that_came_by_its_object_unwatched_is_not_replaced(three: Client) -> None:
+    """While a value is being published, a task that has it from elsewhere writes to it in place and returns it."""
+    a, b, c = addresses(three)
+    seed = fresh()
+    made = three.submit(keep, seed, workers=[a], pure=False)
+    wait(made)
+    with Gate(three, a) as gate:
+        reading = three.submit(np.sum, made, workers=[b], pure=False)
+        gate.wait()
+        changed = three.submit(negate_kept, workers=[a], pure=False)
+        wait(changed)
+    reading.result()
+    for seen in see_on(three, changed, [a, c]):
+        assert_saw(seen, -array(seed), shared=seen.shared)
+
+
+def hold(x: np.ndarray, name: str, then: Any = None) -> Any:
+    """Keep an input in use until an event is set."""
+    Event(f"{name}-begun").set()
+    Event(name).wait(60)
+    return then(x) if then else None
+
+
+def test_what_was_in_use_when_it_was_asked_for_is_one_copy_afterwards(three: Client) -> None:
+    """Though nobody asks for it any more: the others have it."""
+    a, b, c = addresses(three)
+    made = three.submit(array, fresh(), workers=[a], pure=False)
+    using = three.submit(hold, made, made.key, workers=[a], pure=False)
+    Event(f"{made.key}-begun", client=three).wait(30)
+    see_on(three, made, [b, c])
+    assert not lies_in_arena(three, made, a)
+    three.run(prune, workers=[a])
+    assert not lies_in_arena(three, made, a)
+    Event(made.key, client=three).set()
+    wait(using)
+    three.run(prune, workers=[a])
+    wait_until(lambda: lies_in_arena(three, made, a), "the private copy is given up")
+
+
+def test_what_a_cancelled_task_changes_is_sent_as_it_is_then(three: Client) -> None:
+    """It runs on with an object of which only another key is left."""
+    a, b, c = addresses(three)
+    seed = fresh()
+    made = three.submit(array, seed, workers=[a], pure=False)
+    same = three.submit(lambda x: x, made, workers=[a], pure=False)
+    wait(same)
+    name = made.key
+    changing = three.submit(hold, made, name, negate, workers=[a], pure=False)
+    Event(f"{name}-begun", client=three).wait(30)
+    changing.cancel()
+    del changing, made
+    wait_until(lambda: not three.run(lambda dask_worker: name in dask_worker.data, workers=[a])[a], "it is released")
+    see_on(three, same, [b])
+    drop_replica(three, same, b)
+    Event(name, client=three).set()
+    idle = "no task is running"
+    wait_until(lambda: not three.run(lambda dask_worker: len(dask_worker.state.executing), workers=[a])[a], idle)
+    for seen in see_on(three, same, [a, c]):
+        assert_saw(seen, -array(seed), shared=seen.shared)
+
+
+def test_what_is_changed_while_the_plugin_leaves_is_sent_as_it_is_then() -> None:
+    """Dask tells a plugin that it removes nothing of tasks any more."""
+    with local_cluster(2) as client:
+        a, b = addresses(client)
+        seed = fresh()
+        made = client.submit(array, seed, workers=[a], pure=False)
+        see_on(client, made, [b])
+        drop_replica(client, made, b)
+        assert listed(client, a) == 1
+
+        def close() -> None:
+            reached, opened, before = threading.Event(), threading.Event(), membership.withdraw
+
+            def wait_there(*args: Any) -> None:
+                reached.set()
+                assert opened.wait(30)
+                before(*args)
+
+            membership.withdraw = wait_there
+            membership._gate = reached, opened
+
+        client.run(close)
+        leaving = threading.Thread(target=unregister, args=(client,))
+        leaving.start()
+        try:
+            stand = "all stand at the gate"
+            wait_until(lambda: all(client.run(lambda: membership._gate[0].is_set()).values()), stand)
+            wait(client.submit(negate, made, workers=[a], pure=False))
+            (seen,) = see_on(client, made, [b])
+            assert_saw(seen, -array(seed), shared=seen.shared)
+        finally:
+            client.run(lambda: membership._gate[1].set())
+            leaving.join()
 
 
 def test_values_that_are_not_arrays_are_found_as_well(three: Client) -> None:

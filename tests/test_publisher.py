@@ -363,3 +363,16 @@ async def test_what_a_task_has_had_meanwhile_stays_as_the_task_leaves_it(arena, 
     np.testing.assert_array_equal(handles.resolve(again.handle), np.full_like(value, 7))
     np.testing.assert_array_equal(data["x"], np.full_like(value, 7))
     ours.close()
+
+
+@in_loop
+async def test_keys_that_are_equal_are_one(arena):
+    """Dask finds under 1.0 what it has under 1."""
+    data = {("x", 1): big()}
+    ours = publisher_of(arena, data)
+    await ours.publish(("x", 1.0), data["x", 1], data["x", 1].nbytes)
+    assert listed(arena) == 1
+    del data["x", 1]
+    ours.forget(("x", 1))
+    assert listed(arena) == 0
+    ours.close()
