@@ -56,6 +56,9 @@ class Publisher:
         Where others ask for them.
     inputs
         Returns the keys that the worker's running tasks have as their inputs.
+    is_alone
+        Tells of keys, the value that they have, and whether that lies apart from what it was made of, if no other key
+        leads to it.
 
     Notes
     -----
@@ -66,9 +69,16 @@ class Publisher:
     """
 
     def __init__(
-        self, arena: Arena, threshold: int, data: Any, address: str, inputs: Callable[[], set[Any]] = set
+        self,
+        arena: Arena,
+        threshold: int,
+        data: Any,
+        address: str,
+        inputs: Callable[[], set[Any]] = set,
+        is_alone: Callable[[frozenset[Any], object, bool], bool] = lambda *_: True,
     ) -> None:
         self._arena, self._threshold, self._data = arena, threshold, data
+        self._is_alone = is_alone
         self._listings = Listings(arena, address)
         self._uses = Uses(inputs, self._listings.cross_out)
         self._watches: dict[Any, Watch] = {}
@@ -226,7 +236,8 @@ class Publisher:
         return record
 
     def _list(self, key: Any, record: _Record, watch: Watch) -> None:
-        if watch.is_quiet and self._records.get(key) is record and self._has(key, record.value):
+        is_same = self._records.get(key) is record and self._has(key, record.value)
+        if is_same and watch.is_quiet and self._is_alone(watch.keys, record.value, record.is_adopted):
             self._take_back(key)
             self._watches[key] = watch
             self._listings.enter(key, record.published.handle)

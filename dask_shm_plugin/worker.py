@@ -11,7 +11,7 @@ from typing import Any
 from distributed.diagnostics.plugin import WorkerPlugin
 from tornado.ioloop import PeriodicCallback
 
-from dask_shm_plugin import codec, config, fetch, metrics, reach, seams
+from dask_shm_plugin import codec, config, fetch, lineage, metrics, reach, seams
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.codec import Published
 from dask_shm_plugin.crashpoints import step
@@ -102,7 +102,9 @@ class _Running:
 
     def __init__(self, worker: Any, role: Role, arena: Arena) -> None:
         self._worker, self._role, self._arena = worker, role, arena
-        self.publisher = Publisher(arena, role.options.threshold, worker.data, role.address, self._inputs)
+        self.publisher = Publisher(
+            arena, role.options.threshold, worker.data, role.address, self._inputs, self._is_alone
+        )
         self._background: set[asyncio.Task[Any]] = set()
         self._get_data_before = seams.Replacement(worker.handlers, "get_data", self._get_data)
         self._meter = WorkerMeter(worker, arena)
@@ -165,6 +167,15 @@ class _Running:
         # A cancelled task runs on with what was released since, and which other keys have that object nobody knows.
         is_unknown = any(one.state != "memory" for one in inputs)
         return {one.key for one in inputs} | (set(self._worker.state.tasks) if is_unknown else set())
+
+    def _is_alone(self, keys: frozenset[Any], value: object, is_apart: bool) -> bool:
+        state, data = self._worker.state, self._worker.data
+        tasks = [state.tasks[key] for key in keys if key in state.tasks]
+        if not is_apart and any(task.dependencies for task in tasks):
+            return False
+        return lineage.is_alone(
+            tasks, value, lambda key: state.actors[key] if key in state.actors else seams.in_memory(data, key)
+        )
 
     async def _publish_unasked(self, key: Any, value: object) -> None:
         try:

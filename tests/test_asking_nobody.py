@@ -293,6 +293,54 @@ def test_what_is_changed_while_the_plugin_leaves_is_sent_as_it_is_then() -> None
             leaving.join()
 
 
+class Negating:
+    """An actor, or an object, that keeps an array and changes it later."""
+
+    def __init__(self, x: np.ndarray) -> None:
+        self.x = x
+
+    def negate(self) -> None:
+        """Change it."""
+        negate(self.x)
+
+
+@pytest.mark.parametrize("how", ["a view", "in an object", "by an actor"])
+def test_what_is_changed_through_what_was_made_of_it_is_sent_as_it_is_then(three: Client, how: str) -> None:
+    """The task that does it has another key as its input, or none at all."""
+    a, b, c = addresses(three)
+    seed = fresh()
+    made = made_and_read(three, seed)
+    if how == "by an actor":
+        holding = three.submit(Negating, made, workers=[a], actor=True).result()
+    else:
+        holding = three.submit((lambda x: x[:]) if how == "a view" else Negating, made, workers=[a], pure=False)
+        wait(holding)
+    see_on(three, made, [b])
+    drop_replica(three, made, b)
+    if how == "by an actor":
+        holding.negate().result()
+    else:
+        change = negate if how == "a view" else Negating.negate
+        wait(three.submit(lambda x: change(x) is None, holding, workers=[a], pure=False))
+    for address in (c, a):
+        (seen,) = see_on(three, made, [address])
+        assert_saw(seen, -array(seed), shared=seen.shared)
+
+
+def test_what_was_made_of_a_value_and_holds_nothing_of_it_does_not_matter(three: Client) -> None:
+    """Numbers, and arrays of their own: the value is listed all the same."""
+    a, b, c = addresses(three)
+    made = made_and_read(three, fresh())
+    results = [three.submit(f, made, workers=[a], pure=False) for f in (np.sum, np.negative, lambda x: None, str)]
+    wait(results)
+    assert listed(three, a) == 0
+    see_on(three, made, [b])
+    drop_replica(three, made, b)
+    before = found(three, c)
+    see_on(three, made, [c])
+    assert found(three, c) == before + 1
+
+
 def test_values_that_are_not_arrays_are_found_as_well(three: Client) -> None:
     """Whatever is shared, however it is nested."""
     pd = pytest.importorskip("pandas")
