@@ -82,6 +82,10 @@ class Directory:
                 if self._names.get(place) == name:
                     self._unmark(place)
 
+    def is_empty(self, member: Member) -> bool:
+        """Tell, at once, whether a member lists nothing."""
+        return self._marks is None or not self._marks.has_any(member.slot)
+
     def find(self, member: Member, name: bytes) -> bytes | None:
         """Return what a member has listed under a name, or None; no system call where it has not."""
         marks = self._marks

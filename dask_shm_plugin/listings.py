@@ -58,7 +58,9 @@ def find(address: str, keys: Any) -> dict[Any, Handle]:
 def _find(arena: Arena, address: str, keys: Any) -> list[tuple[Any, Handle]]:
     found = []
     try:
-        workers = [] if arena.is_damaged else arena.roster.workers_at(address)
+        members = [] if arena.is_damaged else arena.roster.workers_at(address)
+        # To look for each of thousands of small values took 2.5 µs (November 2026).
+        workers = [member for member in members if not arena.directory.is_empty(member)]
         for key in keys if workers else ():
             data = _first(arena, workers, _name(address, key))
             if data is not None:

@@ -17,6 +17,7 @@ PLACES = 512
 TAGS = 1 << 16
 """Tags are below; zero is none."""
 _PER_WORD = 4
+_NONE = bytes(2 * PLACES)
 WORDS = memberbook.SLOTS * PLACES // _PER_WORD
 """Words of eight bytes that a book takes."""
 
@@ -35,7 +36,8 @@ class MarkBook:
     """
 
     def __init__(self, words: memoryview) -> None:
-        self._tags = words.cast("B").cast("H")
+        self._bytes = words.cast("B")
+        self._tags = self._bytes.cast("H")
 
     def set(self, slot: int, place: int, tag: int) -> None:
         """Mark a place."""
@@ -49,6 +51,10 @@ class MarkBook:
         """Take all marks of a slot away."""
         for place in range(PLACES):
             self.unset(slot, place)
+
+    def has_any(self, slot: int) -> bool:
+        """Tell whether any place of a slot is marked."""
+        return self._bytes[slot * len(_NONE) : (slot + 1) * len(_NONE)] != _NONE
 
     def tag(self, slot: int, place: int) -> int:
         """Return the tag of a place, zero where there is none."""

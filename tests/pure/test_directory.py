@@ -39,7 +39,9 @@ def place_of(arena: Arena, name: bytes) -> int:
 def test_what_is_listed_is_found_until_it_is_crossed_out(arena: Arena) -> None:
     """Under its own name only, and with what was listed last."""
     assert find(arena, b"x") is None
+    assert arena.directory.is_empty(arena.member)
     assert arena.directory.enter(b"x", b"one")
+    assert not arena.directory.is_empty(arena.member)
     assert find(arena, b"x") == b"one"
     assert arena.directory.enter(b"x", b"two")
     assert find(arena, b"x") == b"two"
@@ -47,6 +49,7 @@ def test_what_is_listed_is_found_until_it_is_crossed_out(arena: Arena) -> None:
     arena.directory.cross_out(b"x")
     arena.directory.cross_out(b"x")
     assert find(arena, b"x") is None
+    assert arena.directory.is_empty(arena.member)
 
 
 def test_what_does_not_fit_is_not_listed(arena: Arena) -> None:
