@@ -230,6 +230,8 @@ class Publisher:
                 if self._has(also, value):  # storing one may spill another
                     self.forget(also)
                     self._data[also] = shared
+            if not self._has(key, shared):  # spilled at once
+                return record
             COUNTERS.count("adopted", published.handle.size)
         record = _Record(value if shared is None else shared, published, is_adopted=shared is not None, is_settled=True)
         self._records[key] = record
