@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -57,14 +58,13 @@ def many_blocks(*, is_quick: bool) -> Measurement:
         keepers = [readers["many"], *((other, 0) for other in others)]
         fill(arenas["few"], kept["few"], [readers["few"]], FEW_BLOCKS)
         for count in counts:
-            # In an arena that has too few for all of its members, no one else has any.
             fill(arenas["many"], kept["many"], keepers, count)
             for number in range(-3, 10 if is_quick else 200):
                 x = np.frombuffer(np.random.default_rng(number + 3).bytes(MIB), np.uint8)
                 turn = list(arenas) if number % 2 else list(arenas)[::-1]
                 one = {name: publish_and_attach(arenas[name], readers[name], x) for name in turn}
                 rounds += [{"blocks": count, **one}] if number >= 0 else []
-        for block in sum(kept.values(), []):
+        for block in itertools.chain(*kept.values()):
             block.close()
         for arena in arenas.values():
             arena.close()

@@ -64,7 +64,7 @@ def move(site: Site, seed: int, size: int) -> Round:
         assert results == [read_pages(x)] * 2, "wrong values"
         with watch.during("release"):
             del future, x
-            site.settle()
+            site.wait_until_forgotten()
         x = make(seed + 1, size)
         with watch.during("scatter"):
             future = site.client.scatter(x, workers=[reader], hash=False)
@@ -73,7 +73,7 @@ def move(site: Site, seed: int, size: int) -> Round:
         del x
         with watch.during("give back"):
             del future
-            site.settle()
+            site.wait_until_forgotten()
     return watch.latest
 
 

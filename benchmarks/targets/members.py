@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import time
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ def _live(pipe: Connection, places: list[Any]) -> None:
             pipe.send(keep_small(arenas[which], kept[which], *arguments))
         else:
             pipe.send(attach(arenas[which], *arguments))
-    for block in sum(kept, []):
+    for block in itertools.chain(*kept):
         block.close()
     for arena in arenas:
         arena.close()

@@ -65,10 +65,14 @@ class Site:
         return {worker: is_kept for worker, is_kept in kept.items() if is_kept}.items()
 
     def settle(self) -> None:
-        """Wait until all workers have forgotten all data, and nothing is shared any more."""
+        """Give everything back and wait until that is done, cycles of Python objects, too."""
         gc.collect()
-        self.wait_until(lambda: not any(self.client.run(_count).values()), "all data are forgotten")
+        self.wait_until_forgotten()
         self.client.run(gc.collect)
+
+    def wait_until_forgotten(self) -> None:
+        """Wait until no worker has any data, and nothing is shared any more."""
+        self.wait_until(lambda: not any(self.client.run(_count).values()), "all data are forgotten")
         if self.with_plugin:
             self.wait_until(lambda: self.shared()["blocks"] == 0, "all blocks are free")
 

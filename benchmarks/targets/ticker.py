@@ -47,15 +47,8 @@ async def take() -> float:
 
 async def _serve(pipe: Connection) -> None:
     await take()
-    loop = asyncio.get_running_loop()
-    asked = asyncio.Event()
-    loop.add_reader(pipe.fileno(), asked.set)
     pipe.send(0.0)
-    while True:
-        await asked.wait()
-        asked.clear()
-        if pipe.recv() is None:
-            return
+    while await asyncio.to_thread(pipe.recv) is not None:
         pipe.send(await take())
 
 
