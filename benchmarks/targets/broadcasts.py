@@ -10,7 +10,7 @@ from dask.base import tokenize
 from dask.hashing import hashers
 from machine import WarmCopy, make
 from report import MIB, Figure, Measurement, Round, median
-from sites import Remote, Site, Spec, sites
+from sites import Site, Spec, sites
 
 SMALL = 8
 
@@ -76,34 +76,37 @@ def one_element(*, is_quick: bool) -> Measurement:
 # ---------------------------------------------------------------------------------------------------- against workers
 
 
-def compared(remotes: dict[tuple[str, int], Remote], size: int, rounds: int) -> dict[tuple[str, int], list[Round]]:
-    """Let some clusters broadcast in turn, a large array and a small one."""
-    done: dict[tuple[str, int], list[Round]] = {who: [] for who in remotes}
-    for number in range(-1, rounds):
-        for who in in_turn(number, list(remotes)):
-            one = {str(s): remotes[who].ask(broadcast, number + 1, s) for s in in_turn(number, [SMALL, size])}
-            done[who] += [one] if number >= 0 else []
+def large_and_small(arm: str, workers: int, size: int, rounds: int) -> list[Round]:
+    """Let a cluster broadcast a large array and a small one in turn."""
+    done: list[Round] = []
+    with sites(Spec(workers, with_plugin=arm == "plugin")) as [site]:
+        for number in range(-1, rounds):
+            seconds = {str(each): site.ask(broadcast, number + 1, each) for each in in_turn(number, [SMALL, size])}
+            done += [{"arm": arm, "workers": workers, "seconds": seconds}] if number >= 0 else []
     return done
 
 
 def sixteen_workers(*, is_quick: bool) -> Measurement:
-    """Broadcast to more and more workers. The two that make the ratio, four and sixteen, live at the same time."""
+    """Broadcast to more and more workers.
+
+    One cluster at a time, for sixteen idle workers are no small load; four are measured before sixteen and again after.
+    """
     size = 4 * MIB if is_quick else 256 * MIB
-    groups: list[list[tuple[str, int]]] = [[("plugin", 4), ("plugin", 16)]]
+    order = [("plugin", 4), ("plugin", 16), ("plugin", 4)]
     if not is_quick:
-        groups += [[("plugin", n), ("stock", n)] for n in (1, 2)] + [[("plugin", 8)], [("stock", 4)]]
+        order += [("plugin", n) for n in (1, 2, 8)] + [("stock", n) for n in (1, 2, 4)]
+    rounds: list[Round] = []
+    for arm, count in order:
+        rounds += large_and_small(arm, count, size, 2 if is_quick else 9 if count == 16 else 5)
     done: dict[tuple[str, int], list[Round]] = {}
-    for group in groups:
-        with sites(*(Spec(count, with_plugin=arm == "plugin") for arm, count in group)) as started:
-            rounds = 2 if is_quick else 9 if ("plugin", 16) in group else 3
-            done |= compared(dict(zip(group, started, strict=True)), size, rounds)
+    for one in rounds:
+        done.setdefault((one["arm"], one["workers"]), []).append(one["seconds"])
     extra = {count: median(done["plugin", count], lambda one: one[str(size)] - one[str(SMALL)]) for count in (4, 16)}
     figures = [
         Figure(f"{size // MIB} MiB less 8 bytes: 16 workers over 4", extra[16] / extra[4], "×", 1.3),
         *(Figure(f"{size // MIB} MiB less 8 bytes, {count} workers", 1e3 * extra[count], "ms") for count in (4, 16)),
         *(Figure(f"8 bytes, {n} workers", 1e3 * median(done["plugin", n], str(SMALL)), "ms") for n in (4, 16)),
     ]
-    rounds = [{"arm": arm, "workers": count, "seconds": one} for (arm, count), ones in done.items() for one in ones]
     series: dict[str, Any] = {"plugin": {}, "stock": {}, "plugin, 8 bytes": {}}
     for (arm, count), ones in sorted(done.items()):
         series[arm][str(count)] = median(ones, str(size))
