@@ -16,7 +16,7 @@ def losses(results: Results) -> list[str]:
 
 def _missed(results: Results) -> Iterator[str]:
     for line in lines(results):
-        if not line.is_met:
+        if not (line.is_met or line.other):
             reason = _reason(line, results)
             yield f"{line.what}: {line.measured}, wanted {line.wanted}.{' ' + reason if reason else ''}"
 
@@ -91,7 +91,7 @@ def _of_loops(results: Results) -> str | None:
         return None
     return (
         f"With stock Dask it is {with_unit(stock, 'ms')}. A process that has nothing to do with any of it was late by "
-        f"{with_unit(meanwhile, 'ms')} meanwhile, which is the machine's share."
+        f"{with_unit(meanwhile, 'ms')} meanwhile: so much may be the machine."
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lines import MIB
+from lines import MIB, size_for_people
 from results import Results, work
 
 COLOURS = {"plugin": "#4c9be8", "stock": "#c44e52", "other": "#b0b0b0", "dark": "#222222"}
@@ -87,21 +87,22 @@ _STYLES = {
 }
 
 
-def _curves(across: str, up: str, factor: float, scale: float = 1) -> Callable[[Curves, Path], None]:
+def _curves(
+    across: str, up: str, factor: float, shown: Callable[[int], str], scale: str = "log"
+) -> Callable[[Curves, Path], None]:
     def draw(curves: Curves, path: Path) -> None:
         figure, axes = _axes(figsize=(8, 4.5))
+        every = sorted({int(x) for points in curves.values() for x in points})
         for name, points in curves.items():
             label, colour, style = _STYLES[name]
-            xs = sorted(map(int, points))
-            axes.plot([x / scale for x in xs], [factor * points[str(x)] for x in xs], style, color=colour, label=label)
-        every = sorted({int(x) / scale for points in curves.values() for x in points})
-        axes.set(xscale="log", yscale="log", xlabel=across, ylabel=up)
-        shown = [x for x in every if x >= 1]
-        axes.set_xticks(shown, [f"{x:,.0f}" for x in shown])
-        axes.set_xticks([], minor=True)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set_ylim(bottom=min(1, axes.get_ylim()[0]))
-        axes.legend(frameon=False)
+            places = [(place, factor * points[str(x)]) for place, x in enumerate(every) if str(x) in points]
+            axes.plot(*zip(*places, strict=True), style, color=colour, label=label)
+        axes.set(yscale=scale, xlabel=across, ylabel=up)
+        axes.set_xticks(range(len(every)), [shown(x) for x in every])
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+        top = max(factor * seconds for points in curves.values() for seconds in points.values())
+        axes.set_ylim(1 if scale == "log" else 0, top * (2 if scale == "log" else 1.3))
+        axes.legend(frameon=False, loc="upper left")
         _finish(figure, [axes], path)
 
     return draw
@@ -117,7 +118,10 @@ def _bars_of_peers(peers: dict[str, dict[str, float]], path: Path) -> None:
             bars, fmt=lambda value: f"{value:,.0f}" if value >= 10 else f"{value:.1f}", padding=3, fontsize=9
         )
         axes.set(xscale="log", xlabel=f"{what}, {unit} (logarithmic)")
-        axes.margins(x=0.15)
+        axes.set_xticks([], minor=True)
+        least, most = axes.get_xlim()
+        axes.set_xlim(least / 2, most * 3)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
     _finish(figure, list(both), path, axis="x")
 
 
@@ -141,19 +145,19 @@ PICTURES = {
         "measured-sizes",
         "Time of a broadcast to four workers against the size of the array",
         _series("one-element"),
-        _curves("MiB (and 8 bytes, at the left edge)", "milliseconds", 1e3, MIB),
+        _curves("size of the array", "milliseconds (logarithmic)", 1e3, size_for_people),
     ),
     "workers": Picture(
         "measured-workers",
         "Time of a broadcast against the number of workers",
         _series("sixteen-workers"),
-        _curves("workers", "milliseconds", 1e3),
+        _curves("workers", "milliseconds (logarithmic)", 1e3, str),
     ),
     "fetches": Picture(
         "measured-fetches",
         "Time to fetch a published value against its size",
         _series("published-fetch"),
-        _curves("MiB (and 8 bytes, at the left edge)", "milliseconds", 1e3, MIB),
+        _curves("size of the value", "milliseconds", 1e3, size_for_people, "linear"),
     ),
     "peers": Picture(
         "measured-peers",
@@ -165,7 +169,7 @@ PICTURES = {
         "measured-blocks",
         "Time to publish and to attach 1 MiB against the number of live blocks",
         _series("many-blocks"),
-        _curves("live blocks, of 64 members", "microseconds", 1e6),
+        _curves("live blocks", "microseconds", 1e6, "{:,}".format, "linear"),
     ),
     "memory": Picture(
         "measured-memory",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from lines import MIB, lines, with_unit
+from lines import MIB, lines, size_for_people, with_unit
 from losses import losses
 from pictures import PICTURES
 from results import COMMANDS, Results, conditions, not_measured, work
@@ -31,8 +31,8 @@ def opening(results: Results) -> Text:
         "# Measurements",
         "",
         "This page is written by `python benchmarks/page` from what the [benchmarks](../benchmarks/README.md) have measured.",
-        "Everything was measured in turn with what it is compared to, and stands here whether it is good or not. Other machines",
-        "give other times; ratios say more.",
+        "What is compared was measured in one run, and stands here whether it is good or not. Other machines give other",
+        "times; ratios say more.",
         "",
         *([*said, ""] if said else ["Nothing has been measured yet.", ""]),
     ]
@@ -90,9 +90,9 @@ def _broadcast_series(results: Results) -> Text:
         return [not_measured("targets"), ""]
     text = ["The same with tasks that read one element, milliseconds:", ""]
     if by_size:
-        text += [*PICTURES["sizes"].link(results), *_curves(by_size, "size", _size)]
+        text += [*PICTURES["sizes"].link(results), *_curves(by_size, "size", size_for_people)]
     if by_workers:
-        size = _size(by_workers["series"]["bytes"])
+        size = size_for_people(by_workers["series"]["bytes"])
         text += [*PICTURES["workers"].link(results), *_curves(by_workers, f"workers ({size})", str)]
     return text
 
@@ -102,10 +102,6 @@ def _curves(measured: dict[str, Any], across: str, shown: Any, unit: Any = ms) -
     points = sorted({int(x) for points in curves.values() for x in points})
     rows = [[shown(x), *(unit(c[str(x)]) if str(x) in c else "" for c in curves.values())] for x in points]
     return table([across, *curves], rows)
-
-
-def _size(size: int) -> str:
-    return f"{size / MIB:,.0f} MiB" if size >= MIB else f"{size} bytes"
 
 
 def fetch(results: Results) -> Text:
@@ -137,7 +133,7 @@ def peers(results: Results) -> Text:
     ]
     for size in result["sizes"]:
         rows = [_peer(name, peer["medians"][str(size)]) for name, peer in result["peers"].items() if "medians" in peer]
-        head = [_size(size), "put, µs", "× memcpy", "first put, µs", "attach, µs", "read every page, µs"]
+        head = [size_for_people(size), "put, µs", "× memcpy", "first put, µs", "attach, µs", "read every page, µs"]
         text += table(head, rows)
     return [*text, *_memory_of_peers(result), *_absent(result)]
 
@@ -156,7 +152,9 @@ def _memory_of_peers(result: dict[str, Any]) -> Text:
         for name, peer in result["peers"].items()
         if "memory" in peer
     ]
-    return table([f"{_size(result['sizes'][-1])}, four readers", "shared memory, MiB", "private memory, MiB"], rows)
+    return table(
+        [f"{size_for_people(result['sizes'][-1])}, four readers", "shared memory, MiB", "private memory, MiB"], rows
+    )
 
 
 def _absent(result: dict[str, Any]) -> Text:
@@ -216,7 +214,18 @@ def loops_and_start(results: Results) -> Text:
     names = ("event-loop", "start-up", "hash")
     if not any(work(results, name) for name in names):
         return [*text, not_measured("targets"), ""]
-    return text + _figures(results, *names)
+    return text + _figures(results, *names) + _phases(results)
+
+
+def _phases(results: Results) -> Text:
+    measured = work(results, "event-loop")
+    if measured is None:
+        return []
+    phases: dict[str, dict[str, dict[str, float]]] = measured["series"]["milliseconds"]
+    columns = [(arm, role) for arm, one in phases.items() for role in next(iter(one.values()))]
+    rows = [[phase, *(f"{phases[arm][phase][role]:.1f}" for arm, role in columns)] for phase in phases[columns[0][0]]]
+    text = "The longest wait of each loop in each phase, median of rounds, milliseconds. The *bystander* does nothing."
+    return [text, "", *table(["", *(f"{arm}, {role}" for arm, role in columns)], rows)]
 
 
 def memory(results: Results) -> Text:

@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-import numpy as np
 import ticker
 from broadcasts import in_turn
 from machine import make, read_pages
@@ -14,6 +13,7 @@ from report import MIB, Figure, Measurement, Round, median
 from sites import Site, Spec, sites
 
 IDLE = 1.0
+ARMS = ("plugin", "stock")
 BYSTANDER = "bystander"
 ROLES = ("owner", "reader", "client")
 PHASES = ("idle", "make", "first fetch", "second fetch", "gather", "release", "scatter", "give back")
@@ -82,12 +82,12 @@ def event_loop(*, is_quick: bool) -> Measurement:
     size, count = (4 * MIB, 2) if is_quick else (1024 * MIB, 4)
     rounds: list[Round] = []
     spec = Spec(workers=3, memory_limit="5 GiB")
-    arms = ("plugin", "stock")
     with sites(spec, spec._replace(with_plugin=False)) as started:
-        remotes = dict(zip(arms, started, strict=True))
+        remotes = dict(zip(ARMS, started, strict=True))
         for number in range(count):
-            rounds.append({arm: remotes[arm].ask(move, 2 * number, size) for arm in in_turn(number, list(arms))})
-    return Measurement(rounds, [*_worst(rounds, size), *_bystanders(rounds), *_by_phase(rounds)])
+            rounds.append({arm: remotes[arm].ask(move, 2 * number, size) for arm in in_turn(number, list(ARMS))})
+    figures = [*_worst(rounds, size), *_bystanders(rounds), *_by_phase(rounds)]
+    return Measurement(rounds, figures, {"by": "phase", "milliseconds": _series(rounds)})
 
 
 def _latest(one: Round, arm: str, roles: tuple[str, ...], phases: tuple[str, ...]) -> float:
@@ -121,11 +121,21 @@ def _bystanders(rounds: list[Round]) -> list[Figure]:
 def _by_phase(rounds: list[Round]) -> list[Figure]:
     return [
         Figure(
-            f"{arm}: {phase}, {role}, median",
-            float(np.median([_latest(one, arm, (role,), (phase,)) for one in rounds])),
-            "ms",
+            f"{arm}: {phase}, median", median(rounds, lambda one, a=arm, p=phase: _latest(one, a, ROLES, (p,))), "ms"
         )
-        for arm in ("plugin", "stock")
+        for arm in ARMS
         for phase in OURS
-        for role in ROLES
     ]
+
+
+def _series(rounds: list[Round]) -> dict[str, dict[str, dict[str, float]]]:
+    return {
+        arm: {
+            phase: {
+                role: median(rounds, lambda one, a=arm, p=phase, r=role: _latest(one, a, (r,), (p,)))
+                for role in (*ROLES, BYSTANDER)
+            }
+            for phase in PHASES
+        }
+        for arm in ARMS
+    }
