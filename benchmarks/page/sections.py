@@ -221,11 +221,19 @@ def _phases(results: Results) -> Text:
     measured = work(results, "event-loop")
     if measured is None:
         return []
-    phases: dict[str, dict[str, dict[str, float]]] = measured["series"]["milliseconds"]
-    columns = [(arm, role) for arm, one in phases.items() for role in next(iter(one.values()))]
-    rows = [[phase, *(f"{phases[arm][phase][role]:.1f}" for arm, role in columns)] for phase in phases[columns[0][0]]]
-    text = "The longest wait of each loop in each phase, median of rounds, milliseconds. The *bystander* does nothing."
-    return [text, "", *table(["", *(f"{arm}, {role}" for arm, role in columns)], rows)]
+    text = []
+    for kind, title in _PHASES.items():
+        phases: dict[str, dict[str, dict[str, float]]] = measured["series"][kind]
+        columns = [(arm, role) for arm, one in phases.items() for role in next(iter(one.values()))]
+        rows = [[phase, *(f"{phases[arm][phase][role]:.1f}" for arm, role in columns)] for phase in phases["plugin"]]
+        text += [title, "", *table(["", *(f"{arm}, {role}" for arm, role in columns)], rows)]
+    return text
+
+
+_PHASES = {
+    "milliseconds": "The longest wait of each loop in each phase, median of rounds, milliseconds. The *bystander* does nothing.",
+    "milliseconds of work": "The most processor time that each loop has used between two ticks, the same way.",
+}
 
 
 def memory(results: Results) -> Text:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import ticker
 from broadcasts import in_turn
@@ -27,7 +29,7 @@ class Watch:
         self._site, self._pipe = site, pipe
         self.latest: Round = {}
 
-    def _take(self) -> dict[str, float]:
+    def _take(self) -> dict[str, ticker.Worst]:
         owner, reader, _ = self._site.workers
         late = self._site.client.run(ticker.take, workers=[owner, reader])
         self._pipe.send("?")
@@ -86,56 +88,43 @@ def event_loop(*, is_quick: bool) -> Measurement:
         remotes = dict(zip(ARMS, started, strict=True))
         for number in range(count):
             rounds.append({arm: remotes[arm].ask(move, 2 * number, size) for arm in in_turn(number, list(ARMS))})
-    figures = [*_worst(rounds, size), *_bystanders(rounds), *_by_phase(rounds)]
-    return Measurement(rounds, figures, {"by": "phase", "milliseconds": _series(rounds)})
+    series = {"by": "phase", "milliseconds": _series(rounds, "late"), "milliseconds of work": _series(rounds, "work")}
+    return Measurement(rounds, _figures(rounds, size), series)
 
 
-def _latest(one: Round, arm: str, roles: tuple[str, ...], phases: tuple[str, ...]) -> float:
-    return 1e3 * max(one[arm][phase][role] for phase in phases for role in roles)
+def _worst(
+    one: Round, arm: str, roles: tuple[str, ...] = ROLES, phases: tuple[str, ...] = OURS, what: str = "late"
+) -> float:
+    return 1e3 * max(one[arm][phase][role][what] for phase in phases for role in roles)
 
 
-def _worst(rounds: list[Round], size: int) -> list[Figure]:
-    what = f"an event loop's longest wait while {size // MIB} MiB move"
-    return [
-        Figure(f"{what}, median of rounds", median(rounds, lambda one: _latest(one, "plugin", ROLES, OURS)), "ms", 10),
-        Figure(f"{what}, maximum", max(_latest(one, "plugin", ROLES, OURS) for one in rounds), "ms"),
-        Figure("the same in stock Dask, median", median(rounds, lambda one: _latest(one, "stock", ROLES, OURS)), "ms"),
-        Figure("the same in stock Dask, maximum", max(_latest(one, "stock", ROLES, OURS) for one in rounds), "ms"),
+def _figures(rounds: list[Round], size: int) -> list[Figure]:
+    def of(arm: str, *more: Any) -> list[float]:
+        return [_worst(one, arm, *more) for one in rounds]
+
+    late, work = of("plugin"), of("plugin", ROLES, OURS, "work")
+    meanwhile = of("plugin", (BYSTANDER,))
+    rows = [
+        ("median of rounds", statistics.median(late), 10),
+        ("maximum", max(late), None),
+        ("stock Dask, median", statistics.median(of("stock")), None),
+        ("stock Dask, maximum", max(of("stock")), None),
+        ("idle for 1 s, median", statistics.median(of("plugin", ROLES, ("idle",))), None),
+        ("a bystander's meanwhile, median", statistics.median(meanwhile), None),
+        ("a bystander's meanwhile, maximum", max(meanwhile), None),
+        ("its own work in it (CPU), median", statistics.median(work), None),
+        ("its own work in it (CPU), maximum", max(work), None),
+        ("its own work in it (CPU), stock Dask, median", statistics.median(of("stock", ROLES, OURS, "work")), None),
+        *((f"{phase}, median", statistics.median(of("plugin", ROLES, (phase,))), None) for phase in OURS),
     ]
+    what = f"an event loop's longest wait, {size // MIB} MiB"
+    return [Figure(f"{what}: {name}", value, "ms", target) for name, value, target in rows]
 
 
-def _bystanders(rounds: list[Round]) -> list[Figure]:
-    def idle(one: Round) -> float:
-        return _latest(one, "plugin", ROLES, ("idle",))
+def _series(rounds: list[Round], what: str) -> dict[str, dict[str, dict[str, float]]]:
+    def of(arm: str, phase: str, role: str) -> float:
+        return median(rounds, lambda one: _worst(one, arm, (role,), (phase,), what))
 
-    def machine(one: Round) -> float:
-        return _latest(one, "plugin", (BYSTANDER,), OURS)
-
-    return [
-        Figure("the same where nothing is done (idle for 1 s), median", median(rounds, idle), "ms"),
-        Figure("a process that has nothing to do with it, meanwhile, median", median(rounds, machine), "ms"),
-        Figure("a process that has nothing to do with it, meanwhile, maximum", max(map(machine, rounds)), "ms"),
-    ]
-
-
-def _by_phase(rounds: list[Round]) -> list[Figure]:
-    return [
-        Figure(
-            f"{arm}: {phase}, median", median(rounds, lambda one, a=arm, p=phase: _latest(one, a, ROLES, (p,))), "ms"
-        )
-        for arm in ARMS
-        for phase in OURS
-    ]
-
-
-def _series(rounds: list[Round]) -> dict[str, dict[str, dict[str, float]]]:
     return {
-        arm: {
-            phase: {
-                role: median(rounds, lambda one, a=arm, p=phase, r=role: _latest(one, a, (r,), (p,)))
-                for role in (*ROLES, BYSTANDER)
-            }
-            for phase in PHASES
-        }
-        for arm in ARMS
+        arm: {phase: {role: of(arm, phase, role) for role in (*ROLES, BYSTANDER)} for phase in PHASES} for arm in ARMS
     }

@@ -1,45 +1,54 @@
-"""How late an event loop is with what is due every millisecond: the longest time for which something kept it."""
+"""How late an event loop is with what is due every millisecond: the longest time for which something kept it.
+
+What kept it may be its own work, somebody else who had the interpreter's lock, or the machine. So a ticker also notes how
+much processor time the loop's thread has used between two ticks: that is its own work, on a busy machine, too.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import multiprocessing
+import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
 EVERY = 0.001
+NOTHING = {"late": 0.0, "work": 0.0}
+
+Worst = dict[str, float]
 
 
 class Ticker:
-    """Ticks on the running loop, and remembers how late it was at worst."""
+    """Ticks on the running loop, and remembers how late it was at worst, and how long the loop worked at most."""
 
     def __init__(self) -> None:
-        self._latest = 0.0
+        self._worst = dict(NOTHING)
         self._task = asyncio.get_running_loop().create_task(self._tick())
 
     async def _tick(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            due = loop.time() + EVERY
+            due, worked = loop.time() + EVERY, time.thread_time()
             await asyncio.sleep(EVERY)
-            self._latest = max(self._latest, loop.time() - due)
+            seen = {"late": loop.time() - due, "work": time.thread_time() - worked}
+            self._worst = {what: max(seconds, seen[what]) for what, seconds in self._worst.items()}
 
-    async def take(self) -> float:
-        """Return how late it was at worst since the last call, in seconds."""
+    async def take(self) -> Worst:
+        """Return the worst of both since the last call, in seconds."""
         # What has kept the loop until now shows at the next tick.
         await asyncio.sleep(2 * EVERY)
-        latest, self._latest = self._latest, 0.0
-        return latest
+        worst, self._worst = self._worst, dict(NOTHING)
+        return worst
 
 
 _TICKERS: list[Ticker] = []
 """The one of this process, when there is one."""
 
 
-async def take() -> float:
-    """Return the worst lateness of this process's loop since the last call, which at first begins to tick."""
+async def take() -> Worst:
+    """Return the worst of this process's loop since the last call, which at first begins to tick."""
     if not _TICKERS:
         _TICKERS.append(Ticker())
     return await _TICKERS[0].take()
@@ -47,7 +56,7 @@ async def take() -> float:
 
 async def _serve(pipe: Connection) -> None:
     await take()
-    pipe.send(0.0)
+    pipe.send("ready")
     while await asyncio.to_thread(pipe.recv) is not None:
         pipe.send(await take())
 
