@@ -83,6 +83,7 @@ _STYLES = {
     "plugin, 8 bytes": ("with the plugin, 8 bytes", COLOURS["dark"], "^--"),
     "published": ("a value that was published before", COLOURS["plugin"], "o-"),
     "publish": ("publish", COLOURS["plugin"], "o-"),
+    "publish after another": ("publish, when another member has published since", COLOURS["stock"], "^--"),
     "attach": ("attach", COLOURS["dark"], "s-"),
 }
 

@@ -97,7 +97,7 @@ def sixteen_workers(*, is_quick: bool) -> Measurement:
         order += [("plugin", n) for n in (1, 2, 8)] + [("stock", n) for n in (1, 2, 4)]
     rounds: list[Round] = []
     for arm, count in order:
-        rounds += large_and_small(arm, count, size, 2 if is_quick else 9 if count == 16 else 5)
+        rounds += large_and_small(arm, count, size, 2 if is_quick else 15 if count == 16 else 7 if count == 4 else 5)
     done: dict[tuple[str, int], list[Round]] = {}
     for one in rounds:
         done.setdefault((one["arm"], one["workers"]), []).append(one["seconds"])

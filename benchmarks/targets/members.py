@@ -24,6 +24,14 @@ def keep_small(arena: Arena, kept: list[Block], count: int) -> None:
             kept.append(draft.seal())
 
 
+def come_and_go(arena: Arena) -> None:
+    """Publish a block of one page and give it back, so that what others know of the table is no longer true."""
+    kept: list[Block] = []
+    keep_small(arena, kept, 1)
+    kept[0].close()
+    arena.tidy()
+
+
 def attach(arena: Arena, descriptor: Descriptor, size: int) -> tuple[float, bytes]:
     """Return how long it took to have an array of a block, and then what is in it."""
     start = time.perf_counter()
@@ -45,6 +53,8 @@ def _live(pipe: Connection, places: list[Any]) -> None:
         kind, which, *arguments = order
         if kind == "keep":
             pipe.send(keep_small(arenas[which], kept[which], *arguments))
+        elif kind == "come and go":
+            pipe.send(come_and_go(arenas[which]))
         else:
             pipe.send(attach(arenas[which], *arguments))
     for block in itertools.chain(*kept):
