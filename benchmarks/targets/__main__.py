@@ -8,7 +8,7 @@ compared takes turns. ``memcpy`` is a plain copy of the same bytes into memory t
 one-element
     A broadcast to four workers, on each of which a task reads one element; also against size, and beside stock Dask.
 sixteen-workers
-    What the bytes of a broadcast cost with sixteen workers, over the same with four; also against the number of workers.
+    What the bytes of a broadcast cost with sixteen workers, beside the same with four; also against the number of workers.
 hash
     What the default ``hash=True`` adds to a broadcast, over hashing alone.
 published-fetch

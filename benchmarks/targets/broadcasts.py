@@ -97,14 +97,16 @@ def sixteen_workers(*, is_quick: bool) -> Measurement:
         order += [("plugin", n) for n in (1, 2, 8)] + [("stock", n) for n in (1, 2, 4)]
     rounds: list[Round] = []
     for arm, count in order:
-        rounds += large_and_small(arm, count, size, 2 if is_quick else 15 if count == 16 else 7 if count == 4 else 5)
+        rounds += large_and_small(arm, count, size, 2 if is_quick else 11 if count == 16 else 5)
     done: dict[tuple[str, int], list[Round]] = {}
     for one in rounds:
         done.setdefault((one["arm"], one["workers"]), []).append(one["seconds"])
     extra = {count: median(done["plugin", count], lambda one: one[str(size)] - one[str(SMALL)]) for count in (4, 16)}
+    what = f"broadcast of {size // MIB} MiB less 8 bytes"
     figures = [
-        Figure(f"{size // MIB} MiB less 8 bytes: 16 workers over 4", extra[16] / extra[4], "×", 1.3),
-        *(Figure(f"{size // MIB} MiB less 8 bytes, {count} workers", 1e3 * extra[count], "ms") for count in (4, 16)),
+        # Not their ratio: 8 bytes, which are not shared, may take longer than what is.
+        Figure(f"{what}, 16 workers, beside 1.3 × the same with 4", 1e3 * extra[16], "ms", 1.3e3 * extra[4]),
+        Figure(f"{what}, 4 workers", 1e3 * extra[4], "ms"),
         *(Figure(f"8 bytes, {n} workers", 1e3 * median(done["plugin", n], str(SMALL)), "ms") for n in (4, 16)),
     ]
     series: dict[str, Any] = {"plugin": {}, "stock": {}, "plugin, 8 bytes": {}}
