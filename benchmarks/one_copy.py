@@ -1,6 +1,6 @@
 """How many copies of a large array exist, what crosses a socket, and how long it takes: with and without the plugin.
 
-    python benchmarks/one_copy.py [--size "256 MiB"] [--workers 4] [--pairs 5] [--json]
+    python benchmarks/one_copy.py [--size "256 MiB"] [--workers 4] [--pairs 5] [--json PATH]
 
 Two clusters with the same settings run at the same time, one with the plugin and one without, each in a process of its
 own; they work in turn, never together, and who begins alternates. Each round makes one array of random numbers and moves
@@ -29,11 +29,11 @@ import json
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import distributed
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--size", type=parse_bytes, default="256 MiB", help="of the array (default: 256 MiB)")
     parser.add_argument("--workers", type=int, default=4, help="of each cluster (default: 4)")
     parser.add_argument("--pairs", type=int, default=5, help="rounds with and without the plugin (default: 5)")
-    parser.add_argument("--json", action="store_true", help="print all rounds as JSON instead of a table")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all rounds there")
     asked = parser.parse_args()
     if asked.workers < 3 or asked.pairs < 1 or asked.size < PAGE:
         parser.error("needs at least three workers, one pair, and one page")
@@ -234,10 +234,8 @@ def main() -> None:
         "rounds": rounds,
     }
     if asked.json:
-        json.dump(result, sys.stdout, indent=2)
-        print()
-    else:
-        show(result)
+        asked.json.write_text(json.dumps(result, indent=1) + "\n")
+    show(result)
 
 
 if __name__ == "__main__":
