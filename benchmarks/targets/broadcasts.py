@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,22 @@ def read_one(x: np.ndarray) -> int:
     return int(x.view(np.uint64)[len(x) // 2])
 
 
-def broadcast(site: Site, seed: int, size: int, hash: bool = False) -> float:
+def read_all(x: np.ndarray) -> int:
+    """Sum the bits of all elements, which unlike a sum of floats is exact."""
+    return int(x.view(np.uint64).sum())
+
+
+def broadcast(
+    site: Site, seed: int, size: int, hash: bool = False, read: Callable[[np.ndarray], int] = read_one
+) -> float:
     """Give an array to all workers, let each of them read it, and return how long that took."""
     x = make(seed, size)
     start = time.perf_counter()
     future = site.client.scatter(x, broadcast=True, hash=hash)
-    tasks = [site.client.submit(read_one, future, workers=[worker], pure=False) for worker in site.workers]
+    tasks = [site.client.submit(read, future, workers=[worker], pure=False) for worker in site.workers]
     results = site.client.gather(tasks)
     seconds = time.perf_counter() - start
-    assert results == [read_one(x)] * len(site.workers), "wrong values"
+    assert results == [read(x)] * len(site.workers), "wrong values"
     del future, tasks
     site.settle()
     return seconds
@@ -50,18 +58,22 @@ def one_element(*, is_quick: bool) -> Measurement:
     with sites(Spec(), Spec(with_plugin=False)) as arms:
         names = dict(zip(arms, ("plugin", "stock"), strict=True))
         for number in range(-1, 2 if is_quick else 7):
-            one: Round = {"memcpy": copy.seconds(), "plugin": {}, "stock": {}}
+            one: Round = {"memcpy": copy.seconds(), "plugin": {}, "stock": {}, "sums": {}}
             for size in in_turn(number, sizes):
                 for arm in in_turn(number, arms):
                     one[names[arm]][str(size)] = arm.ask(broadcast, number + 1, size)
+            for arm in in_turn(number, arms):
+                one["sums"][names[arm]] = arm.ask(broadcast, number + 1, sizes[-1], False, read_all)
             rounds += [one] if number >= 0 else []
     large, small = str(sizes[-1]), str(SMALL)
     ratio = median(rounds, lambda one: one["plugin"][large] / (one["memcpy"] + one["plugin"][small]))
+    sums = median(rounds, lambda one: one["sums"]["plugin"] / one["sums"]["stock"])
     faster = median(rounds, lambda one: one["plugin"][large] / one["stock"][large])
     what = f"broadcast of {sizes[-1] // MIB} MiB to 4 workers that read one element"
     figures = [
         Figure(f"{what}, over a memcpy and the same with 8 bytes", ratio, "×", 3),
         Figure("the same, over stock Dask", faster, "×"),
+        Figure("the same with tasks that sum all elements, over stock Dask", sums, "×"),
         Figure("the same", 1e3 * median(rounds, lambda one: one["plugin"][large]), "ms"),
         Figure("the same with 8 bytes", 1e3 * median(rounds, lambda one: one["plugin"][small]), "ms"),
         Figure(f"memcpy of {sizes[-1] // MIB} MiB", 1e3 * median(rounds, "memcpy"), "ms"),

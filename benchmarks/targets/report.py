@@ -46,6 +46,6 @@ def show(name: str, measured: dict[str, Any]) -> None:
     """Print figures for people."""
     print(f"\n{name}")
     for figure in measured["figures"]:
-        target = "" if figure["target"] is None else f"at most {figure['target']:g} {figure['unit']}"
+        target = "" if figure["target"] is None else f"at most {figure['target']:.4g} {figure['unit']}"
         verdict = {None: "", True: "met", False: "NOT MET"}[figure["is_met"]]
         print(f"  {figure['what']:<76}{figure['value']:>10.4g} {figure['unit']:<3}  {target:<16}{verdict}")
