@@ -6,7 +6,8 @@ Real clusters with memory limits, arrays of random numbers, results that are che
 compared takes turns. ``memcpy`` is a plain copy of the same bytes into memory that exists, in the same run.
 
 one-element
-    A broadcast to four workers, on each of which a task reads one element; also against size, beside stock Dask, and with full sums.
+    A broadcast to four workers, on each of which a task reads one element; also against size, beside stock Dask, and with
+    tasks that sum all of it.
 sixteen-workers
     What the bytes of a broadcast cost with sixteen workers, beside the same with four; also against the number of workers.
 hash

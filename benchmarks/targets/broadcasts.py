@@ -74,7 +74,7 @@ def one_element(*, is_quick: bool) -> Measurement:
         Figure(f"{what}, over a memcpy and the same with 8 bytes", ratio, "×", 3),
         Figure("the same, over stock Dask", faster, "×"),
         Figure("the same with tasks that sum all elements, over stock Dask", sums, "×"),
-        Figure("the same", 1e3 * median(rounds, lambda one: one["plugin"][large]), "ms"),
+        Figure(what, 1e3 * median(rounds, lambda one: one["plugin"][large]), "ms"),
         Figure("the same with 8 bytes", 1e3 * median(rounds, lambda one: one["plugin"][small]), "ms"),
         Figure(f"memcpy of {sizes[-1] // MIB} MiB", 1e3 * median(rounds, "memcpy"), "ms"),
     ]
