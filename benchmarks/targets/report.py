@@ -48,4 +48,4 @@ def show(name: str, measured: dict[str, Any]) -> None:
     for figure in measured["figures"]:
         target = "" if figure["target"] is None else f"at most {figure['target']:.4g} {figure['unit']}"
         verdict = {None: "", True: "met", False: "NOT MET"}[figure["is_met"]]
-        print(f"  {figure['what']:<76}{figure['value']:>10.4g} {figure['unit']:<3}  {target:<16}{verdict}")
+        print(f"  {figure['what']:<92}{figure['value']:>10.4g} {figure['unit']:<3}  {target:<20}{verdict}")
