@@ -190,7 +190,7 @@ class Arena:
     def take_if_free(self, extent: Extent) -> Row | None:
         """Make a part of the arena a draft that nobody will write, so that its pages can be given back."""
         with self._access as table:
-            return self._take(extent, TRIMMING) if self._free_space.has(table, extent) else None
+            return self._take(extent, TRIMMING) if self._free_space.room(table).has(*extent) else None
 
     def map(self, place: Place, extent: Extent) -> memoryview:
         """Map a part of a block that this process refers to, copy-on-write."""
@@ -351,7 +351,7 @@ class Arena:
         with self._access as table:
             if self._leaving:
                 raise ArenaUnavailable("this process is leaving the arena")
-            offset = self._free_space.place(table, length)
+            offset = self._free_space.room(table).place(length)
             if offset is None:
                 return None
             extent = Extent(offset, length)
@@ -359,7 +359,6 @@ class Arena:
 
     def _take(self, extent: Extent, size: int) -> Row:
         row = self._table.reserve(extent, size, self.member)
-        self._free_space.note_taken(self._table, extent)
         # A draft counts as a reference: the process must not leave while a thread of it still writes there.
         self._references.add(row)
         return row
@@ -372,12 +371,7 @@ class Arena:
 
     def _drop_references(self, rows: list[Row]) -> None:
         gone = [row for row in rows if self._references.drop(row)]
-
-        def release(table: Table) -> None:
-            freed = [table.release(row, self.member) for row in gone]
-            self._free_space.note_freed(table, [extent for extent in freed if extent is not None])
-
-        self._access.attempt(release)
+        self._access.attempt(lambda table: [table.release(row, self.member) for row in gone])
 
     def __repr__(self) -> str:
         if self.has_left or self.is_damaged:

@@ -139,6 +139,10 @@ class BlockBook:
         column: npt.NDArray[np.uint64] = self._rows[indices, 2]
         return column
 
+    def rows(self) -> npt.NDArray[np.uint64]:
+        """Return deciding word, offset and length of each row that was ever used, shape (n, 3)."""
+        return self._used()[:, :3]
+
     def taken(self) -> npt.NDArray[np.uint64]:
         """Return offset and length of every draft and block, shape (n, 2), in no order."""
         used = self._used()

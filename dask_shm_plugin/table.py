@@ -271,12 +271,13 @@ class Table:
         TableCorrupt
             A row does not say what was written there.
         """
-        self.insist_all_sound()
+        self._blocks.insist_all_sound()
         return self._blocks.taken()
 
-    def insist_all_sound(self) -> None:
-        """Insist that all rows say what was written there; else raise as :meth:`taken` does."""
+    def rows(self) -> npt.NDArray[np.uint64]:
+        """Return deciding word, offset and length of each row that was ever used, shape (n, 3); raises as :meth:`taken`."""
         self._blocks.insist_all_sound()
+        return self._blocks.rows()
 
     def taken_by_now(self) -> npt.NDArray[np.uint64]:
         """Return what :meth:`taken` does, without the mutex: a row may be in change, and so is not checked."""

@@ -45,15 +45,17 @@ def test_blocks_of_many_never_overlap(process: Callable[[], Process], seed: int)
         with arena._access as table:
             for length in (PAGE, 7 * PAGE):
                 anew = Room(table.taken(), table.capacity, SPREAD)
-                assert arena._free_space.place(table, length) == anew.place(length)
+                assert arena._free_space.room(table).place(length) == anew.place(length)
     other.kill()
     for block in kept:
         block.close()
     membership.leave(CLUSTER, "nanny", "tcp://here")
 
 
-def test_it_is_not_computed_anew_for_changes_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many blocks there are."""
+def test_it_is_not_computed_anew_for_a_few_changes(
+    process: Callable[[], Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor for a few of others'."""
     computed = []
 
     def counted(*args: object) -> Room:
@@ -62,8 +64,12 @@ def test_it_is_not_computed_anew_for_changes_of_ones_own(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(freespace, "Room", counted)
     arena = join(CLUSTER)
+    other = process()
+    other(JOIN, cluster=CLUSTER)
     for _ in range(20):
         publish(arena, bytes(MIB // 64)).close()
+        other("publish(arena, bytes(8192)).close(); arena.tidy()")
         arena.tidy()
     assert len(computed) == 1
+    other.kill()
     membership.leave(CLUSTER, "nanny", "tcp://here")
