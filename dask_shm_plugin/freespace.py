@@ -15,6 +15,9 @@ from dask_shm_plugin.layout import BLOCKS, SPREAD
 from dask_shm_plugin.placement import Room
 from dask_shm_plugin.table import Table
 
+Rows = npt.NDArray[np.uint64]
+"""Deciding word, offset and length of some rows, shape (n, 3)."""
+
 _MANY = 64
 """Changed rows from which it is quicker to begin anew."""
 
@@ -24,7 +27,7 @@ class FreeSpace:
 
     def __init__(self) -> None:
         self._room: Room | None = None
-        self._seen = np.zeros((BLOCKS, 3), np.uint64)  # deciding word, offset, length
+        self._seen: Rows = np.zeros((BLOCKS, 3), np.uint64)
 
     def room(self, table: Table) -> Room:
         """Return the room of now.
@@ -38,7 +41,7 @@ class FreeSpace:
         changed = np.flatnonzero(rows[:, 0] != self._seen[: len(rows), 0])
         room, self._room = self._room, None  # should anything go wrong meanwhile
         if room is None or len(changed) > _MANY:
-            room = Room(rows[_are_taken(rows), 1:], table.capacity, SPREAD)
+            room = Room(rows[stateword.states(rows[:, 0]) != stateword.FREE, 1:], table.capacity, SPREAD)
         else:
             _follow(room, self._seen[changed], rows[changed])
         self._seen[changed] = rows[changed]
@@ -46,16 +49,18 @@ class FreeSpace:
         return room
 
 
-def _follow(room: Room, before: npt.NDArray[np.uint64], after: npt.NDArray[np.uint64]) -> None:
+def _follow(room: Room, before: Rows, after: Rows) -> None:
+    pairs = zip(before.tolist(), after.tolist(), strict=True)
     # A draft that was sealed lies where it was.
-    differ = (_are_taken(before) != _are_taken(after)) | np.any(before[:, 1:] != after[:, 1:], axis=1)
+    moved = [(old, new) for old, new in pairs if _is_taken(old[0]) != _is_taken(new[0]) or old[1:] != new[1:]]
     # What was given up may have been taken anew, under another row.
-    for _, offset, length in before[differ & _are_taken(before)].tolist():
-        room.give(offset, length)
-    for _, offset, length in after[differ & _are_taken(after)].tolist():
-        room.take(offset, length)
+    for (word, *part), _ in moved:
+        if _is_taken(word):
+            room.give(*part)
+    for _, (word, *part) in moved:
+        if _is_taken(word):
+            room.take(*part)
 
 
-def _are_taken(rows: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    taken: npt.NDArray[np.bool_] = stateword.states(rows[:, 0]) != stateword.FREE
-    return taken
+def _is_taken(word: int) -> bool:
+    return stateword.unpack(word)[1] != stateword.FREE

@@ -156,9 +156,11 @@ def _page_table(address: int, length: int) -> npt.NDArray[np.uint64] | None:
     """Return what the kernel says of each page under a part of a mapping, or None where it says nothing."""
     first, last = address // PAGE, (address + length - 1) // PAGE
     try:
-        with open("/proc/self/pagemap", "rb", buffering=0) as file:
-            file.seek(first * 8)
-            entries = np.frombuffer(file.read((last - first + 1) * 8), dtype=np.uint64)
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            entries = np.frombuffer(os.pread(fd, (last - first + 1) * 8, first * 8), dtype=np.uint64)
+        finally:
+            os.close(fd)
     except (OSError, MemoryError):
         return None
     return entries if len(entries) == last - first + 1 else None
