@@ -98,7 +98,7 @@ class Arena:
         self.upkeep: Callable[[], None] = lambda: None
         self.member = self._join()
         self.trimmer = Trimmer(self, segment, lambda: self._table, BLOCKS_FROM, warm)
-        self.pages = Pages(segment, BLOCKS_FROM, lambda: self._table.drafts(), self.trimmer)
+        self.pages = Pages(segment, BLOCKS_FROM, lambda: self._table, self.trimmer)
         self.roster = Roster(self._access, segment, self.member)
         self.directory = Directory(self._table.marks, segment, self.roster, self.member)
         self.weights = Weights(lambda: self._table, self.member)
@@ -190,7 +190,10 @@ class Arena:
     def take_if_free(self, extent: Extent) -> Row | None:
         """Make a part of the arena a draft that nobody will write, so that its pages can be given back."""
         with self._access as table:
-            return self._take(extent, TRIMMING) if self._free_space.room(table).has(*extent) else None
+            if not self._free_space.room(table).has(*extent):
+                return None
+            table.count_trim()
+            return self._take(extent, TRIMMING)
 
     def map(self, place: Place, extent: Extent) -> memoryview:
         """Map a part of a block that this process refers to, copy-on-write."""

@@ -2,7 +2,8 @@
 
 ::
 
-    header   magic+version, arena id (2 words), capacity, change counter, next incarnation, rows in use, reserved
+    header   magic+version, arena id (2 words), capacity, change counter, next incarnation, rows in use,
+             how often pages were given back
     members  see ``memberbook``
     roles    see ``rolebook``
     marks    see ``markbook``
@@ -29,7 +30,7 @@ SPREAD = 4
 MEMBERS = memberbook.SLOTS
 BLOCKS = 16384
 
-MAGIC_WORD, ID_WORD, CAPACITY_WORD, CHANGES_WORD, INCARNATION_WORD, ROWS_WORD = 0, 1, 3, 4, 5, 6
+MAGIC_WORD, ID_WORD, CAPACITY_WORD, CHANGES_WORD, INCARNATION_WORD, ROWS_WORD, TRIMS_WORD = 0, 1, 3, 4, 5, 6, 7
 HEADER = 8
 BLOCK = 8
 """Words of one row of blocks."""

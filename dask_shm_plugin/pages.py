@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
 from dask_shm_plugin import limits
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import FileSizeLimited, MemoryExhausted, NoHeadRoom
 from dask_shm_plugin.layout import Extent
 from dask_shm_plugin.segment import Segment
+from dask_shm_plugin.table import Table
 from dask_shm_plugin.trimming import Trimmer
 from dask_shm_plugin.window import Window
 
@@ -32,8 +30,8 @@ class Pages:
         Of the arena.
     blocks_from
         Where in the segment the blocks begin.
-    drafts
-        Returns offset and length of every draft of every member that is being written, shape (n, 2).
+    table
+        Returns the table, which knows the drafts of every member, and when pages were given back.
     trimmer
         Gives back warm memory that nobody needs, to keep within the capacity and where pages are missing.
 
@@ -50,10 +48,10 @@ class Pages:
         self,
         segment: Segment,
         blocks_from: int,
-        drafts: Callable[[], npt.NDArray[np.uint64]],
+        table: Callable[[], Table],
         trimmer: Trimmer,
     ) -> None:
-        self._segment, self._blocks_from, self._drafts = segment, blocks_from, drafts
+        self._segment, self._blocks_from, self._table = segment, blocks_from, table
         self._trimmer = trimmer
         self._window = Window(segment)
 
@@ -96,10 +94,14 @@ class Pages:
         length = len(data)
         if length < _SMALLEST_IN_WINDOW:
             return False
-        if not self._window.sees(start, length) and (
-            self._segment.missing(start, length) or not self._window.fill(start, length)
-        ):
-            return False
+        # Asked for before it is looked: what was given back since is looked for again.
+        trims = self._table().trims
+        if not self._window.knows(start, length, trims):
+            if not self._window.sees(start, length) and (
+                self._segment.missing(start, length) or not self._window.fill(start, length)
+            ):
+                return False
+            self._window.learn(start, length, trims)
         self._window.write(start, data)
         return True
 
@@ -124,7 +126,7 @@ class Pages:
             how(start, what)
 
     def _is_room(self, missing: int, extent: Extent) -> bool:
-        others = [(int(at), int(length)) for at, length in self._drafts() if at != extent.offset]
+        others = [(int(at), int(length)) for at, length in self._table().drafts() if at != extent.offset]
         # Asking the kernel how far each has come may have to wait for it: only where it matters.
         at_most = sum(min(length, _AT_ONCE) for _, length in others)
         # The room is always read last: pages that others make meanwhile are then counted twice, and not never.

@@ -37,6 +37,7 @@ from dask_shm_plugin.layout import (
     MAGIC_WORD,
     ROWS_WORD,
     TABLE_BYTES,
+    TRIMS_WORD,
     Extent,
     Row,
 )
@@ -112,6 +113,15 @@ class Table:
     def changes(self) -> int:
         """A number that grows whenever a block is reserved or freed."""
         return self._words[CHANGES_WORD]
+
+    @property
+    def trims(self) -> int:
+        """A number that grows before free pages are given back. Needs no mutex, for those who have a draft there."""
+        return self._words[TRIMS_WORD]
+
+    def count_trim(self) -> None:
+        """Let :attr:`trims` grow."""
+        self._words[TRIMS_WORD] = (self._words[TRIMS_WORD] + 1) % (1 << 64)
 
     # -- members
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -190,8 +191,9 @@ class TestWritten:
         def refuse(*_: object, **__: object) -> None:
             raise PermissionError
 
-        monkeypatch.setattr(views, "open", refuse, raising=False)
-        assert is_written(address_of(view), PAGE)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", refuse)
+            assert is_written(address_of(view), PAGE)
 
 
 class TestTouched:

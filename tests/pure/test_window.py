@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from other_processes import Process, publish
+from other_processes import JOIN, Process, join, publish
 
-from dask_shm_plugin import syscalls
+from dask_shm_plugin import membership, syscalls
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.exceptions import TableCorrupt
 from dask_shm_plugin.segment import Segment
+from dask_shm_plugin.window import Window
 
 MIB = 1 << 20
+CLUSTER = "tcp://window"
 DATA = np.random.default_rng(0).integers(0, 256, MIB + 4097, np.uint8)
 
 
@@ -40,12 +42,13 @@ def roomy() -> Iterator[Arena]:
     arena.close()
 
 
-def put(arena: Arena, offset: int = 0) -> None:
+def put(arena: Arena, offset: int = 0, size: int = len(DATA)) -> None:
     """Publish the data, from some offset of a block on, look whether it is there, and let it go."""
-    with arena.draft(offset + len(DATA)) as draft:
-        draft.write(offset, DATA.data)
+    data = DATA[:size]
+    with arena.draft(offset + size) as draft:
+        draft.write(offset, data.data)
         with draft.seal() as block:
-            assert np.array_equal(np.frombuffer(block.read(offset, len(DATA)), np.uint8), DATA)
+            assert np.array_equal(np.frombuffer(block.read(offset, size), np.uint8), data)
     arena.tidy()
 
 
@@ -133,3 +136,31 @@ def test_no_child_inherits_the_mapping_and_none_outlives_the_membership(process:
     assert mapped(child) == 1
     parent("arena.close()")
     assert mapped(parent) == 0
+
+
+def test_what_another_process_has_given_back_is_not_written_in_place(
+    process: Callable[[], Process], written: list[int]
+) -> None:
+    """However sure this process was that the pages are there."""
+    arena = join(CLUSTER)
+    arena.trimmer.warm = 16 * MIB
+    other = process()
+    other(JOIN, cluster=CLUSTER)
+    for _ in range(3):
+        put(arena, size=MIB // 2)
+    assert len(written) == 1
+    other("arena.trimmer.trim_all()")
+    put(arena, size=MIB // 2)
+    put(arena, size=MIB // 2)
+    assert len(written) == 2
+    other.kill()
+    membership.leave(CLUSTER, "nanny", "tcp://here")
+
+
+def test_looking_at_pages_once_is_enough(roomy: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for parts of what was seen."""
+    put(roomy)
+    put(roomy)
+    monkeypatch.setattr(Window, "sees", lambda *_: pytest.fail("looked again"))
+    put(roomy)
+    put(roomy, size=MIB // 2)
