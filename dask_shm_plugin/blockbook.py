@@ -94,7 +94,7 @@ class BlockBook:
 
     def free(self, index: int) -> Extent:
         """Make a row free, and return the extent that it had."""
-        self.insist_sound(index)
+        self.insist_row_sound(index)
         extent = self.extent(index)
         self._count_change()
         self._words[BLOCKS_AT + index * BLOCK] = stateword.pack(self.generation(index), FREE)
@@ -114,9 +114,9 @@ class BlockBook:
             raise StaleBlock(f"there is no block {row.index}")
         if self.state(row.index) != (row.generation, state):
             raise StaleBlock(f"generation {row.generation} of block {row.index} is not there any more")
-        self.insist_sound(row.index)
+        self.insist_row_sound(row.index)
 
-    def insist_sound(self, index: int) -> None:
+    def insist_row_sound(self, index: int) -> None:
         """Insist that a draft or block is as it was written."""
         at = BLOCKS_AT + index * BLOCK
         word, *body = self._words[at : at + stateword.WORDS].tolist()
@@ -125,9 +125,9 @@ class BlockBook:
 
     # -- all rows
 
-    def insist_all_sound(self) -> None:
-        """Insist that all drafts and blocks are as they were written."""
-        if not stateword.are_sound(self._used()):
+    def insist_sound(self, rows: npt.NDArray[np.intp] | slice) -> None:
+        """Insist that drafts and blocks are as they were written."""
+        if not stateword.are_sound(self._used()[rows]):
             raise TableCorrupt(_ODD_ROW)
 
     def generations(self) -> npt.NDArray[np.uint64]:

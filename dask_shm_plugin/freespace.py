@@ -2,7 +2,8 @@
 
 Free space is computed from the rows of the table, so that a death leaves nothing to repair. With ten thousand blocks that
 takes as long as to copy some megabytes. So a process keeps what it has computed, and the rows that it has seen. A row with
-the same deciding word is the same: every change writes that word last, and no generation comes twice.
+the same deciding word is the same: every change writes that word last, and no generation comes twice. What somebody has
+scribbled beside that word is not gone by.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ Rows = npt.NDArray[np.uint64]
 
 _MANY = 64
 """Changed rows from which it is quicker to begin anew."""
+_SOME = 1024
 
 
 class FreeSpace:
@@ -27,6 +29,7 @@ class FreeSpace:
 
     def __init__(self) -> None:
         self._room: Room | None = None
+        self._looked_at = 0
         self._seen: Rows = np.zeros((BLOCKS, 3), np.uint64)
 
     def room(self, table: Table) -> Room:
@@ -39,14 +42,24 @@ class FreeSpace:
         """
         rows = table.rows()
         changed = np.flatnonzero(rows[:, 0] != self._seen[: len(rows), 0])
+        table.insist_sound(changed)
+        table.insist_sound(self._some_more(len(rows)))
         room, self._room = self._room, None  # should anything go wrong meanwhile
+        before, after = self._seen[changed], rows[changed]
+        self._seen[changed] = after
         if room is None or len(changed) > _MANY:
-            room = Room(rows[stateword.states(rows[:, 0]) != stateword.FREE, 1:], table.capacity, SPREAD)
+            known = self._seen[: len(rows)]
+            room = Room(known[stateword.states(known[:, 0]) != stateword.FREE, 1:], table.capacity, SPREAD)
         else:
-            _follow(room, self._seen[changed], rows[changed])
-        self._seen[changed] = rows[changed]
+            _follow(room, before, after)
         self._room = room
         return room
+
+    def _some_more(self, rows: int) -> slice:
+        """Return rows that nobody needs now, other ones each time: damage is to be noticed soon, and not paid for each time."""
+        begin = self._looked_at if self._looked_at < rows else 0
+        self._looked_at = begin + _SOME
+        return slice(begin, self._looked_at)
 
 
 def _follow(room: Room, before: Rows, after: Rows) -> None:

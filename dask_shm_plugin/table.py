@@ -281,13 +281,16 @@ class Table:
         TableCorrupt
             A row does not say what was written there.
         """
-        self._blocks.insist_all_sound()
+        self._blocks.insist_sound(slice(None))
         return self._blocks.taken()
 
     def rows(self) -> npt.NDArray[np.uint64]:
-        """Return deciding word, offset and length of each row that was ever used, shape (n, 3); raises as :meth:`taken`."""
-        self._blocks.insist_all_sound()
+        """Return deciding word, offset and length of each row that was ever used, shape (n, 3), not checked."""
         return self._blocks.rows()
+
+    def insist_sound(self, rows: npt.NDArray[np.intp] | slice) -> None:
+        """Insist that some rows say what was written there; else raise as :meth:`taken` does."""
+        self._blocks.insist_sound(rows)
 
     def taken_by_now(self) -> npt.NDArray[np.uint64]:
         """Return what :meth:`taken` does, without the mutex: a row may be in change, and so is not checked."""
