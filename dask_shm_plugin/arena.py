@@ -274,7 +274,9 @@ class Arena:
                 return False
             for item in dropped:
                 if item.mapping is not None:
-                    self._mappings.give_back(item.mapping)
+                    # Whatever goes wrong: nobody looks there any more, and its reference must not stay for good.
+                    with contextlib.suppress(Exception):
+                        self._mappings.give_back(item.mapping)
             try:
                 with self._mutex:
                     self._drop_references([item.row for item in dropped])

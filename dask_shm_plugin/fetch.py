@@ -118,24 +118,28 @@ async def _get_data_from_worker(
     is_ours = names and rpc.deserialize and not (serializers or rpc.serializers) and not worker.startswith("inproc://")
     if not is_ours:
         return await ask(rpc, keys, worker, who=who, serializers=serializers, deserializers=deserializers)
-    found = await _look_up(worker, keys)
-    keys = [key for key in keys if key not in found]
-    if found and not keys:
-        return {"status": "OK", "data": found}
-    response = await ask(rpc, keys, worker, who=who, serializers=seams.tagged(names), deserializers=deserializers)
-    if response["status"] != "OK":
-        return response
-    response = {**response, "data": {**found, **await finish(response["data"])}}
-    missing = unusable(response["data"])
-    if missing:
-        again = await ask(
-            rpc, missing, worker, who=who, serializers=seams.tagged([BYTES_PLEASE]), deserializers=deserializers
-        )
-        if again["status"] != "OK":
-            return again
-        kept = {key: value for key, value in response["data"].items() if key not in missing}
-        response = {**response, "data": {**kept, **again["data"]}}
-    return response
+    values: dict[Any, Any] = {}
+    try:
+        values |= await _look_up(worker, keys)
+        rest = [key for key in keys if key not in values]
+        if values and not rest:
+            return {"status": "OK", "data": values}
+        response = await ask(rpc, rest, worker, who=who, serializers=seams.tagged(names), deserializers=deserializers)
+        if response["status"] != "OK":
+            return response
+        values |= await finish(response.pop("data"))
+        missing = unusable(values)
+        if missing:
+            bytes_please = seams.tagged([BYTES_PLEASE])
+            again = await ask(rpc, missing, worker, who=who, serializers=bytes_please, deserializers=deserializers)
+            if again["status"] != "OK":
+                return again
+            values = {key: value for key, value in values.items() if key not in missing} | again["data"]
+        return {**response, "data": values}
+    except BaseException:
+        # Dask logs that the worker cannot be reached, and a log keeps what stands in the frames of an error.
+        values.clear()
+        raise
 
 
 REQUESTS = seams.SharedReplacement(distributed.worker, "get_data_from_worker", _get_data_from_worker)

@@ -51,7 +51,11 @@ class References:
         rows = []
         for _ in range(len(self._pins)):
             pins = self._pins.popleft()
-            if pins.are_over():
+            try:
+                is_over = pins.are_over()
+            except OSError:  # it cannot be asked now
+                is_over = False
+            if is_over:
                 rows += pins.rows
             else:
                 self._pins.append(pins)

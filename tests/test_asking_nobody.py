@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -27,6 +28,7 @@ from observing import (
 )
 
 from dask_shm_plugin import membership, metrics, publisher, unregister
+from dask_shm_plugin import views as dask_views
 
 
 @pytest.fixture(scope="module")
@@ -359,3 +361,22 @@ def test_values_that_are_not_arrays_are_found_as_well(three: Client) -> None:
         assert_descriptions_equal(seen.description, describe(make(seed)))
         assert seen.shared
         assert found(three, c) == before + 1
+
+
+def test_what_was_found_is_let_go_when_the_rest_cannot_be_had(three: Client) -> None:
+    """The owner dies when it is asked for the rest. The reader's log keeps the error, but not what was found before."""
+    a, _, c = addresses(three)
+    x, y = fresh(), fresh()
+    first, second = made_and_read(three, x), three.submit(array, y, workers=[a], pure=False, allow_other_workers=True)
+    wait(second)
+    before, victim = found(three, c), pids(three)[a]
+    os.kill(victim, signal.SIGSTOP)
+    both = three.submit(lambda *both: [float(one.sum()) for one in both], first, second, workers=[c], pure=False)
+    wait_until(lambda: found(three, c) == before + 1, "the first is found")
+    os.kill(victim, signal.SIGKILL)
+    wait_until(lambda: len(addresses(three)) == 3 and a not in addresses(three), "the worker is replaced")
+    del first, second, both
+    settle(three)
+    three.run(gc.collect, workers=[c])
+    views = three.run(lambda: len(dask_views.ATLAS), workers=[c])
+    assert views == {c: 0}
