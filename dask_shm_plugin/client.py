@@ -144,9 +144,8 @@ class SharedMemoryClient:
     async def _scatter(self, data: Data, workers: Any = None, broadcast: bool | int = False, **kwargs: Any) -> Any:
         with self._handing_over():
             may_share = await self._find_arena() is not None and self._has_large(data)
-            targets = await self._targets(workers) if may_share else Targets([], [])
-            published = await self._publish(data) if targets.members else {}
-            if published:
+            targets, published = await self._prepare(data, workers) if may_share else (Targets([], []), {})
+            if published and targets.members:
                 attempt = asyncio.create_task(self._attempt(HandOver(data, published, targets, kwargs), broadcast))
                 attempt.add_done_callback(_consume)
                 try:
@@ -156,6 +155,14 @@ class SharedMemoryClient:
                 except Exception:
                     logger.debug("a scatter is repeated with bytes", exc_info=True)
         return await self._scatter_before.old(data=data, workers=workers, broadcast=broadcast, **kwargs)
+
+    async def _prepare(self, data: Data, workers: Any) -> tuple[Targets, dict[Any, Published]]:
+        """Find out whom the data may reach, and publish it if any of them can map it."""
+        if workers is None and self._members():
+            # To ask takes time, too: both at once.
+            return await asyncio.gather(self._targets(workers), self._publish(data))
+        targets = await self._targets(workers)
+        return targets, await self._publish(data) if targets.members else {}
 
     async def _attempt(self, what: HandOver, broadcast: bool | int) -> Any:
         with self._handing_over():
