@@ -160,7 +160,8 @@ class SharedMemoryClient:
         """Find out whom the data may reach, and publish it if any of them can map it."""
         if workers is None and self._members():
             # To ask takes time, too: both at once.
-            return await asyncio.gather(self._targets(workers), self._publish(data))
+            targets, published = await asyncio.gather(self._targets(workers), self._publish(data))
+            return targets, published
         targets = await self._targets(workers)
         return targets, await self._publish(data) if targets.members else {}
 
