@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from dask_shm_plugin.crashpoints import step
 logger = logging.getLogger("dask_shm_plugin")
 
 Data = dict[Any, Any]
+
+_PATIENCE = 10.0
+"""Seconds for what takes milliseconds where nothing has died."""
 
 
 class Targets(NamedTuple):
@@ -66,11 +70,25 @@ class Courier:
         n = len(members) if everyone else min(int(broadcast), len(members))
         await self._scatter(data=what.handles, workers=members, broadcast=False, **what.options)
         if n > 1:
-            # Dask's tree spares wires. Here each of its rounds would take time and move nothing, so there is only one.
-            await self._scheduler.replicate(keys=keys, n=n, workers=members, branching_factor=len(members))
+            await self._let_members_have(keys, n, members)
         if others and (everyone or broadcast > len(members)):
             n_all = None if everyone else broadcast
             await self._scheduler.replicate(keys=keys, n=n_all, workers=members + others, branching_factor=2)
+
+    async def _let_members_have(self, keys: list[Any], n: int, members: list[str]) -> None:
+        """Let so many members map the values now; the others do when they need them.
+
+        Dask's tree spares wires. Here each of its rounds would take time and move nothing, so there is only one.
+        """
+        having = asyncio.ensure_future(
+            self._scheduler.replicate(keys=keys, n=n, workers=members, branching_factor=len(members))
+        )
+        having.add_done_callback(_consume)
+        # Where a worker dies meanwhile, `Scheduler.replicate` (distributed 2026.8.0) tries it again and again, and all other
+        # calls of `replicate` wait for this one. The values are where they can be mapped from: a scatter need not wait.
+        done, _ = await asyncio.wait([having], timeout=_PATIENCE)
+        for one in done:
+            one.result()
 
     async def _distribute(self, what: HandOver) -> None:
         """Like Dask, take one worker after the other."""
@@ -110,6 +128,11 @@ class _DirectCall:
 
     async def close_rpc(self) -> None:
         await self._call.close_rpc()
+
+
+def _consume(task: asyncio.Future[Any]) -> None:
+    if not task.cancelled():
+        task.exception()
 
 
 def _with_handles(data: Data, published: dict[Any, Published]) -> Data:

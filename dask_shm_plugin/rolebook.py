@@ -42,7 +42,7 @@ class RoleBook:
 
     def __init__(self, words: memoryview) -> None:
         self._words = words
-        self._taken_by = np.frombuffer(words, np.uint64).reshape(ENTRIES, _ENTRY)[:, :2]
+        self._taken_by = np.frombuffer(words, np.uint64).reshape(-1, _ENTRY)[:, :2]
 
     def fingerprint(self) -> bytes:
         """Return what changes whenever a role comes or goes."""
