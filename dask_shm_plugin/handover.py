@@ -84,8 +84,8 @@ class Courier:
             self._scheduler.replicate(keys=keys, n=n, workers=members, branching_factor=len(members))
         )
         having.add_done_callback(_consume)
-        # Where a worker dies meanwhile, `Scheduler.replicate` (distributed 2026.8.0) tries it again and again, and all other
-        # calls of `replicate` wait for this one. The values are where they can be mapped from: a scatter need not wait.
+        # A worker that dies meanwhile costs `Scheduler.replicate` 30 s (distributed 2026.8.0: it tries to connect again), and
+        # all other calls of it wait for that. The values are where they can be mapped from: a scatter need not wait.
         done, _ = await asyncio.wait([having], timeout=_PATIENCE)
         for one in done:
             one.result()

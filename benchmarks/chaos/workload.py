@@ -121,8 +121,8 @@ class Workload:
         """Copy a result to all workers."""
         number = self.new()
         made = self.client.submit(tasks.make, number, pure=False)
-        # With stock Dask, too, one that meets the death of a worker never ends, and all others wait for it (`Scheduler.
-        # replicate`, distributed 2026.8.0: it tries the dead one again every 30 s).
+        # With stock Dask, too, the death of a worker costs this 30 s, and all other calls of it on the scheduler wait for
+        # that (distributed 2026.8.0): a few deaths in a row look like a hang.
         self.client.sync(self.client._replicate, [made], callback_timeout=_REPLICATES_WITHIN)
         return self._check_everywhere(made, number)
 
