@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 from distributed import Client
-from observing import array, assert_saw, fresh, holders, see_on, wait_until
+from observing import addresses, array, assert_saw, fresh, holders, see_on, wait_until
+
+from dask_shm_plugin import handover
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 9])
@@ -30,3 +33,18 @@ def test_what_is_released_while_all_have_it_is_gone_everywhere(four: Client) -> 
     assert all(four.run(holds).values())
     del future
     wait_until(lambda: not any(four.run(holds).values()), "nobody has it any more")
+
+
+def test_a_replication_that_never_ends_keeps_no_scatter_waiting(four: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a worker dies meanwhile. Whoever needs the value maps it from where it is."""
+
+    async def wait_for_the_dead(**_: Any) -> None:
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(handover, "_PATIENCE", 0.1)
+    monkeypatch.setattr(four.scheduler, "replicate", wait_for_the_dead, raising=False)
+    seed = fresh()
+    future = four.scatter(array(seed), broadcast=True)
+    assert len(holders(four, future)) == 1
+    for seen in see_on(four, future, addresses(four)):
+        assert_saw(seen, array(seed))
