@@ -24,6 +24,7 @@ import distributed.system_monitor
 import distributed.utils_comm
 import distributed.worker
 import distributed.worker_memory
+import distributed.worker_state_machine
 import zict
 from distributed.protocol.serialize import families
 
@@ -78,6 +79,14 @@ SEAMS = (
         "Worker.update_data",
         "the handler of scatter: a handle that could not be resolved must not become a value",
         lambda: _takes(distributed.worker.Worker.update_data, "data", "stimulus_id"),
+    ),
+    Seam(
+        "WorkerState.all_running_tasks, TaskState.dependencies, .dependents",
+        "what a running task has as its input may change, and what was made of a value may look into it",
+        lambda: (
+            isinstance(distributed.worker_state_machine.WorkerState.all_running_tasks, property)
+            and {"dependencies", "dependents"} <= set(distributed.worker_state_machine.TaskState.__annotations__)
+        ),
     ),
     Seam(
         "PooledRPCCall.__getattr__",
