@@ -149,6 +149,12 @@ class BlockBook:
         rows: npt.NDArray[np.uint64] = used[stateword.states(used[:, 0]) != FREE, 1:3]
         return rows
 
+    def bytes_held(self) -> int:
+        """Return the bytes of all blocks and drafts but those under which pages are given back: these are free."""
+        used = self._used()
+        is_trimmed = _are_drafts(used) & (used[:, 3] == TRIMMING)
+        return int(np.sum(used[(stateword.states(used[:, 0]) != FREE) & ~is_trimmed, 2]))
+
     def drafts(self) -> npt.NDArray[np.uint64]:
         """Return offset and length of every draft that is being written, shape (n, 2)."""
         used = self._used()

@@ -351,7 +351,7 @@ class Table:
         ends = taken[:, 0] + taken[:, 1]
         _insist(bool(np.all(ends[:-1] <= taken[1:, 0])), "two blocks overlap")
         _insist(len(taken) == 0 or int(ends[-1]) <= self.span, "a block ends behind the arena")
-        _insist(int(np.sum(taken[:, 1])) <= self.capacity, "the blocks are more than the capacity")
+        _insist(self._blocks.bytes_held() <= self.capacity, "the blocks are more than the capacity")
         _insist(bool(np.all(taken[:, 1] > 0)), "a block is empty")
         for index in range(self._blocks.in_use):
             state = self._blocks.state(index)[1]

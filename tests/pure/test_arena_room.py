@@ -10,6 +10,7 @@ from other_processes import publish, wait_until_empty
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.block import Block
 from dask_shm_plugin.exceptions import ArenaFull
+from dask_shm_plugin.layout import Extent
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -80,3 +81,16 @@ def test_the_tidying_thread_keeps_within_the_capacity(roomy: Arena, nothing: int
         assert roomy.stats().resident <= nothing + CAPACITY
     for block in blocks[1::2]:
         block.close()
+
+
+def test_what_is_given_back_does_not_count_as_held(roomy: Arena) -> None:
+    """In a full arena pages of gaps go, however many: a process may die in the middle of it."""
+    blocks = full(roomy)
+    rows = [roomy.take_if_free(Extent(CAPACITY * n, CAPACITY)) for n in (1, 2)]
+    assert None not in rows
+    roomy.validate()
+    for row in rows:
+        roomy.abandon(row)
+    for block in blocks:
+        block.close()
+    wait_until_empty(roomy)
