@@ -48,12 +48,13 @@ class ClaimBook:
 
     def of(self, member: Member, rows: int) -> list[Row]:
         """Return what a member claims of the first rows."""
-        claims = self._claims[member.slot, :rows]
+        claims = self._claims[member.slot, :rows].copy()
         return [Row(int(index), int(claims[index])) for index in np.flatnonzero(claims)]
 
     def held(self, member: Member, rows: int, slots: Slots) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
         """Return which of the first rows a member claims, and how many members, among some, claim each of them."""
-        claims = self._claims[member.slot, :rows]
+        # A copy: NumPy raises where what it searches is changed meanwhile, and here nobody holds the mutex.
+        claims = self._claims[member.slot, :rows].copy()
         mine = np.flatnonzero(claims)
         return mine, np.count_nonzero(self._claims[np.ix_(slots, mine)] == claims[mine], axis=0)
 
