@@ -19,7 +19,7 @@ from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.codec import Published, Serialized
 from dask_shm_plugin.config import Options
 from dask_shm_plugin.exceptions import SharedMemoryError
-from dask_shm_plugin.handover import Courier, Data, DirectRpc, HandOver, Targets
+from dask_shm_plugin.handover import Courier, Data, DirectRpc, HandOver, Targets, consume
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.role import Role
 
@@ -147,7 +147,7 @@ class SharedMemoryClient:
             targets, published = await self._prepare(data, workers) if may_share else (Targets([], []), {})
             if published and targets.members:
                 attempt = asyncio.create_task(self._attempt(HandOver(data, published, targets, kwargs), broadcast))
-                attempt.add_done_callback(_consume)
+                attempt.add_done_callback(consume)
                 try:
                     # The scheduler goes on with a scatter whose client has lost patience: until it has answered, the
                     # blocks must stay, so the attempt, which holds them, is not cancelled.
@@ -227,11 +227,6 @@ def _publish_large(data: Data, arena: Arena | None, threshold: int) -> dict[Any,
             if published[key].copied:
                 COUNTERS.count("published", published[key].copied)
     return published
-
-
-def _consume(task: asyncio.Task[Any]) -> None:
-    if not task.cancelled():
-        task.exception()
 
 
 async def take_part(client: Client, options: Options) -> None:

@@ -83,7 +83,7 @@ class Courier:
         having = asyncio.ensure_future(
             self._scheduler.replicate(keys=keys, n=n, workers=members, branching_factor=len(members))
         )
-        having.add_done_callback(_consume)
+        having.add_done_callback(consume)
         # A worker that dies meanwhile costs `Scheduler.replicate` 30 s (distributed 2026.8.0: it tries to connect again), and
         # all other calls of it wait for that. The values are where they can be mapped from: a scatter need not wait.
         done, _ = await asyncio.wait([having], timeout=_PATIENCE)
@@ -130,7 +130,8 @@ class _DirectCall:
         await self._call.close_rpc()
 
 
-def _consume(task: asyncio.Future[Any]) -> None:
+def consume(task: asyncio.Future[Any]) -> None:
+    """Take note of how something ended that nobody may be waiting for any more."""
     if not task.cancelled():
         task.exception()
 

@@ -99,8 +99,7 @@ def head_room() -> int:
     DescriptorsExhausted
         Nothing can be read. What is not known must not count as unlimited.
     """
-    # What is not shared any more is sent, and every copy is private. In a control group of 1000 MiB, a twentieth of that
-    # was too little for two workers: one was killed while values of 8 MiB were sent (Linux 6.1, version 2, November 2026).
+    # What is not shared any more is sent, and every copy is private: a group that is full of shared memory must leave room.
     margin = min(_MARGIN, _known_limit() // 10)
     left = (_left(group) for group in _groups())
     return min(_available(), *(size for size in left if size is not None), 1 << 62) - margin

@@ -7,7 +7,8 @@ grows each time it is reserved, so a descriptor of an earlier use is recognised.
 
 House rules.
 
-1. Every method but ``is_live`` wants the caller to hold the arena's mutex. A death may come between any two stores.
+1. Every method wants the caller to hold the arena's mutex, unless it says that it needs none. A death may come between
+   any two stores.
 2. Each change writes its deciding word last: the state word of a row. What stands in the other words of a FREE row
    means nothing.
 3. Free space is computed from the rows; no store exists that would have to be undone.
@@ -156,7 +157,7 @@ class Table:
         return self._book.other_shared(pid, started)
 
     def members(self) -> list[Member]:
-        """Return all members."""
+        """Return all members. Needs no mutex: who comes or goes meanwhile may be missing, or still be there."""
         return self._book.members()
 
     @step("reclaim")
@@ -198,7 +199,7 @@ class Table:
         return self._roles.fingerprint()
 
     def roles(self) -> list[Role]:
-        """Return the roles of all members."""
+        """Return the roles of all members. Needs no mutex, like :meth:`members`."""
         return [role for role in self._roles if self.is_live(role.member)]
 
     # -- blocks
@@ -301,7 +302,7 @@ class Table:
         return self._blocks.drafts()
 
     def is_trimmed(self) -> bool:
-        """Tell whether pages are being given back just now."""
+        """Tell whether pages are being given back just now. Needs no mutex."""
         return self._blocks.is_trimmed()
 
     def count(self) -> int:
