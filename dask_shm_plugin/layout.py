@@ -20,8 +20,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from dask_shm_plugin import markbook, memberbook, rolebook
+from dask_shm_plugin.syscalls import LARGE
 
-VERSION = 4
+VERSION = 5
 MAGIC = int.from_bytes(b"daskshm" + bytes([VERSION]), "little")
 
 SPREAD = 4
@@ -51,8 +52,8 @@ PLACE_BYTES = 2048
 """Bytes of one place of a directory: a handle of a DataFrame takes about 1000 (November 2026)."""
 DIRECTORY_BYTES = markbook.PLACES * PLACE_BYTES
 """Bytes of one member's directory; only what is used has pages."""
-BLOCKS_FROM = TABLE_BYTES + MEMBERS * DIRECTORY_BYTES
-"""Where the blocks begin, in bytes."""
+BLOCKS_FROM = -(-(TABLE_BYTES + MEMBERS * DIRECTORY_BYTES) // LARGE) * LARGE
+"""Where the blocks begin, in bytes: where a large page does."""
 
 
 class Row(NamedTuple):

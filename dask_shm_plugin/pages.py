@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from dask_shm_plugin import limits
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import FileSizeLimited, MemoryExhausted, NoHeadRoom
+from dask_shm_plugin.largepages import LargePages
 from dask_shm_plugin.layout import Extent
-from dask_shm_plugin.segment import Segment
+from dask_shm_plugin.segment import Segment, round_up
+from dask_shm_plugin.syscalls import LARGE
 from dask_shm_plugin.table import Table
 from dask_shm_plugin.trimming import Trimmer
 from dask_shm_plugin.window import Window
@@ -18,7 +20,7 @@ T = TypeVar("T")
 
 _SMALLEST_IN_WINDOW = 64 << 10
 _AT_ONCE = 64 << 20
-"""Bytes of which pages are made before head-room is looked for again."""
+"""Bytes of which pages are made before head-room is looked for again; a multiple of a large page."""
 
 
 class Pages:
@@ -54,6 +56,7 @@ class Pages:
         self._segment, self._blocks_from, self._table = segment, blocks_from, table
         self._trimmer = trimmer
         self._window = Window(segment)
+        self._large = LargePages(segment, self._window)
 
     def reserve(self, extent: Extent, offset: int, length: int) -> None:
         """Make pages of a draft exist.
@@ -63,9 +66,8 @@ class Pages:
         NoHeadRoom, MemoryExhausted
             There is no memory for them.
         """
-        for done in range(0, length, _AT_ONCE):
-            part = min(_AT_ONCE, length - done)
-            self._make(extent, offset + done, part, self._segment.reserve, part)
+        for start, part in _steps(self._blocks_from + extent.offset + offset, length):
+            self._make(extent, start, part, self._segment.reserve, part)
 
     @step("write")
     def write(self, extent: Extent, offset: int, data: memoryview) -> None:
@@ -76,10 +78,11 @@ class Pages:
         NoHeadRoom, MemoryExhausted
             There is no memory for them.
         """
-        for done in range(0, len(data), _AT_ONCE):
-            part = data[done : done + _AT_ONCE]
-            if not self._write_warm(self._blocks_from + extent.offset + offset + done, part):
-                self._make(extent, offset + done, len(part), self._segment.write, part)
+        begin = self._blocks_from + extent.offset + offset
+        for start, length in _steps(begin, len(data)):
+            part = data[start - begin : start - begin + length]
+            if not self._write_in_place(extent, start, part):
+                self._make(extent, start, length, self._segment.write, part)
 
     def read(self, extent: Extent, offset: int, length: int) -> memoryview:
         """Copy bytes of a block to which this process refers into private memory."""
@@ -89,25 +92,53 @@ class Pages:
         """Let go of what writing needs, as soon as nobody writes."""
         self._window.close()
 
-    def _write_warm(self, start: int, data: memoryview) -> bool:
-        """Write where all pages exist; return False where they do not. Nobody gives back pages under a draft."""
+    def _write_in_place(self, extent: Extent, start: int, data: memoryview) -> bool:
+        """Write where all pages exist, or large ones can be made; return False elsewhere. Nobody gives back a draft's pages."""
         length = len(data)
         if length < _SMALLEST_IN_WINDOW:
             return False
         # Asked for before it is looked: what was given back since is looked for again.
         trims = self._table().trims
         if not self._window.knows(start, length, trims):
-            if not self._window.sees(start, length) and (
-                self._segment.missing(start, length) or not self._window.fill(start, length)
-            ):
+            if not (self._window.sees(start, length) or self._has_pages(extent, start, length)):
                 return False
             self._window.learn(start, length, trims)
+            self._large.make_later(start, length)
         self._window.write(start, data)
         return True
 
-    def _make(self, extent: Extent, offset: int, length: int, how: Callable[[int, T], None], what: T) -> None:
+    def make_up(self) -> None:
+        """Make pages large that had to be small, for a bounded time."""
+        self._large.make_up()
+
+    def _has_pages(self, extent: Extent, start: int, length: int) -> bool:
+        """Tell whether all pages of a part of a draft exist, or could be made large, and are mapped now."""
+        is_there = not self._segment.missing(start, length) or self._make_large(extent, start, length)
+        return is_there and self._window.fill(start, length)
+
+    def _make_large(self, extent: Extent, start: int, length: int) -> bool:
+        """Make the pages of a part of a draft, and those beside it with which they are large; return False if they are not."""
+        begin, end = self._blocks_from + extent.offset, self._blocks_from + extent.offset + extent.length
+        first = max(begin, start // LARGE * LARGE)
+        last = min(end, round_up(start + length, LARGE))
+        self._find_room(extent, first, last - first)
+        try:
+            return self._large.make(first, last - first)
+        except MemoryExhausted:
+            return False
+
+    def _make(self, extent: Extent, start: int, length: int, how: Callable[[int, T], None], what: T) -> None:
         """Do a step that makes pages; before giving up, give back warm memory, whose pages may be those that are missing."""
-        start = self._blocks_from + extent.offset + offset
+        self._find_room(extent, start, length)
+        try:
+            how(start, what)
+        except FileSizeLimited:
+            raise
+        except MemoryExhausted:
+            self._trimmer.trim_all()
+            how(start, what)
+
+    def _find_room(self, extent: Extent, start: int, length: int) -> None:
         missing = self._segment.missing(start, length)
         if missing:
             self._trimmer.make_room(missing)
@@ -117,13 +148,6 @@ class Pages:
                 raise NoHeadRoom(
                     f"the machine or its control group has less than {missing} bytes left; free memory or raise the limit"
                 )
-        try:
-            how(start, what)
-        except FileSizeLimited:
-            raise
-        except MemoryExhausted:
-            self._trimmer.trim_all()
-            how(start, what)
 
     def _is_room(self, missing: int, extent: Extent) -> bool:
         others = [(int(at), int(length)) for at, length in self._table().drafts() if at != extent.offset]
@@ -134,3 +158,12 @@ class Pages:
             return True
         steps = sum(min(self._segment.missing(self._blocks_from + at, length), _AT_ONCE) for at, length in others)
         return limits.head_room() >= missing + steps
+
+
+def _steps(start: int, length: int) -> Iterator[tuple[int, int]]:
+    """Split a part of a segment so that no large page lies in two steps: yield where each begins, and its length."""
+    end = start + length
+    while start < end:
+        step_end = min(end, (start // _AT_ONCE + 1) * _AT_ONCE)
+        yield start, step_end - start
+        start = step_end

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from dask_shm_plugin.syscalls import LARGE
+
 Offsets = npt.NDArray[np.int64]
 
 
@@ -30,13 +32,18 @@ class Room:
     def place(self, length: int) -> int | None:
         """Return the offset for a block of ``length`` bytes, or None when it would be too much or no gap is long enough.
 
-        The lowest gap wins, because what is low and free is warm: pages are given back from the top.
+        The lowest gap wins, because what is low and free is warm: pages are given back from the top. What takes a large
+        page or more begins where one does, if there is such a place.
         """
         if length > self._left:
             return None
-        fits = self._starts - self._ends >= length
+        aligned = self._lowest(-(-self._ends // LARGE) * LARGE, length) if length >= LARGE else None
+        return self._lowest(self._ends, length) if aligned is None else aligned
+
+    def _lowest(self, begins: Offsets, length: int) -> int | None:
+        fits = self._starts - begins >= length
         lowest = int(np.argmax(fits))
-        return int(self._ends[lowest]) if fits[lowest] else None
+        return int(begins[lowest]) if fits[lowest] else None
 
     def has(self, offset: int, length: int) -> bool:
         """Tell whether nobody has anything of a part."""

@@ -18,8 +18,10 @@ MapCall = Callable[[int, int, int], int]
 _PROT_READ, _PROT_WRITE = 1, 2
 _MAP_SHARED, _MAP_PRIVATE, _MAP_NORESERVE = 0x01, 0x02, 0x4000
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 0x01, 0x02
-_MADV_DONTNEED, _MADV_DONTFORK, _MADV_POPULATE_READ = 4, 10, 22
+_MADV_DONTNEED, _MADV_DONTFORK, _MADV_POPULATE_READ, _MADV_COLLAPSE = 4, 10, 22, 25
 _UNMAP_STEP = 64 << 20
+LARGE = 2 << 20
+"""Bytes of a large page: what one entry of the second level of a page table maps, where pages have 4 KiB."""
 _F_SETLK = 6
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -83,7 +85,18 @@ def _failure(call: str) -> OSError:
 
 
 def _map(fd: int, offset: int, length: int, flags: int) -> int:
-    address = _libc().mmap(None, length, _PROT_READ | _PROT_WRITE, flags, fd, offset)
+    """Map a part of a file, if possible where its large pages can be mapped as such: at an address that agrees with the offset."""
+    address = _map_at(None, fd, offset, length, flags)
+    astray = (address - offset) % LARGE
+    if length < LARGE or not astray:
+        return address
+    # New mappings go below others, so there is likely room a little lower. The kernel takes that for no more than a hint.
+    _unmap_at_once(address, length)
+    return _map_at(address - astray, fd, offset, length, flags)
+
+
+def _map_at(hint: int | None, fd: int, offset: int, length: int, flags: int) -> int:
+    address = _libc().mmap(hint, length, _PROT_READ | _PROT_WRITE, flags, fd, offset)
     if address == _MAP_FAILED:
         raise _failure("mmap")
     return int(address)
@@ -115,6 +128,10 @@ def unmap(address: int, length: int) -> None:
     """
     for done in range(0, length, _UNMAP_STEP):
         _libc().madvise(address + done, min(_UNMAP_STEP, length - done), _MADV_DONTNEED)
+    _unmap_at_once(address, length)
+
+
+def _unmap_at_once(address: int, length: int) -> None:
     if _libc().munmap(address, length) != 0:
         raise _failure("munmap")
 
@@ -126,6 +143,15 @@ def populate(address: int, length: int) -> bool:
     """
     first = address // _PAGE * _PAGE
     return bool(_libc().madvise(first, address + length - first, _MADV_POPULATE_READ) == 0)
+
+
+def collapse(address: int, length: int) -> bool:
+    """Make large pages of the small ones in a part of a shared mapping; return False where the kernel cannot, or not now.
+
+    What no page exists of becomes zeros; but where there is none at all in what is to be a large page, it fails. The address
+    and the length must be multiples of ``LARGE``. Linux 6.1 or newer; ``shmem_enabled`` need not be set, but not to "deny".
+    """
+    return bool(_libc().madvise(address, length, _MADV_COLLAPSE) == 0)
 
 
 def keep_from_children(address: int, length: int) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from dask_shm_plugin.mappings import Dropped
+from dask_shm_plugin.pages import Pages
 from dask_shm_plugin.roster import Roster
 from dask_shm_plugin.trimming import Trimmer
 from dask_shm_plugin.weights import Weights
@@ -67,6 +68,7 @@ class Tidied(Protocol):
     roster: Roster
     weights: Weights
     trimmer: Trimmer
+    pages: Pages
     upkeep: Callable[[], None]
 
     @property
@@ -108,6 +110,7 @@ def _tidy(arena: Tidied, dropped: Bin) -> None:
                     arena.inspect()
                     arena.roster.reclaim_dead()
                     arena.trimmer.trim()
+                    arena.pages.make_up()
                     arena.weights.note_other_shared()
                     arena.upkeep()
             arena.finish_leaving()

@@ -79,10 +79,13 @@ class Trimmer:
         return int(np.sum(self._table().taken_by_now()[:, 1]))
 
     def _trim_to(self, warm: int) -> None:
-        while (extent := find(self._segment, self._table(), self._blocks_from, warm)) is not None:
+        before = None
+        while (extent := find(self._segment, self._table(), self._blocks_from, warm)) not in (None, before):
             row = self._arena.take_if_free(extent)
             if row is None:
                 return
+            # A large page that somebody has pinned cannot be split: what remains of it is still there.
+            before = extent
             try:
                 self._segment.give_back(self._blocks_from + extent.offset, extent.length)
             finally:

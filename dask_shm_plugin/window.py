@@ -73,6 +73,11 @@ class Window:
         part = self._part(offset, length)
         return part is not None and syscalls.populate(part.ctypes.data, length)
 
+    def enlarge(self, offset: int, length: int) -> bool:
+        """Make large pages of a part; return False where that cannot be done, see :func:`syscalls.collapse`."""
+        part = self._part(offset, length)
+        return part is not None and syscalls.collapse(part.ctypes.data, length)
+
     def write(self, offset: int, data: memoryview) -> None:
         """Copy flat bytes to pages that are mapped, without holding the GIL."""
         part = self._part(offset, len(data))

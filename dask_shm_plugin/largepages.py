@@ -1,0 +1,145 @@
+"""Large pages under an arena: 2 MiB at a time instead of 4 KiB, made where a kernel can, and tells what it has made.
+
+They are quicker to make, and the first access to a value that others have written costs its reader next to nothing
+(256 MiB: to make and to write the pages takes 36 ms instead of 102, to read one element of each 1 ms instead of 24; 2
+cores, Linux 6.18, November 2026). Nothing has to be set up: a page is made large by asking for just that one. They are
+made under drafts only, and only where a draft takes all of one: so they take no memory that would not be taken anyway.
+
+Who has written to a view is read from the page table. Before Linux 6.11 that says nothing of large pages; so it is tried
+once in each process, on a page of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import time
+
+from dask_shm_plugin import limits, syscalls, views
+from dask_shm_plugin.segment import NAME_PREFIX, PAGE, Segment
+from dask_shm_plugin.syscalls import LARGE
+from dask_shm_plugin.window import Window
+
+_SIZE_OF_THE_KERNELS = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
+_FAIR, _GRACE = 0.5e-3, 4e-3
+"""Seconds of a processor for each large page, as many small ones take, and how many more before it is given up."""
+_REST = 10.0
+"""Seconds for which nobody is kept waiting by another try."""
+_EACH_TIME = 0.1
+"""Seconds of a processor for what is made up for at a time."""
+_SPARE = 64 << 20
+"""Bytes that must be left of the memory before something is made up for, which takes one page for a moment."""
+
+
+class LargePages:
+    """Makes the large pages of one segment.
+
+    Parameters
+    ----------
+    segment, window
+        Of one arena.
+
+    Notes
+    -----
+    Thread-safe. To find a large page may take the kernel long, where memory is fragmented; and where it is a guest, the
+    host of which has to find memory first (4 ms instead of 0.1). So whoever waits for a page gets small ones then; they are
+    made large later, while they are in use.
+    """
+
+    def __init__(self, segment: Segment, window: Window) -> None:
+        self._segment, self._window = segment, window
+        self._lock = threading.Lock()
+        self._small: dict[int, None] = {}
+        self._not_before = 0.0
+
+    def make(self, offset: int, length: int) -> bool:
+        """Make the pages of a part exist, large where it takes all of one; return whether all large ones were made.
+
+        Parameters
+        ----------
+        offset, length
+            The part, in the segment, in bytes, aligned to small pages.
+
+        Raises
+        ------
+        MemoryExhausted
+            There are no pages left.
+        """
+        first, end = within(offset, length)
+        if first >= end or not are_served():
+            return False
+        for start, stop in ((offset, first), (end, offset + length)):
+            if start < stop:
+                self._segment.reserve(start, stop - start)
+        made = first if time.monotonic() < self._not_before else self._make_quickly(first, end)
+        if made < end:
+            self.make_later(made, end - made)
+        return made >= end
+
+    def make_later(self, offset: int, length: int) -> None:
+        """Take note of a part the pages of which may be small."""
+        pages = range(*within(offset, length), LARGE)
+        if pages and are_served():
+            with self._lock:
+                self._small.update(dict.fromkeys(pages))
+
+    def make_up(self) -> None:
+        """Make large what had to be small, for a bounded time. What is large already takes 3 microseconds."""
+        started = time.thread_time()
+        while self._small and time.thread_time() - started < _EACH_TIME:
+            with self._lock:
+                page, _ = self._small.popitem()
+            if self._segment.missing(page, LARGE):  # it was given back
+                continue
+            if limits.head_room() < _SPARE or not self._window.enlarge(page, LARGE):
+                return
+
+    def _make_quickly(self, first: int, end: int) -> int:
+        """Make large pages as long as it does not take long; return how far it came."""
+        started = time.thread_time()
+        for done, page in enumerate(range(first, end, LARGE)):
+            if time.thread_time() - started <= done * _FAIR + _GRACE:
+                # The kernel wants to see one page, and looks for the large one on the same NUMA node.
+                self._segment.reserve(page, 1)
+                if self._window.enlarge(page, LARGE):
+                    continue
+            self._not_before = time.monotonic() + _REST
+            return page
+        return end
+
+
+def within(offset: int, length: int) -> tuple[int, int]:
+    """Return where the large pages begin and end that a part of a segment takes as a whole."""
+    return -(-offset // LARGE) * LARGE, (offset + length) // LARGE * LARGE
+
+
+@functools.cache
+def are_served() -> bool:
+    """Tell whether this kernel makes large pages, and tells which of them are still what others have written."""
+    try:
+        with open(_SIZE_OF_THE_KERNELS) as file:
+            return int(file.read()) == LARGE and _are_told_apart()
+    except (OSError, ValueError):
+        return False
+
+
+def _are_told_apart() -> bool:
+    """Make a large page, and tell whether the page table says of a private view of it what was written."""
+    fd = os.memfd_create(f"{NAME_PREFIX}trial", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, LARGE)
+        os.pwrite(fd, b"1", 0)
+        addresses = [how(fd, 0, LARGE) for how in (syscalls.map_shared, syscalls.map_private)]
+    finally:
+        os.close(fd)
+    shared, private = (
+        views.Exporter(at, LARGE, functools.partial(syscalls.unmap, at, LARGE)).bytes() for at in addresses
+    )
+    made, seen = addresses
+    if not syscalls.collapse(made, LARGE) or bytes(private[:2]) != b"1\0":
+        return False
+    is_clean = views.is_present(seen, LARGE) and not views.is_written(seen, LARGE)
+    private[0] = 0
+    is_split = views.is_written(seen, PAGE) and not views.is_written(seen + PAGE, LARGE - PAGE)
+    return is_clean and is_split and bytes(shared[:2]) == b"1\0"
