@@ -198,7 +198,7 @@ class Arena:
     def map(self, place: Place, extent: Extent) -> memoryview:
         """Map a part of a block that this process refers to, copy-on-write."""
         first, last = place.offset // PAGE * PAGE, round_up(place.offset + place.length)
-        self._refer(place.row)
+        self._refer_again(place.row)
         try:
             mapping = self._mappings.map(BLOCKS_FROM + extent.offset + first, last - first)
         except BaseException:
@@ -363,7 +363,9 @@ class Arena:
             return self._take(extent, size), extent
 
     def _take(self, extent: Extent, size: int) -> Row:
+        since = self._table.changes
         row = self._table.reserve(extent, size, self.member)
+        self._free_space.note(self._table, row.index, since)
         # A draft counts as a reference: the process must not leave while a thread of it still writes there.
         self._references.add(row)
         return row
@@ -374,9 +376,23 @@ class Arena:
             self._references.add(row)
             return extent, table.size(row.index)
 
+    def _refer_again(self, row: Row) -> None:
+        """Refer once more to a block; the table, which knows that this process does, need not be locked for that."""
+        if os.getpid() == self._pid and not self.is_damaged:
+            with self._mutex.among_threads():
+                if self._references.add_another(row):
+                    return
+        self._refer(row)
+
     def _drop_references(self, rows: list[Row]) -> None:
         gone = [row for row in rows if self._references.drop(row)]
-        self._access.attempt(lambda table: [table.release(row, self.member) for row in gone])
+        self._access.attempt(lambda table: self._release(table, gone))
+
+    def _release(self, table: Table, rows: list[Row]) -> None:
+        for row in rows:
+            since = table.changes
+            table.release(row, self.member)
+            self._free_space.note(table, row.index, since)
 
     def __repr__(self) -> str:
         if self.has_left or self.is_damaged:

@@ -14,7 +14,7 @@ class References:
 
     Notes
     -----
-    Every method but :meth:`keep` wants the caller to hold the arena's mutex.
+    Every method but :meth:`keep` and :meth:`add_another` wants the caller to hold the arena's mutex.
     """
 
     def __init__(self) -> None:
@@ -24,6 +24,13 @@ class References:
     def add(self, row: Row) -> None:
         """Count one more."""
         self._counts[row] = self._counts.get(row, 0) + 1
+
+    def add_another(self, row: Row) -> bool:
+        """Count one more of what is counted, and return whether it was. To be among this process's threads is enough."""
+        if row not in self._counts:
+            return False
+        self._counts[row] += 1
+        return True
 
     def drop(self, row: Row) -> bool:
         """Count one less; return whether that was the last."""

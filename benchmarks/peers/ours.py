@@ -17,7 +17,7 @@ class Store:
     def __init__(self, folder: Path, capacity: int) -> None:
         self._arena = Arena.create(capacity, warm=capacity)
         self._blocks: dict[Any, Block] = {}
-        self.whereabouts = (self._arena.segment.whereabouts, self._arena.arena_id)
+        self.whereabouts = (self._arena.segment.whereabouts, self._arena.arena_id, capacity)
 
     def put(self, x: np.ndarray) -> Any:
         """Write and seal a block."""
@@ -39,7 +39,7 @@ class Store:
 
 
 class Reader:
-    """A member of the arena."""
+    """A member of the arena, with the settings of the first."""
 
     def __init__(self, whereabouts: Any) -> None:
         self._arena = Arena.attach(*whereabouts)

@@ -54,7 +54,7 @@ ROLES = {
         arena.tidy()
         arena.trimmer.trim_all()
         """,
-        "reserve, abandon, tidy, write, make pages, seal, acquire, map, release, give pages back",
+        "reserve, abandon, tidy, write, make pages, seal, map, release, give pages back",
         4,
         JOIN,
     ),
