@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import compileall
+import importlib.util
 import logging
 import subprocess
 import sys
@@ -15,8 +16,6 @@ from broadcasts import in_turn
 from distributed import Nanny
 from report import Figure, Measurement, Round, median
 from sites import Site, Spec, sites
-
-import dask_shm_plugin
 
 IMPORTS = """
 import time, distributed, distributed.nanny
@@ -59,7 +58,11 @@ def import_time() -> float:
 
 def start_up(*, is_quick: bool) -> Measurement:
     """Start workers with and without the plugin in turn, which is compiled as pip compiles what it installs."""
-    compileall.compile_dir(Path(dask_shm_plugin.__file__).parent, quiet=2)
+    # Found, not imported: a worker imports this file.
+    spec = importlib.util.find_spec("dask_shm_plugin")
+    assert spec is not None
+    assert spec.origin is not None
+    compileall.compile_dir(Path(spec.origin).parent, quiet=2)
     rounds: list[Round] = []
     arms = ("plugin", "stock")
     with sites(Spec(workers=1), Spec(workers=1, with_plugin=False)) as started:
