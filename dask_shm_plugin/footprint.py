@@ -11,6 +11,7 @@ from typing import NamedTuple
 from dask_shm_plugin.segment import NAME_PREFIX
 from dask_shm_plugin.views import touched
 
+_TOO_LITTLE = 4 << 20
 _OURS = tuple(f"{place}{NAME_PREFIX}".encode() for place in ("/dev/shm/", "/memfd:"))
 
 
@@ -40,8 +41,11 @@ def read(pid: int | str = "self") -> Footprint:
 def other_shared() -> int:
     """Estimate how much of this process's resident shared memory, in bytes, belongs to no arena.
 
-    Costs a walk through the list of mappings, and a fixed sample of the pages of each that is shared and not ours.
+    Costs a walk through the list of mappings, and a fixed sample of the pages of each that is shared and not ours (a
+    millisecond); where there is too little shared memory to matter, nothing.
     """
+    if read().shared < _TOO_LITTLE:
+        return 0
     devices, total = _devices(), 0
     with open("/proc/self/maps", "rb") as maps:
         for line in maps:
