@@ -159,7 +159,7 @@ class Camp:
             at = chance.randrange(len(self.blocks))
             self.blocks.pop(at)[0].close()
             del self.views[at]
-            self.arena.tidy()
+            self.arena.holdings.tidy()
 
     def follow(self, row: Row, mark: int) -> None:
         """Attach what a descriptor names; whatever it sees there must be what its maker put there."""
@@ -202,7 +202,7 @@ class Camp:
             self.blocks.pop()[0].close()
         gc.collect()
         self.arena.close()
-        self.arena.tidy()
+        self.arena.holdings.tidy()
         self.arena.finish_leaving()
         insist(self.arena.has_left, "a process without views has not left its arena")
 
@@ -273,7 +273,7 @@ def attack_handles(chance: random.Random) -> Iterator[str]:
             if len(published) >= 6:
                 # Its place is used again, and its handle is replayed.
                 old = [*old[-20:], published.pop(chance.choice(list(published))).handle]
-                arena.tidy()
+                arena.holdings.tidy()
             mark = mark % 250 + 1
             published[mark] = codec.publish(Serialized.of(_value(mark)), arena)
         if old and chance.random() < 0.1:

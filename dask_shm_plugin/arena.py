@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 import secrets
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,18 +25,15 @@ from dask_shm_plugin.exceptions import (
     StaleBlock,
     TableCorrupt,
 )
-from dask_shm_plugin.forks import Pins
 from dask_shm_plugin.freespace import FreeSpace
+from dask_shm_plugin.holdings import Holdings
 from dask_shm_plugin.layout import BLOCKS_FROM, TABLE_BYTES, Extent, Row
-from dask_shm_plugin.mappings import Dropped, Mappings
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.pages import Pages
-from dask_shm_plugin.references import References
 from dask_shm_plugin.roster import Roster
 from dask_shm_plugin.segment import PAGE, Segment, Whereabouts, round_up
 from dask_shm_plugin.table import Table
 from dask_shm_plugin.trimming import Trimmer
-from dask_shm_plugin.views import Place
 from dask_shm_plugin.weights import Weights
 
 
@@ -75,9 +71,7 @@ class Arena:
 
     Notes
     -----
-    Thread-safe. Every change of the table happens under one mutex for all threads of all members. Finalizers never
-    come here: they append to a list that the tidying thread works off. There must never be a moment when a view is
-    mapped and its block is not claimed: a claim comes before its mapping and goes after it.
+    Thread-safe. Every change of the table happens under one mutex for all threads of all members.
 
     A table that somebody has scribbled on is left for good: nothing is read from it or written to it any more, and the
     process stays a member, with the lock that shows it, until the last of its views is gone.
@@ -89,20 +83,17 @@ class Arena:
         self._mutex = liveness.Mutex(segment.fd)
         self._access = Access(segment, Table(_map_table(segment)), self._mutex)
         self.arena_id = self._table.arena_id
-        self._references = References()
         self._free_space = FreeSpace()
-        self._mappings = Mappings(segment, warm)
-        self._dropped = tidying.Bin()
-        self._tidying = threading.Lock()
         self._leaving = False
         self.upkeep: Callable[[], None] = lambda: None
         self.member = self._join()
+        self.holdings = Holdings(segment, self._mutex, self._access, self.member, self._free_space, warm)
         self.trimmer = Trimmer(self, segment, lambda: self._table, BLOCKS_FROM, warm)
         self.pages = Pages(segment, BLOCKS_FROM, lambda: self._table, self.trimmer)
         self.roster = Roster(self._access, segment, self.member)
         self.directory = Directory(self._table.marks, segment, self.roster, self.member)
         self.weights = Weights(lambda: self._table, self.member)
-        tidying.start(self, self._dropped)
+        tidying.start(self)
 
     @classmethod
     def create(cls, capacity: int, warm: int = 0) -> Arena:
@@ -155,7 +146,7 @@ class Arena:
         size = max(size, 1)
         extent_length = round_up(size)
         taken = self._reserve(extent_length, size)
-        for find_more in (self.tidy, self.roster.reclaim_dead, self.trimmer.wait):
+        for find_more in (self.holdings.tidy, self.roster.reclaim_dead, self.trimmer.wait):
             if taken is None:
                 # Whether it found anything does not matter: another thread may have been quicker.
                 find_more()
@@ -174,7 +165,7 @@ class Arena:
         """
         if descriptor.arena_id != self.arena_id:
             raise StaleBlock("the block belongs to another arena")
-        return Block(self, descriptor.row, *self._refer(descriptor.row))
+        return Block(self, descriptor.row, *self.holdings.refer(descriptor.row))
 
     def seal(self, row: Row) -> None:
         """Seal a draft of this process and refer to it."""
@@ -184,8 +175,8 @@ class Arena:
     @step("abandon")
     def abandon(self, row: Row) -> None:
         """Give a draft of this process up, now or, when the table is busy, soon."""
-        self._dropped.put(Dropped(row))
-        self.tidy()
+        self.holdings.drop(row)
+        self.holdings.tidy()
 
     def take_if_free(self, extent: Extent) -> Row | None:
         """Make a part of the arena a draft that nobody will write, so that its pages can be given back."""
@@ -194,35 +185,6 @@ class Arena:
                 return None
             table.count_trim()
             return self._take(extent, TRIMMING)
-
-    def map(self, place: Place, extent: Extent) -> memoryview:
-        """Map a part of a block that this process refers to, copy-on-write."""
-        first, last = place.offset // PAGE * PAGE, round_up(place.offset + place.length)
-        self._refer_again(place.row)
-        try:
-            mapping = self._mappings.map(BLOCKS_FROM + extent.offset + first, last - first)
-        except BaseException:
-            self.drop(place.row)
-            raise
-        views.ATLAS.add(mapping.address, last - first, place._replace(offset=first))
-        give_back = functools.partial(self._dropped.put, Dropped(place.row, mapping))
-        return views.Exporter(mapping.address, last - first, give_back).bytes()[
-            place.offset - first : place.offset - first + place.length
-        ]
-
-    def drop(self, row: Row) -> None:
-        """Drop one reference of this process, soon."""
-        self._dropped.put(Dropped(row))
-
-    def pin(self) -> Pins | None:
-        """Keep what this process refers to now for a child about to be forked."""
-        # Nothing is changed that others see. So a process that stands still inside the table does not matter.
-        with self._mutex.among_threads():
-            return self._references.pin()
-
-    def keep(self, pins: Pins) -> None:
-        """Give pinned references back when their child has ended."""
-        self._references.keep(pins)
 
     # -- members
 
@@ -252,7 +214,7 @@ class Arena:
             It does not; this process has left.
         """
         with self._access as table:
-            table.check(self.member, self._references)
+            table.check(self.member, self.holdings)
             table.taken()
 
     def validate(self) -> None:
@@ -260,36 +222,7 @@ class Arena:
         with self._mutex:
             self._table.validate()
 
-    # -- tidying up
-
-    @step("tidy")
-    def tidy(self) -> bool:
-        """Give back what was dropped, or leave it for later where the table is busy; return whether anything went."""
-        if os.getpid() != self._pid:
-            return False
-        # Two threads at it would each see the list empty while the other has not given back yet.
-        with self._tidying:
-            dropped = self._dropped.empty()
-            if not dropped:
-                return False
-            for item in dropped:
-                if item.mapping is not None:
-                    # Whatever goes wrong: nobody looks there any more, and its reference must not stay for good.
-                    with contextlib.suppress(Exception):
-                        self._mappings.give_back(item.mapping)
-            try:
-                with self._mutex:
-                    self._drop_references([item.row for item in dropped])
-            except ArenaBusy:
-                for item in dropped:
-                    self._dropped.put(Dropped(item.row))
-                return False
-            return True
-
-    def unpin(self) -> None:
-        """Drop what was kept for forked children that have ended."""
-        for row in self._references.unpinned():
-            self.drop(row)
+    # -- leaving
 
     @property
     def has_left(self) -> bool:
@@ -301,7 +234,7 @@ class Arena:
         if os.getpid() != self._pid or self._leaving:
             return
         self._leaving = True
-        self.tidy()
+        self.holdings.tidy()
         self.finish_leaving()
 
     def stay(self) -> bool:
@@ -321,7 +254,7 @@ class Arena:
         # Where the table is busy, the tidying thread tries again.
         with contextlib.suppress(ArenaBusy, ArenaUnavailable):
             with self._mutex:
-                if len(self._references) or not (self._leaving or self.is_damaged):
+                if len(self.holdings) or not (self._leaving or self.is_damaged):
                     return
                 self.directory.close()
                 self._access.attempt(lambda table: table.reclaim(self.member))
@@ -329,9 +262,9 @@ class Arena:
                 self._mutex.retire(self.segment.close)
                 # Somebody may still keep this object; what it has mapped must go.
                 self._access.forget()
-            self._mappings.clear()
+            self.holdings.forget_mappings()
             self.pages.close()
-            self._dropped.wake()
+            self.holdings.wake()
 
     # -- inside
 
@@ -367,37 +300,13 @@ class Arena:
         row = self._table.reserve(extent, size, self.member)
         self._free_space.note(self._table, row.index, since)
         # A draft counts as a reference: the process must not leave while a thread of it still writes there.
-        self._references.add(row)
+        self.holdings.add(row)
         return row
-
-    def _refer(self, row: Row) -> tuple[Extent, int]:
-        with self._access as table:
-            extent = table.acquire(row, self.member)
-            self._references.add(row)
-            return extent, table.size(row.index)
-
-    def _refer_again(self, row: Row) -> None:
-        """Refer once more to a block; the table, which knows that this process does, need not be locked for that."""
-        if os.getpid() == self._pid and not self.is_damaged:
-            with self._mutex.among_threads():
-                if self._references.add_another(row):
-                    return
-        self._refer(row)
-
-    def _drop_references(self, rows: list[Row]) -> None:
-        gone = [row for row in rows if self._references.drop(row)]
-        self._access.attempt(lambda table: self._release(table, gone))
-
-    def _release(self, table: Table, rows: list[Row]) -> None:
-        for row in rows:
-            since = table.changes
-            table.release(row, self.member)
-            self._free_space.note(table, row.index, since)
 
     def __repr__(self) -> str:
         if self.has_left or self.is_damaged:
             return f"<Arena {self.arena_id.hex()[:4]}, {'damaged' if self.is_damaged else 'left'}>"
-        return f"<Arena {self.arena_id.hex()[:4]} {self._table.capacity} bytes, {len(self._references)} references>"
+        return f"<Arena {self.arena_id.hex()[:4]} {self._table.capacity} bytes, {len(self.holdings)} references>"
 
     def __reduce__(self) -> Any:
         raise TypeError("an Arena cannot be pickled; send its segment's Whereabouts")

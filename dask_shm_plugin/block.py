@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 from dask_shm_plugin.exceptions import ArenaUnavailable
+from dask_shm_plugin.holdings import Holdings
 from dask_shm_plugin.layout import Extent, Row
 from dask_shm_plugin.pages import Pages
 from dask_shm_plugin.segment import PAGE, round_up
@@ -20,18 +21,13 @@ class Home(Protocol):
 
     arena_id: bytes
     pages: Pages
+    holdings: Holdings
 
     def seal(self, row: Row) -> None:
         """Make a draft a block."""
 
     def abandon(self, row: Row) -> None:
         """Give a draft up."""
-
-    def map(self, place: Place, extent: Extent) -> memoryview:
-        """Map a part of a block."""
-
-    def drop(self, row: Row) -> None:
-        """Drop a reference to a block."""
 
     def holders(self, row: Row) -> int:
         """Count who refers to a block."""
@@ -121,7 +117,7 @@ class Draft:
             warnings.warn(f"{self!r} was neither sealed nor given up", ResourceWarning, stacklevel=2)
             row, self._row = self._row, None
             if row is not None:
-                self._arena.drop(row)
+                self._arena.holdings.drop(row)
 
     def __repr__(self) -> str:
         return f"<Draft {self._row or 'closed'} {self._extent.length} bytes>"
@@ -142,7 +138,7 @@ class Block:
         self._arena = arena
         self._extent, self._used = extent, size
         self._pid = os.getpid()
-        self._drop: Callable[[Row], None] | None = arena.drop
+        self._drop: Callable[[Row], None] | None = arena.holdings.drop
         self.row = row
 
     @property
@@ -175,7 +171,7 @@ class Block:
             The process has too many mappings or too little address space.
         """
         self._insist_on(offset, length)
-        return self._arena.map(Place(self._arena.arena_id, self.row, offset, length), self._extent)
+        return self._arena.holdings.map(Place(self._arena.arena_id, self.row, offset, length), self._extent)
 
     def read(self, offset: int, length: int) -> memoryview:
         """Copy a part of the block into private memory, for a process that can map no more."""

@@ -15,7 +15,6 @@ from typing import NamedTuple
 from dask_shm_plugin import syscalls, views
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import MappingRefused
-from dask_shm_plugin.layout import Row
 from dask_shm_plugin.segment import Segment
 
 _SMALLEST = 1 << 20
@@ -28,13 +27,6 @@ class Mapping(NamedTuple):
     offset: int
     length: int
     address: int
-
-
-class Dropped(NamedTuple):
-    """A reference that nobody needs any more, with its mapping if it had one."""
-
-    row: Row
-    mapping: Mapping | None = None
 
 
 class Mappings:

@@ -249,7 +249,7 @@ def _before_fork() -> None:
     # First of all: whatever fails below, what was kept for an earlier child is not given back twice.
     _forking.pins = []
     for arena in [*all_arenas(), *_lingering]:
-        pins = arena.pin()
+        pins = arena.holdings.pin()
         if pins is not None:
             _forking.pins.append((arena, pins))
 
@@ -257,7 +257,7 @@ def _before_fork() -> None:
 def _after_fork() -> None:
     for arena, pins in _forking.pins:
         pins.in_parent()
-        arena.keep(pins)
+        arena.holdings.keep(pins)
 
 
 def _forget_parent() -> None:

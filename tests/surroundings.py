@@ -234,4 +234,4 @@ def forget_mappings() -> None:
     from dask_shm_plugin import membership
 
     for arena in membership.all_arenas():
-        arena._mappings.clear()
+        arena.holdings.forget_mappings()

@@ -59,8 +59,8 @@ _meters: list[Meter] = []
 def begin() -> None:
     """Count from now on, in this process."""
     for arena in membership.all_arenas():
-        arena.tidy()
-        arena._mappings.clear()
+        arena.holdings.tidy()
+        arena.holdings.forget_mappings()
     _meters.append(Meter())
 
 

@@ -48,7 +48,7 @@ def arena(caplog: pytest.LogCaptureFixture) -> Iterator[Arena]:
     caplog.set_level(logging.CRITICAL, "distributed")
     yield one
     try:
-        wait_until(lambda: (gc.collect(), one.tidy(), one.stats().used)[2] == 0, "the arena is empty")
+        wait_until(lambda: (gc.collect(), one.holdings.tidy(), one.stats().used)[2] == 0, "the arena is empty")
     finally:
         membership.leave(CLUSTER, "worker", "here")
 
@@ -122,7 +122,7 @@ def test_a_handle_that_is_replayed_is_stale(arena: Arena) -> None:
     published = codec.publish(Serialized.of(np.full(100_000, 1)), arena)
     old = pickle.dumps(published.handle)
     del published
-    arena.tidy()
+    arena.holdings.tidy()
     again = codec.publish(Serialized.of(np.full(100_000, 2)), arena)
     came = pickle.loads(old)
     assert (came.reason, came.size) == ("stale", 800_000)

@@ -47,7 +47,7 @@ def arena():
 
 def wait_until_empty(arena):
     """Wait until nothing is held; the thread that made a value may hold it a moment longer than the loop."""
-    wait_until(lambda: (gc.collect(), arena.tidy(), arena.stats().used)[2] == 0, "the arena is empty")
+    wait_until(lambda: (gc.collect(), arena.holdings.tidy(), arena.stats().used)[2] == 0, "the arena is empty")
 
 
 class Gate:

@@ -31,7 +31,7 @@ class Store:
     def delete(self, name: Any) -> None:
         """Drop the block, and wait until it is free."""
         self._blocks.pop(name).close()
-        self._arena.tidy()
+        self._arena.holdings.tidy()
 
     def close(self) -> None:
         """Leave the arena."""
@@ -55,4 +55,4 @@ class Reader:
         """Drop the block, and wait until that is known."""
         assert self._block is not None
         self._block.close()
-        self._arena.tidy()
+        self._arena.holdings.tidy()

@@ -46,11 +46,11 @@ def one_round(arena: Arena, reader: Keeper, x: np.ndarray) -> Round:
     attached, content = process.ask("attach", which, block.descriptor, x.nbytes)
     assert content == x.tobytes(), "wrong value"
     block.close()
-    arena.tidy()
+    arena.holdings.tidy()
     process.ask("come and go", which)
     after_another, block = publish(arena, x)
     block.close()
-    arena.tidy()
+    arena.holdings.tidy()
     return {"publish": published, "publish after another": after_another, "attach": attached}
 
 

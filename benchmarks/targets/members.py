@@ -29,7 +29,7 @@ def come_and_go(arena: Arena) -> None:
     kept: list[Block] = []
     keep_small(arena, kept, 1)
     kept[0].close()
-    arena.tidy()
+    arena.holdings.tidy()
 
 
 def attach(arena: Arena, descriptor: Descriptor, size: int) -> tuple[float, bytes]:
@@ -41,7 +41,7 @@ def attach(arena: Arena, descriptor: Descriptor, size: int) -> tuple[float, byte
     content = x.tobytes()
     del x
     block.close()
-    arena.tidy()
+    arena.holdings.tidy()
     return seconds, content
 
 

@@ -85,8 +85,8 @@ class Household:
     def look_after_the_dead(self, every: float) -> None:
         """Let the two look so often, in seconds."""
         tidying._EVERY = every
-        self.arena._dropped.wake()
-        self.second("tidying._EVERY = every; arena._dropped.wake()", every=every)
+        self.arena.holdings.wake()
+        self.second("tidying._EVERY = every; arena.holdings.wake()", every=every)
 
     def fork(self) -> Process:
         """Start another process, which is no member yet and never looks after the dead unless it is told to."""
@@ -142,7 +142,7 @@ class Household:
         """See that all is as before, unasked, that the two see what they saw, and that others can join and publish."""
         newcomer = self.fork()
         newcomer(LOOK, cluster=self.cluster)
-        newcomer("publish(arena, b'\\xff' * (256 << 10)).close(); arena.tidy()")
+        newcomer("publish(arena, b'\\xff' * (256 << 10)).close(); arena.holdings.tidy()")
         newcomer(LEAVE)
         self.bury(newcomer)
         wait_until(self.is_as_before, "everything of the guests is taken back")
@@ -156,7 +156,7 @@ class Household:
             "publish(arena, b'x').close()",
             "arena.attach_block(d).close()",
             "arena.draft(1 << 19).__exit__(None, None, None)",
-            "arena.roster.reclaim_dead(); arena.tidy(); arena.trimmer.trim_all()",
+            "arena.roster.reclaim_dead(); arena.holdings.tidy(); arena.trimmer.trim_all()",
         ):
             with contextlib.suppress(SharedMemoryError):
                 self.second(what, d=self.block.descriptor)

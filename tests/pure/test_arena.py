@@ -224,7 +224,7 @@ class TestSpace:
             arena.attach_block(block.descriptor)
         block.close()
         del view
-        assert not arena.tidy()
+        assert not arena.holdings.tidy()
         other("arena._mutex.__exit__(None, None, None)")
         wait_until_empty(arena)
 

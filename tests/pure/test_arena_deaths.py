@@ -44,7 +44,7 @@ class TestTwoProcesses:
             other("block = arena.attach_block(descriptor)", descriptor=block.descriptor)
         block.close()
         for other in others:
-            arena.tidy()
+            arena.holdings.tidy()
             assert arena.stats().used == MIB
             other("block.close()")
         wait_until_empty(arena)
@@ -120,7 +120,7 @@ class TestDeath:
         other = joined()
         other("kept = publish(arena, bytes(1 << 20))")
         other.kill()
-        monkeypatch.setattr(arena, "tidy", lambda tidy=arena.tidy: tidy() or True)
+        monkeypatch.setattr(arena.holdings, "tidy", lambda tidy=arena.holdings.tidy: tidy() or True)
         with arena.draft(MIB):
             pass
 
@@ -166,7 +166,7 @@ class TestDeath:
             "publish(arena, b'x')",
             "draft.seal()",
             "draft.__exit__(None, None, None)",
-            "block.close(); arena.tidy()",
+            "block.close(); arena.holdings.tidy()",
             "again = arena.attach_block(found)",
             "arena.roster.add_role('worker', 'tcp://a')",
             "block.close(); draft.seal().close(); arena.close()",
@@ -253,7 +253,7 @@ class TestFork:
             draft.__exit__(None, None, None)
             view = block = None
             gc.collect()
-            arena.tidy()
+            arena.holdings.tidy()
             arena.close()
             """)
         child.leave()

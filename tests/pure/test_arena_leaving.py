@@ -135,7 +135,7 @@ class TestTrimming:
 
         monkeypatch.setattr(arena.segment, "give_back", give_back)
         publish(arena, bytes(16 * MIB)).close()
-        arena.tidy()
+        arena.holdings.tidy()
         arena.trimmer.trim()
         wait_until(lambda: threads, "something was given back")
         for thread in threads:
@@ -215,7 +215,7 @@ class TestClosing:
                 refused()
 
     @pytest.mark.parametrize(
-        "what", ["tidy", "trimmer.trim", "roster.reclaim_dead", "finish_leaving", "roster.roles", "close"]
+        "what", ["holdings.tidy", "trimmer.trim", "roster.reclaim_dead", "finish_leaving", "roster.roles", "close"]
     )
     def test_whoever_has_left_touches_nobody(self, arena: Arena, joined: Callable[[], Process], what: str) -> None:
         """The tidying thread may still be at it; its descriptor is closed, and says nothing of who lives."""
@@ -238,7 +238,7 @@ class TestClosing:
             """)
         member = other("arena.member")
         other(f"kept = {made}; view = None; before = bytes(kept); arena.close()")
-        other("arena.close(); gc.collect(); arena.tidy()")
+        other("arena.close(); gc.collect(); arena.holdings.tidy()")
         assert arena.roster.is_live(member)
         assert not arena.roster.reclaim_dead()
         with pytest.raises(SharedMemoryError):

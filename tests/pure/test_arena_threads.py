@@ -90,7 +90,7 @@ def test_a_block_that_many_threads_close_is_released_once(arena: Arena, joined: 
                 thread.start()
             for thread in threads:
                 thread.join()
-        arena.tidy()
+        arena.holdings.tidy()
         """)
     assert arena.stats().blocks == 1
     assert other("bytes(kept.view(0, 4))") == b"kept"
@@ -123,7 +123,7 @@ def test_threads_that_attach_and_release_one_block_keep_it(arena: Arena, joined:
 
 
 @pytest.mark.parametrize(
-    "what", ["arena.draft(1)", "arena.attach_block(kept.descriptor)", "arena.tidy()", "arena.trimmer.trim()"]
+    "what", ["arena.draft(1)", "arena.attach_block(kept.descriptor)", "arena.holdings.tidy()", "arena.trimmer.trim()"]
 )
 def test_a_finalizer_may_run_inside_of_any_lock(joined: Callable[[], Process], what: str) -> None:
     """Views and blocks are dropped, by a collection that is forced, at every call that the package makes."""
@@ -146,4 +146,4 @@ def test_a_finalizer_may_run_inside_of_any_lock(joined: Callable[[], Process], w
         "stock.clear(); getattr(result, 'close', lambda: None)(); getattr(result, '__exit__', print)(None, None, None)"
     )
     other("result = None; kept.close(); gc.collect()")
-    wait_until(lambda: other("arena.tidy() or arena.stats().used == 0"), "the arena is empty")
+    wait_until(lambda: other("arena.holdings.tidy() or arena.stats().used == 0"), "the arena is empty")

@@ -201,7 +201,7 @@ class TestBlock:
         """They have references of their own."""
         with publish(arena, b"kept") as block:
             view = block.view(0, 4)
-        arena.tidy()
+        arena.holdings.tidy()
         assert view == b"kept"
         assert arena.stats().blocks == 1
         del view
@@ -213,7 +213,7 @@ class TestBlock:
         other = arena.attach_block(block.descriptor)
         for _ in range(3):
             block.close()
-            arena.tidy()
+            arena.holdings.tidy()
         assert arena.stats().blocks == 1
         assert other.view(0, 1) == b"x"
         other.close()

@@ -51,7 +51,7 @@ ROLES = {
         view = block.view(0, 8192)
         seen = bytes(view)
         publish(arena, b"gone").close()
-        arena.tidy()
+        arena.holdings.tidy()
         arena.trimmer.trim_all()
         """,
         "reserve, abandon, tidy, write, make pages, seal, map, release, give pages back",
@@ -65,7 +65,7 @@ ROLES = {
         seen = bytes(view)
         short = None
         other.close()
-        arena.tidy()
+        arena.holdings.tidy()
         """,
         "acquire, map, unmap, tidy, release",
         3,

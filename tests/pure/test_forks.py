@@ -23,7 +23,7 @@ def arena(prefix):
     arena = membership.join("test", "worker", "here", capacity=lambda: 2 * SIZE)
     yield arena
     gc.collect()
-    arena.tidy()
+    arena.holdings.tidy()
     membership.leave("test", "worker", "here")
 
 
@@ -58,7 +58,7 @@ def test_a_block_that_the_parent_releases_stays_for_its_child(arena):
     saw = fork(lambda it: it[-1], view)
     del view
     gc.collect()
-    arena.tidy()
+    arena.holdings.tidy()
     others = [share(arena, 8)]
     assert arena.stats().used == 2 * SIZE
     assert saw() == 7
@@ -98,8 +98,8 @@ def test_a_child_that_closes_all_its_descriptors_keeps_its_views(arena, of_child
     del view
     gc.collect()
     for _ in range(3):
-        arena.tidy()
-        arena.unpin()
+        arena.holdings.tidy()
+        arena.holdings.unpin()
     others = [share(arena, 8)]
     assert arena.stats().used == 2 * SIZE
     os.close(go)
@@ -142,11 +142,11 @@ def test_a_fork_without_a_descriptor_left_keeps_what_the_child_looks_at(cluster,
         del view
         gc.collect()
         for _ in range(3):
-            arena.tidy()
-            arena.unpin()
+            arena.holdings.tidy()
+            arena.holdings.unpin()
         publish(arena, bytes([8]) * 4096).close()
         """)
-    wait_until(lambda: other("arena.tidy(), arena.stats().used")[1] == 4096, "what the child looks at stays")
+    wait_until(lambda: other("arena.holdings.tidy(), arena.stats().used")[1] == 4096, "what the child looks at stays")
     other("os.close(go)")
     assert other("os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])") == 7
     wait_until(lambda: other("arena.stats().used") == 0, "it goes with the child")
@@ -164,7 +164,7 @@ def test_a_process_that_stands_still_inside_the_table_keeps_no_fork_from_keeping
     stopped("arena._mutex.__exit__(None, None, None)")
     other("del view, block; gc.collect()")
     for _ in range(3):
-        other("arena.tidy(); arena.unpin(); publish(arena, b'x' * 4096).close()")
+        other("arena.holdings.tidy(); arena.holdings.unpin(); publish(arena, b'x' * 4096).close()")
     assert child("bytes(view)") == b"parents"
     child.leave()
     wait_until(lambda: other("arena.stats().used") == 0, "it goes with the child")

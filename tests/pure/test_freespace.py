@@ -30,11 +30,11 @@ def test_blocks_of_many_never_overlap(process: Callable[[], Process], seed: int)
             kept.append(publish(arena, bytes(chance.choice([1, PAGE, 3 * PAGE]))))
         elif kept:
             kept.pop(chance.randrange(len(kept))).close()
-            arena.tidy()
+            arena.holdings.tidy()
         if chance.random() < 0.3:
             other("kept.append(publish(arena, bytes(chance.choice([1, 8192]))))")
         if chance.random() < 0.2:
-            other("[block.close() for block in kept[1::2]]; del kept[1::2]; arena.tidy()")
+            other("[block.close() for block in kept[1::2]]; del kept[1::2]; arena.holdings.tidy()")
         if turn == 40:
             other.kill()
             arena.roster.reclaim_dead()
@@ -68,8 +68,8 @@ def test_it_is_not_computed_anew_for_a_few_changes(
     other(JOIN, cluster=CLUSTER)
     for _ in range(20):
         publish(arena, bytes(MIB // 64)).close()
-        other("publish(arena, bytes(8192)).close(); arena.tidy()")
-        arena.tidy()
+        other("publish(arena, bytes(8192)).close(); arena.holdings.tidy()")
+        arena.holdings.tidy()
     assert len(computed) == 1
     other.kill()
     membership.leave(CLUSTER, "nanny", "tcp://here")

@@ -195,9 +195,9 @@ class TestTable:
         word = layout.MEMBERS_AT + 4 * other("arena.member.slot")
         scribble(arena, word, read(arena, word) & ~1)
         block.close()
-        arena.tidy()
+        arena.holdings.tidy()
         assert publish(arena, b"y" * PAGE).close() is None
-        arena.tidy()
+        arena.holdings.tidy()
         assert other("bytes(view)") == b"x" * 10
         scribble(arena, word, read(arena, word) | 1)
         with contextlib.suppress(SharedMemoryError):
@@ -209,7 +209,7 @@ class TestTable:
         scribble(arena, layout.MEMBERS_AT + 4 * 9 + 1, 1)
         scribble(arena, layout.claims_offset(9) // 8 + block.row.index, 1 << 50)
         block.close()
-        arena.tidy()
+        arena.holdings.tidy()
         assert arena.is_damaged
         scene()
 
@@ -217,7 +217,7 @@ class TestTable:
         """What is counted up begins anew, or is refused."""
         scribble(arena, layout.CHANGES_WORD, MANY)
         publish(arena, b"x").close()
-        arena.tidy()
+        arena.holdings.tidy()
         buffer.cast("Q")[layout.INCARNATION_WORD] = MANY
         with pytest.raises(TableCorrupt, match="incarnation"):
             table.join(0, 1, 1)
@@ -258,7 +258,7 @@ class TestBlock:
     def test_nobody_sees_what_an_earlier_block_has_left_on_the_last_page(self, arena: Arena) -> None:
         """A block ends where its bytes end, not where its pages do."""
         publish(arena, b"secret" * 600).close()
-        arena.tidy()
+        arena.holdings.tidy()
         with publish(arena, b"short") as block, arena.attach_block(block.descriptor) as again:
             for one in (block, again):
                 assert bytes(one.view(0, 5)) == b"short"

@@ -32,7 +32,7 @@ def arena() -> Iterator[Arena]:
     """An arena that keeps all its pages, and must be empty in the end."""
     arena = Arena.create(CAPACITY, warm=CAPACITY)
     yield arena
-    arena.tidy()
+    arena.holdings.tidy()
     assert arena.stats().used == 0
     arena.validate()
     arena.close()
@@ -187,12 +187,12 @@ def test_what_is_counted_as_touched_is_what_the_kernel_counts(arena: Arena) -> N
 def test_the_next_block_in_a_part_of_a_large_page_is_its_own(arena: Arena) -> None:
     """Whatever lies beside it: the old values, other blocks, pages that were given back."""
     publish(arena, data(8 * LARGE)).close()
-    arena.tidy()
+    arena.holdings.tidy()
     sizes = [PAGE, LARGE // 2, LARGE + 5 * PAGE, 3 * PAGE, 2 * LARGE]
     blocks = [publish(arena, data(size, seed)) for seed, size in enumerate(sizes)]
     blocks.pop(1).close()
     del sizes[1]
-    arena.tidy()
+    arena.holdings.tidy()
     arena.trimmer.trim_all()
     assert arena.segment.resident <= BLOCKS_FROM + arena.stats().used
     for seed, size, block in zip((0, 2, 3, 4), sizes, blocks, strict=True):
@@ -205,7 +205,7 @@ def test_all_pages_go_back_to_the_system(arena: Arena) -> None:
     """In parts that are no large pages, too."""
     before = arena.stats().resident
     publish(arena, data()).close()
-    arena.tidy()
+    arena.holdings.tidy()
     arena.trimmer.warm = LARGE + LARGE // 2
     arena.trimmer.trim()
     assert arena.stats().resident - before <= LARGE + LARGE // 2
@@ -231,7 +231,7 @@ def test_where_the_kernel_has_none_small_ones_do(arena: Arena, monkeypatch: pyte
             assert mapped_large(view) == 0
             np.testing.assert_array_equal(view, values)
             del view
-        arena.tidy()
+        arena.holdings.tidy()
         arena.trimmer.trim_all()
     assert len(asked) <= 1
 
@@ -269,7 +269,7 @@ def test_small_pages_that_were_given_back_are_not_made_anew(arena: Arena, monkey
     with monkeypatch.context() as impatient:
         impatient.setattr(largepages, "_GRACE", -1.0)
         publish(arena, data()).close()
-    arena.tidy()
+    arena.holdings.tidy()
     arena.trimmer.trim_all()
     arena.pages.make_up()
     assert arena.stats().resident == before
@@ -281,7 +281,7 @@ def test_a_large_block_in_the_place_of_small_ones_gets_large_pages(arena: Arena)
     small = [publish(arena, data(LARGE // 2)) for _ in range(12)]
     for block in small:
         block.close()
-    arena.tidy()
+    arena.holdings.tidy()
     values = data()
     with publish(arena, values) as block:
         wait_until(lambda: arena.pages.make_up() or mapped_in(block) == 4 * LARGE, "the pages are large")
@@ -314,13 +314,13 @@ def test_other_processes_map_and_rewrite_large_pages(arena: Arena, joined: Calla
         with publish(arena, values) as block:
             other("block = arena.attach_block(block)", block=block.descriptor)
             assert other("bytes(block.view(0, size))", size=SIZE) == values.tobytes()
-        other("block.close(); arena.tidy()")
-        arena.tidy()
+        other("block.close(); arena.holdings.tidy()")
+        arena.holdings.tidy()
         other("draft = arena.draft(len(values)); draft.write(0, memoryview(values))", values=values[::-1].tobytes())
         theirs = other("(block := draft.seal()).descriptor")
         with arena.attach_block(theirs) as block:
             np.testing.assert_array_equal(seen(block), values[::-1])
-        other("block.close(); arena.tidy()")
+        other("block.close(); arena.holdings.tidy()")
 
 
 def test_a_draft_without_a_whole_large_page_has_none() -> None:

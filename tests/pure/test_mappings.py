@@ -49,7 +49,7 @@ def shown_and_dropped(arena: Arena, value: int, write: int | None = None) -> int
             view[write] = 255
         at = address(view)
         del view
-    arena.tidy()
+    arena.holdings.tidy()
     wait_until(lambda: arena.stats().used == 0, "the block is gone")
     return at
 
@@ -63,7 +63,7 @@ def test_a_mapping_that_nobody_wrote_to_shows_the_next_block_at_its_place(roomy:
 def test_a_mapping_that_somebody_wrote_to_is_not_kept(roomy: Arena, where: int) -> None:
     """Its page would go on to show what was written there."""
     shown_and_dropped(roomy, 1, write=where)
-    assert len(roomy._mappings) == 0
+    assert len(roomy.holdings._mappings) == 0
     shown_and_dropped(roomy, 2)
 
 
@@ -82,7 +82,7 @@ def test_pages_that_were_given_back_meanwhile_are_mapped_anew(roomy: Arena) -> N
     """The mapping is kept, and the system fills it again."""
     shown_and_dropped(roomy, 1)
     roomy.trimmer.trim_all()
-    assert len(roomy._mappings) == 1
+    assert len(roomy.holdings._mappings) == 1
     shown_and_dropped(roomy, 2)
 
 
@@ -93,8 +93,8 @@ def test_what_is_kept_is_bounded_and_the_oldest_goes_first(roomy: Arena) -> None
     at = [address(view) for view in living]
     while living:
         del living[0]
-        roomy.tidy()
-    wait_until(lambda: len(roomy._mappings) == 4, "four are kept")
+        roomy.holdings.tidy()
+    wait_until(lambda: len(roomy.holdings._mappings) == 4, "four are kept")
     assert [address(look(block)) for block in blocks[2:]] == at[2:]
     for block in blocks:
         block.close()
@@ -104,8 +104,8 @@ def test_small_ones_are_not_kept(roomy: Arena) -> None:
     """To look whether they were written would cost more than to map them."""
     with publish(roomy, bytes(PAGE)) as block:
         look(block, PAGE)
-        roomy.tidy()
-        wait_until(lambda: len(roomy._mappings) == 0, "nothing is kept")
+        roomy.holdings.tidy()
+        wait_until(lambda: len(roomy.holdings._mappings) == 0, "nothing is kept")
 
 
 def test_without_memory_to_look_whether_it_was_written_it_is_unmapped(
@@ -118,7 +118,7 @@ def test_without_memory_to_look_whether_it_was_written_it_is_unmapped(
 
     monkeypatch.setattr(views, "is_written", no_memory)
     shown_and_dropped(roomy, 1)
-    assert len(roomy._mappings) == 0
+    assert len(roomy.holdings._mappings) == 0
 
 
 def test_where_no_mapping_is_left_those_that_are_kept_go(roomy: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_where_no_mapping_is_left_those_that_are_kept_go(roomy: Arena, monkeypat
     allowed = syscalls.map_private
 
     def refuse(*args: int) -> int:
-        if len(roomy._mappings):
+        if len(roomy.holdings._mappings):
             raise OSError(12, "no mapping is left")
         return allowed(*args)
 
@@ -150,9 +150,11 @@ def test_a_child_that_writes_to_what_it_has_inherited_changes_nothing_for_its_pa
     parent("view = np.frombuffer(block.view(0, 1 << 20), np.uint8); at = view.ctypes.data; total = view.sum()")
     child = parent.fork()
     child("view[:] = 9")
-    parent("del view; block.close(); arena.tidy()")
+    parent("del view; block.close(); arena.holdings.tidy()")
     child.leave()
-    wait_until(lambda: parent("arena.unpin(), arena.tidy(), arena.stats().used")[2] == 0, "the block is gone")
+    wait_until(
+        lambda: parent("arena.holdings.unpin(), arena.holdings.tidy(), arena.stats().used")[2] == 0, "the block is gone"
+    )
     parent("block = publish(arena, bytes([2]) * (1 << 20)); view = np.frombuffer(block.view(0, 1 << 20), np.uint8)")
     assert parent("view.ctypes.data == at, bool(np.all(view == 2))") == (True, True)
     parent("del view; block.close(); gc.collect(); arena.close()")
@@ -173,7 +175,7 @@ def test_whatever_comes_and_goes_every_view_shows_its_own_block(roomy: Arena) ->
             view, value = living.pop(dice.randrange(len(living)))
             assert np.all(view == value)
             del view
-        roomy.tidy()
+        roomy.holdings.tidy()
     living.clear()
 
 
@@ -185,5 +187,5 @@ def test_where_address_space_is_limited_none_is_kept(monkeypatch: pytest.MonkeyP
     )
     arena = Arena.create(16 * MIB, warm=4 * MIB)
     shown_and_dropped(arena, 1)
-    assert len(arena._mappings) == 0
+    assert len(arena.holdings._mappings) == 0
     arena.close()

@@ -212,7 +212,7 @@ class TestSeveralProcesses:
         other("arena._mutex.__enter__()")
         with pytest.raises(ArenaBusy):
             arena.draft(1)
-        other("view = None; gc.collect(); first.tidy()")
+        other("view = None; gc.collect(); first.holdings.tidy()")
         with pytest.raises(ArenaBusy):
             arena.draft(1)
         other("arena._mutex.__exit__(None, None, None)")

@@ -63,7 +63,7 @@ def test_who_comes_back_after_the_last_view_has_gone_is_a_new_member(arena):
     membership.leave("test", "worker", "here")
     del view
     gc.collect()
-    arena.tidy()
+    arena.holdings.tidy()
     arena.finish_leaving()
     assert arena.has_left
     again = membership.join("test", "worker", "here")

@@ -87,7 +87,7 @@ def test_every_claim_that_threads_keep_is_in_the_table_and_no_other(
     other("rows = {descriptor.row for descriptor, *_ in kept.values()}")
     wait_until(
         lambda: other(
-            "arena.tidy() or set(arena._table._claims.of(arena.member, arena._table._blocks.in_use)) == rows"
+            "arena.holdings.tidy() or set(arena._table._claims.of(arena.member, arena._table._blocks.in_use)) == rows"
         ),
         "the rest is dropped",
     )
@@ -97,7 +97,7 @@ def test_every_claim_that_threads_keep_is_in_the_table_and_no_other(
     )
     other("kept.clear(); gc.collect()")
     wait_until_empty(arena)
-    assert other("len(arena._references), len(views.ATLAS)") == (0, 0)
+    assert other("len(arena.holdings), len(views.ATLAS)") == (0, 0)
 
 
 JOIN_AND_LEAVE = """

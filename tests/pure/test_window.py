@@ -49,7 +49,7 @@ def put(arena: Arena, offset: int = 0, size: int = len(DATA)) -> None:
         draft.write(offset, data.data)
         with draft.seal() as block:
             assert np.array_equal(np.frombuffer(block.read(offset, size), np.uint8), data)
-    arena.tidy()
+    arena.holdings.tidy()
 
 
 def test_new_pages_are_written_by_a_system_call_and_warm_ones_in_place(roomy: Arena, written: list[int]) -> None:
@@ -81,7 +81,7 @@ def test_any_offset_will_do(roomy: Arena, written: list[int]) -> None:
     """A frame begins where the one before it ends."""
     with publish(roomy, bytes(4 * MIB)):
         pass
-    roomy.tidy()
+    roomy.holdings.tidy()
     written.clear()
     for offset in (1, 4095, 4097, 100_001):
         put(roomy, offset)
@@ -130,7 +130,7 @@ def test_no_child_inherits_the_mapping_and_none_outlives_the_membership(process:
 
     parent = process()
     parent("arena = Arena.create(16 << 20, warm=16 << 20)")
-    parent("for _ in range(2): publish(arena, bytes(1 << 20)).close(); arena.tidy()")
+    parent("for _ in range(2): publish(arena, bytes(1 << 20)).close(); arena.holdings.tidy()")
     assert mapped(parent) == 2  # and the table
     child = parent.fork()
     assert mapped(child) == 1
