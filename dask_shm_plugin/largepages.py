@@ -22,7 +22,7 @@ from dask_shm_plugin.syscalls import LARGE
 from dask_shm_plugin.window import Window
 
 _SIZE_OF_THE_KERNELS = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
-_FAIR, _GRACE = 0.5e-3, 4e-3
+_FAIR, _GRACE = 0.5e-3, 2e-3
 """Seconds of a processor for each large page, as many small ones take, and how many more before it is given up."""
 _REST = 10.0
 """Seconds for which nobody is kept waiting by another try."""
@@ -98,14 +98,13 @@ class LargePages:
     def _make_quickly(self, first: int, end: int) -> int:
         """Make large pages as long as it does not take long; return how far it came."""
         started = time.thread_time()
-        for done, page in enumerate(range(first, end, LARGE)):
-            if time.thread_time() - started <= done * _FAIR + _GRACE:
-                # The kernel wants to see one page, and looks for the large one on the same NUMA node.
-                self._segment.reserve(page, 1)
-                if self._window.enlarge(page, LARGE):
-                    continue
-            self._not_before = time.monotonic() + _REST
-            return page
+        for done, page in enumerate(range(first, end, LARGE), 1):
+            # The kernel wants to see one page, and looks for the large one on the same NUMA node.
+            self._segment.reserve(page, 1)
+            is_made = self._window.enlarge(page, LARGE)
+            if not is_made or time.thread_time() - started > done * _FAIR + _GRACE:
+                self._not_before = time.monotonic() + _REST
+                return page + LARGE * is_made
         return end
 
 

@@ -200,7 +200,7 @@ def take_rows(leave: int) -> None:
         first = int(np.max(np.sum(arena._table.taken(), axis=1), initial=0)) // mmap.PAGESIZE
         count = BLOCKS - arena._table.count() - leave
         rows = [arena._take(Extent((first + n) * mmap.PAGESIZE, mmap.PAGESIZE), 1) for n in range(count)]
-    _kept.append(lambda: [arena.drop(row) for row in rows])
+    _kept.append(lambda: [arena.holdings.drop(row) for row in rows])
 
 
 #: Takes all places for members of an arena but one, and keeps them until it is killed.
