@@ -244,12 +244,12 @@ def test_who_would_have_to_wait_gets_small_pages_which_are_made_large_later(
     values = data()
     with monkeypatch.context() as impatient:
         impatient.setattr(largepages, "_GRACE", -1.0)
+        impatient.setattr(largepages, "_EACH_TIME", -1.0)  # not even by the tidying thread
         block = publish(arena, values)
-    untouched, looking, writing = (seen(block) for _ in range(3))
-    looking[::PAGE].sum()
-    writing[LARGE + 1] ^= 0xFF
-    assert mapped_large(looking) == LARGE  # the one by which it was found out
-    # The tidying thread may be at it already.
+        untouched, looking, writing = (seen(block) for _ in range(3))
+        looking[::PAGE].sum()
+        writing[LARGE + 1] ^= 0xFF
+        assert mapped_large(looking) == LARGE  # the one by which it was found out
     wait_until(lambda: arena.pages.make_up() or mapped_in(block) == 4 * LARGE, "the pages are large")
     for view in (untouched, looking):
         np.testing.assert_array_equal(view, values)
@@ -268,9 +268,10 @@ def test_small_pages_that_were_given_back_are_not_made_anew(arena: Arena, monkey
     before = arena.stats().resident
     with monkeypatch.context() as impatient:
         impatient.setattr(largepages, "_GRACE", -1.0)
+        impatient.setattr(largepages, "_EACH_TIME", -1.0)
         publish(arena, data()).close()
-    arena.holdings.tidy()
-    arena.trimmer.trim_all()
+        arena.holdings.tidy()
+        arena.trimmer.trim_all()
     arena.pages.make_up()
     assert arena.stats().resident == before
 
