@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import secrets
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,6 +37,9 @@ from dask_shm_plugin.table import Table
 from dask_shm_plugin.trimming import Trimmer
 from dask_shm_plugin.weights import Weights
 
+_PATIENCE = 0.25
+"""Seconds for which leaving waits for who uses the segment."""
+
 
 class ArenaStats(NamedTuple):
     """What an arena holds at a moment; sizes in bytes."""
@@ -59,6 +63,9 @@ class Arena:
 
     Attributes
     ----------
+    in_use
+        Held by whoever asks the kernel about the segment without a reference or the mutex: it is not closed meanwhile, and
+        its number is not somebody else's.
     upkeep
         Called once a second by the tidying thread, for whoever must look after something as long as the arena is used.
 
@@ -85,6 +92,7 @@ class Arena:
         self.arena_id = self._table.arena_id
         self._free_space = FreeSpace()
         self._leaving = False
+        self.in_use = threading.Lock()
         self.upkeep: Callable[[], None] = lambda: None
         self.member = self._join()
         self.holdings = Holdings(segment, self._mutex, self._access, self.member, self._free_space, warm)
@@ -251,22 +259,29 @@ class Arena:
         """Leave now, if that is wanted and nothing of this process refers to a block; otherwise later."""
         if not (self._leaving or self.is_damaged):
             return
-        # Where the table is busy, the tidying thread tries again.
-        with contextlib.suppress(ArenaBusy, ArenaUnavailable):
-            with self._mutex:
-                if len(self.holdings) or not (self._leaving or self.is_damaged):
-                    return
-                self.directory.close()
-                self._access.attempt(lambda table: table.reclaim(self.member))
-                liveness.let_go(self.segment.fd, self.member.slot)
-                self._mutex.retire(self.segment.close)
-                # Somebody may still keep this object; what it has mapped must go.
-                self._access.forget()
-            self.holdings.forget_mappings()
-            self.pages.close()
-            self.holdings.wake()
+        # Where somebody is at it, or the table is busy, the tidying thread tries again.
+        if self.in_use.acquire(timeout=_PATIENCE):
+            try:
+                with contextlib.suppress(ArenaBusy, ArenaUnavailable):
+                    self._leave()
+            finally:
+                self.in_use.release()
 
     # -- inside
+
+    def _leave(self) -> None:
+        with self._mutex:
+            if len(self.holdings) or not (self._leaving or self.is_damaged):
+                return
+            self.directory.close()
+            self._access.attempt(lambda table: table.reclaim(self.member))
+            liveness.let_go(self.segment.fd, self.member.slot)
+            self._mutex.retire(self.segment.close)
+            # Somebody may still keep this object; what it has mapped must go.
+            self._access.forget()
+        self.holdings.forget_mappings()
+        self.pages.close()
+        self.holdings.wake()
 
     @property
     def _table(self) -> Table:

@@ -25,9 +25,9 @@ _SIZE_OF_THE_KERNELS = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
 _FAIR, _GRACE = 0.5e-3, 2e-3
 """Seconds of a processor for each large page, as many small ones take, and how many more before it is given up."""
 _REST = 10.0
-"""Seconds for which nobody is kept waiting by another try."""
-_EACH_TIME = 0.1
-"""Seconds of a processor for what is made up for at a time."""
+"""Seconds until it is tried again."""
+_EACH_TIME = 0.01
+"""Seconds of a processor for what is made up for at a time, ten times a second."""
 _SPARE = 64 << 20
 """Bytes that must be left of the memory before something is made up for, which takes one page for a moment."""
 
@@ -51,7 +51,7 @@ class LargePages:
         self._segment, self._window = segment, window
         self._lock = threading.Lock()
         self._small: dict[int, None] = {}
-        self._not_before = 0.0
+        self._not_before = self._make_up_from = 0.0
 
     def make(self, offset: int, length: int) -> bool:
         """Make the pages of a part exist, large where it takes all of one; return whether all large ones were made.
@@ -69,10 +69,12 @@ class LargePages:
         first, end = within(offset, length)
         if first >= end or not are_served():
             return False
-        for start, stop in ((offset, first), (end, offset + length)):
-            if start < stop:
-                self._segment.reserve(start, stop - start)
-        made = first if time.monotonic() < self._not_before else self._make_quickly(first, end)
+        made = first
+        if time.monotonic() >= self._not_before:
+            for start, stop in ((offset, first), (end, offset + length)):
+                if start < stop:
+                    self._segment.reserve(start, stop - start)
+            made = self._make_quickly(first, end)
         if made < end:
             self.make_later(made, end - made)
         return made >= end
@@ -84,15 +86,22 @@ class LargePages:
             with self._lock:
                 self._small.update(dict.fromkeys(pages))
 
+    @property
+    def are_behind(self) -> bool:
+        """Whether there is something to make up for."""
+        return bool(self._small) and time.monotonic() >= self._make_up_from
+
     def make_up(self) -> None:
         """Make large what had to be small, for a bounded time. What is large already takes 3 microseconds."""
+        if not self.are_behind or limits.head_room() < _SPARE:
+            return
         started = time.thread_time()
         while self._small and time.thread_time() - started < _EACH_TIME:
             with self._lock:
                 page, _ = self._small.popitem()
-            if self._segment.missing(page, LARGE):  # it was given back
-                continue
-            if limits.head_room() < _SPARE or not self._window.enlarge(page, LARGE):
+            # What was given back meanwhile would take memory again.
+            if not self._segment.missing(page, LARGE) and not self._window.enlarge(page, LARGE):
+                self._make_up_from = time.monotonic() + _REST
                 return
 
     def _make_quickly(self, first: int, end: int) -> int:

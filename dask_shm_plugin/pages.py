@@ -107,6 +107,11 @@ class Pages:
         self._window.write(start, data)
         return True
 
+    @property
+    def are_behind(self) -> bool:
+        """Whether some had to be small that could be large."""
+        return self._large.are_behind
+
     def make_up(self) -> None:
         """Make pages large that had to be small, for a bounded time."""
         self._large.make_up()

@@ -232,8 +232,8 @@ class Segment:
     def close(self) -> None:
         """Close the descriptor; mappings stay."""
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            fd, self.fd = self.fd, -1
+            os.close(fd)
 
     def __repr__(self) -> str:
         state = f"fd {self.fd}" if self.fd >= 0 else "closed"

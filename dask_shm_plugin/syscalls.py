@@ -6,6 +6,7 @@ and closing that duplicate would drop every record lock that the process holds o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -15,8 +16,8 @@ from typing import Any
 
 MapCall = Callable[[int, int, int], int]
 
-_PROT_READ, _PROT_WRITE = 1, 2
-_MAP_SHARED, _MAP_PRIVATE, _MAP_NORESERVE = 0x01, 0x02, 0x4000
+_PROT_NONE, _PROT_READ, _PROT_WRITE = 0, 1, 2
+_MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 0x01, 0x02
 _MADV_DONTNEED, _MADV_DONTFORK, _MADV_POPULATE_READ, _MADV_COLLAPSE = 4, 10, 22, 25
 _UNMAP_STEP = 64 << 20
@@ -86,17 +87,30 @@ def _failure(call: str) -> OSError:
 
 def _map(fd: int, offset: int, length: int, flags: int) -> int:
     """Map a part of a file, if possible where its large pages can be mapped as such: at an address that agrees with the offset."""
-    address = _map_at(None, fd, offset, length, flags)
-    astray = (address - offset) % LARGE
-    if length < LARGE or not astray:
-        return address
-    # New mappings go below others, so there is likely room a little lower. The kernel takes that for no more than a hint.
-    _unmap_at_once(address, length)
-    return _map_at(address - astray, fd, offset, length, flags)
+    if length >= LARGE:
+        with contextlib.suppress(OSError):
+            return _map_in_agreement(fd, offset, length, flags)
+    return _map_at(None, length, _PROT_READ | _PROT_WRITE, flags, fd, offset)
 
 
-def _map_at(hint: int | None, fd: int, offset: int, length: int, flags: int) -> int:
-    address = _libc().mmap(hint, length, _PROT_READ | _PROT_WRITE, flags, fd, offset)
+def _map_in_agreement(fd: int, offset: int, length: int, flags: int) -> int:
+    """Set a little more room aside than is needed, map within it, and give back what is left over on both sides."""
+    room = _map_at(None, length + LARGE, _PROT_NONE, _MAP_PRIVATE | _MAP_NORESERVE | _MAP_ANONYMOUS, -1, 0)
+    before = (offset - room) % LARGE
+    try:
+        address = _map_at(room + before, length, _PROT_READ | _PROT_WRITE, flags | _MAP_FIXED, fd, offset)
+    except OSError:
+        _unmap_at_once(room, length + LARGE)
+        raise
+    end = -(-(address + length) // _PAGE) * _PAGE
+    for start, left in ((room, before), (end, room + length + LARGE - end)):
+        if left > 0:
+            _unmap_at_once(start, left)
+    return address
+
+
+def _map_at(where: int | None, length: int, access: int, flags: int, fd: int, offset: int) -> int:
+    address = _libc().mmap(where, length, access, flags, fd, offset)
     if address == _MAP_FAILED:
         raise _failure("mmap")
     return int(address)

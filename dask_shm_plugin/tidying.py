@@ -20,7 +20,7 @@ from dask_shm_plugin.weights import Weights
 
 logger = logging.getLogger(__name__)
 
-_EVERY = 1.0
+_EVERY, _SOON = 1.0, 0.1
 
 
 class Tidied(Protocol):
@@ -31,6 +31,7 @@ class Tidied(Protocol):
     weights: Weights
     trimmer: Trimmer
     pages: Pages
+    in_use: threading.Lock
     upkeep: Callable[[], None]
 
     @property
@@ -54,22 +55,30 @@ def start(arena: Tidied) -> None:
 
 
 def _tidy(arena: Tidied) -> None:
-    last = time.monotonic()
+    last = last_made = time.monotonic()
     while not arena.has_left:
-        arena.holdings.wait(_EVERY)
+        arena.holdings.wait(_SOON if arena.pages.are_behind else _EVERY)
         try:
             arena.holdings.tidy()
+            if time.monotonic() - last_made >= _SOON and not arena.is_damaged:
+                last_made = time.monotonic()
+                with arena.in_use:
+                    arena.pages.make_up()
             if time.monotonic() - last >= _EVERY:
                 last = time.monotonic()
                 arena.holdings.unpin()
                 if not arena.is_damaged:
-                    arena.inspect()
-                    arena.roster.reclaim_dead()
-                    arena.trimmer.trim()
-                    arena.pages.make_up()
-                    arena.weights.note_other_shared()
-                    arena.upkeep()
+                    _look_around(arena)
             arena.finish_leaving()
         except Exception:
             # Whatever it is, it must not end the tidying.
             logger.debug("tidying %r was put off", arena, exc_info=True)
+
+
+def _look_around(arena: Tidied) -> None:
+    arena.inspect()
+    arena.roster.reclaim_dead()
+    with arena.in_use:
+        arena.trimmer.trim()
+    arena.weights.note_other_shared()
+    arena.upkeep()

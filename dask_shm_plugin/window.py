@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dask_shm_plugin import syscalls, views
+from dask_shm_plugin.copying import Copier
 from dask_shm_plugin.exceptions import ArenaUnavailable, MappingRefused
 from dask_shm_plugin.segment import Segment
 
@@ -38,6 +39,7 @@ class Window:
     def __init__(self, segment: Segment) -> None:
         self._segment = segment
         self._lock = threading.Lock()
+        self._copier = Copier()
         self._bytes: npt.NDArray[np.uint8] | None = None
         self._known: list[tuple[int, int]] = []
         self._known_at = 0
@@ -83,12 +85,13 @@ class Window:
         part = self._part(offset, len(data))
         if part is None:
             raise ArenaUnavailable("this process has left the arena")
-        np.copyto(part, np.frombuffer(data, np.uint8))
+        self._copier.copy(part, np.frombuffer(data, np.uint8))
 
     def close(self) -> None:
         """Unmap it, as soon as nobody writes."""
         with self._lock:
             self._bytes, self._is_refused = None, True
+        self._copier.close()
 
     def _part(self, offset: int, length: int) -> npt.NDArray[np.uint8] | None:
         self._segment.insist_whole()

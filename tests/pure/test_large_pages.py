@@ -223,6 +223,7 @@ def test_where_the_kernel_has_none_small_ones_do(arena: Arena, monkeypatch: pyte
 
     largepages.are_served()
     monkeypatch.setattr(syscalls, "collapse", refuse)
+    monkeypatch.setattr(largepages, "_EACH_TIME", -1.0)
     values = data()
     for _ in range(3):
         with publish(arena, values) as block:
@@ -259,6 +260,21 @@ def test_who_would_have_to_wait_gets_small_pages_which_are_made_large_later(
     writing[LARGE + 1] ^= 0xFF
     np.testing.assert_array_equal(writing, values)
     del untouched, looking, writing
+    block.close()
+
+
+@served
+def test_what_cannot_be_made_up_for_is_not_tried_all_the_time(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory is fragmented, to look for a large page is work."""
+    asked: list[int] = []
+    with monkeypatch.context() as refusing:
+        refusing.setattr(syscalls, "collapse", lambda address, length: bool(asked.append(address)))
+        block = publish(arena, data())
+        assert arena.pages.are_behind or len(asked) > 1
+        arena.pages.make_up()
+        assert not arena.pages.are_behind
+        arena.pages.make_up()
+        assert len(asked) == 2
     block.close()
 
 
