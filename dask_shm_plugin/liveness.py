@@ -106,8 +106,8 @@ class Mutex:
         self._fd = fd
         self._pid = os.getpid()
         self._patience = patience
-        self._among_threads = threading.Lock()
-        self._holder: int | None = None
+        self._among_threads = threading.RLock()
+        self._is_inside = False
         self._in_vain = False
         self.retired = False
 
@@ -117,7 +117,10 @@ class Mutex:
         deadline = time.monotonic() + self._patience
         if not self._among_threads.acquire(timeout=self._patience):
             raise ArenaBusy("another thread holds the table")
-        self._holder = threading.get_ident()
+        if self._is_inside:
+            self._among_threads.release()
+            raise ArenaBusy("this very thread is inside, and was interrupted")
+        self._is_inside = True
         try:
             if self.retired:
                 raise ArenaUnavailable("this process has left the arena")
@@ -139,17 +142,21 @@ class Mutex:
             self._release_thread()
 
     def _release_thread(self) -> None:
-        self._holder = None
+        self._is_inside = False
         self._among_threads.release()
 
     @contextlib.contextmanager
     def among_threads(self) -> Iterator[None]:
-        """Exclude the other threads of this process only, which hold the mutex for a bounded time."""
-        if self._holder == threading.get_ident():  # a fork from inside
-            yield
-        else:
-            with self._among_threads:
+        """Exclude the other threads of this process only, which hold the mutex for a bounded time.
+
+        From inside, too: a signal handler or a finalizer that forks may come at any moment.
+        """
+        with self._among_threads:
+            was_inside, self._is_inside = self._is_inside, True
+            try:
                 yield
+            finally:
+                self._is_inside = was_inside
 
     def retire(self, close: Callable[[], None]) -> None:
         """From inside: refuse to be entered again, and close the file when left.

@@ -170,6 +170,29 @@ def test_a_process_that_stands_still_inside_the_table_keeps_no_fork_from_keeping
     wait_until(lambda: other("arena.stats().used") == 0, "it goes with the child")
 
 
+def test_a_fork_that_comes_while_a_view_is_made_does_not_wait_for_itself(cluster, process):
+    """A signal handler may fork at any moment, and so may a finalizer; the child keeps what is seen already."""
+    other = process()
+    other(JOIN, cluster=cluster)
+    other("""
+        from dask_shm_plugin.references import References
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        def interrupted(*reference, add=References.add_another):
+            if (pid := os.fork()) == 0:
+                os._exit(0)
+            os.waitpid(pid, 0)
+            return add(*reference)
+        References.add_another = interrupted
+        with publish(arena, b'mine') as block:
+            view = block.view(0, 4)
+        """)
+    assert other("bytes(view)") == b"mine"
+    other("del view; gc.collect()")
+    wait_until(
+        lambda: other("arena.holdings.unpin(), arena.holdings.tidy(), arena.stats().used")[2] == 0, "nothing is left"
+    )
+
+
 def test_what_is_kept_for_a_child_while_another_ones_is_given_up_is_not_mistaken_for_it():
     """The system uses descriptors and addresses again, so that the two look the same."""
     references, row = References(), Row(0, 1)

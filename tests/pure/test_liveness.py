@@ -267,6 +267,16 @@ class TestMutex:
             thread.join()
         assert len(caught) == 1
 
+    def test_who_interrupts_a_thread_that_is_inside_is_refused(self, fd: int) -> None:
+        """It is that very thread, in a signal handler or a finalizer; but the other threads are excluded for it already."""
+        mutex = Mutex(fd, patience=60)
+        with mutex, mutex.among_threads(), pytest.raises(ArenaBusy), mutex:
+            pass
+        with mutex.among_threads(), mutex.among_threads(), pytest.raises(ArenaBusy), mutex:
+            pass
+        with mutex:
+            pass
+
     def test_it_falls_with_its_holder_even_while_a_forked_child_lives(self, fd: int, other: Process) -> None:
         """A death inside must not lock the table for as long as some child runs."""
         other("mutex = Mutex(fd); mutex.__enter__()")
