@@ -9,6 +9,8 @@ that word is not gone by.
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import numpy.typing as npt
 
@@ -65,9 +67,11 @@ class FreeSpace:
             return
         room, self._room = self._room, None
         rows, seen = table.rows()[index : index + 1], self._seen[index : index + 1]
-        _follow(room, seen, rows)
-        seen[:] = rows
-        self._room, self._changes = room, self._changes + 1
+        # The row is changed already, and whoever has changed it has more to do: what is not noted is looked for later.
+        with contextlib.suppress(MemoryError):
+            _follow(room, seen, rows)
+            seen[:] = rows
+            self._room, self._changes = room, self._changes + 1
 
     def _some_more(self, rows: int) -> slice:
         """Return rows that nobody needs now, other ones each time: damage is to be noticed soon, and not paid for each time."""
