@@ -232,6 +232,7 @@ class Segment:
     def close(self) -> None:
         """Close the descriptor; mappings stay."""
         if self.fd >= 0:
+            # Other threads may ask meanwhile, and the number may be another file's as soon as it is closed.
             fd, self.fd = self.fd, -1
             os.close(fd)
 

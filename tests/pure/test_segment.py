@@ -215,3 +215,21 @@ class TestOpening:
             if os.path.exists(f"/proc/self/fd/{fd}")
         ]
         assert str(tmp_path / "other") not in links
+
+
+def test_who_asks_while_a_segment_is_closed_does_not_ask_another_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number is anybody's as soon as it is closed; to look for pages there would move somebody's place in a file."""
+    segment, close = Segment.create(MIB), os.close
+    (tmp_path / "other").write_bytes(bytes(MIB))
+
+    def closed_and_used_again(fd: int) -> None:
+        close(fd)
+        assert os.open(tmp_path / "other", os.O_RDONLY) == fd
+        assert segment.missing(PAGE, PAGE) == PAGE
+        assert os.lseek(fd, 0, os.SEEK_CUR) == 0
+        close(fd)
+
+    monkeypatch.setattr(os, "close", closed_and_used_again)
+    segment.close()
