@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -79,20 +80,25 @@ class Trimmer:
         return int(np.sum(self._table().taken_by_now()[:, 1]))
 
     def _trim_to(self, warm: int) -> None:
-        before = None
-        while (extent := find(self._segment, self._table(), self._blocks_from, warm)) not in (None, before):
+        stuck: dict[int, int] = {}
+        while (extent := find(self._segment, self._table(), self._blocks_from, warm, stuck)) is not None:
             row = self._arena.take_if_free(extent)
             if row is None:
                 return
-            # A large page that somebody has pinned cannot be split: what remains of it is still there.
-            before = extent
+            begin, length = self._blocks_from + extent.offset, extent.length
             try:
-                self._segment.give_back(self._blocks_from + extent.offset, extent.length)
+                self._segment.give_back(begin, length)
+                # A large page that somebody has pinned cannot be split: what is free of it is still there.
+                first = self._segment.first_page(begin, length)
+                if first is not None:
+                    stuck[first] = begin + length
             finally:
                 self._arena.abandon(row)
 
 
-def find(segment: Segment, table: Table, blocks_from: int, warm: int) -> Extent | None:
+def find(
+    segment: Segment, table: Table, blocks_from: int, warm: int, stuck: Mapping[int, int] = MappingProxyType({})
+) -> Extent | None:
     """Find a part to give back, or None; the highest first, because blocks are placed low.
 
     Needs no mutex, for asking the kernel may have to wait for those who write. The caller must make sure that what is
@@ -106,6 +112,8 @@ def find(segment: Segment, table: Table, blocks_from: int, warm: int) -> Extent 
         Where in the segment the blocks begin.
     warm
         Bytes of free memory that stay. Less than none, where drafts that are not written yet shall find room.
+    stuck
+        Where in the segment parts begin that could not be given back, and where they end.
     """
     # What is found is looked at again under the mutex; here, no odd number shall be too large to count with.
     taken = np.minimum(table.taken_by_now(), np.uint64(table.span))
@@ -115,8 +123,10 @@ def find(segment: Segment, table: Table, blocks_from: int, warm: int) -> Extent 
         return None
     at_most = min(_STEP, round_up(free - warm)) if warm else _STEP
     for offset, length in placement.gaps(taken, table.span)[::-1]:
-        first = segment.first_page(blocks_from + int(offset), int(length))
+        end = blocks_from + int(offset + length)
+        first = segment.first_page(end - int(length), int(length))
+        while first is not None and first in stuck:
+            first = segment.first_page(stuck[first], end - stuck[first])
         if first is not None:
-            start = first - blocks_from
-            return Extent(start, min(int(offset + length) - start, at_most))
+            return Extent(first - blocks_from, min(end - first, at_most))
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
 import resource
 from collections.abc import Callable, Iterator
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from other_processes import Process, wait_until
 
-from dask_shm_plugin import largepages, syscalls, views
+from dask_shm_plugin import largepages, limits, syscalls, views
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.block import Block
 from dask_shm_plugin.layout import BLOCKS_FROM
@@ -213,6 +215,30 @@ def test_all_pages_go_back_to_the_system(arena: Arena) -> None:
     assert arena.stats().resident == before
 
 
+@served
+def test_a_page_that_somebody_has_pinned_keeps_nothing_else_from_being_given_back(arena: Arena) -> None:
+    """It cannot be split while the kernel still writes from it to a pipe, so what is free of it stays."""
+    before = arena.stats().resident
+    low, top = publish(arena, data(4 * LARGE)), publish(arena, data(2 * LARGE))
+    top.close()
+    arena.holdings.tidy()
+    with publish(arena, data(LARGE // 2)) as block:
+        low.close()
+        arena.holdings.tidy()
+        view = seen(block, LARGE // 2)
+        reading, writing = os.pipe()
+        part = (ctypes.c_size_t * 2)(view.ctypes.data, PAGE)
+        assert ctypes.CDLL(None).vmsplice(writing, part, ctypes.c_size_t(1), 0) == PAGE
+        arena.trimmer.trim_all()
+        assert arena.stats().resident - before <= LARGE
+        assert os.read(reading, PAGE) == data(LARGE // 2)[:PAGE].tobytes()
+        os.close(reading)
+        os.close(writing)
+        arena.trimmer.trim_all()
+        assert arena.stats().resident - before == LARGE // 2
+        del view
+
+
 def test_where_the_kernel_has_none_small_ones_do(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     """And it is not asked again and again: to look for one may take it some time."""
     asked: list[int] = []
@@ -276,6 +302,46 @@ def test_what_cannot_be_made_up_for_is_not_tried_all_the_time(arena: Arena, monk
         arena.pages.make_up()
         assert len(asked) == 2
     block.close()
+
+
+@served
+def test_where_too_little_memory_is_left_nothing_is_made_up_for(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked for once each time, not at each page: most of them are large already."""
+    asked: list[int] = []
+    left = iter([0, 1 << 40])
+
+    def head_room() -> int:
+        asked.append(next(left))
+        return asked[-1]
+
+    large = largepages.LargePages(arena.segment, arena.pages._window)
+    with publish(arena, data()) as block:
+        monkeypatch.setattr(limits, "head_room", head_room)
+        large.make_later(BLOCKS_FROM + block._extent.offset, block.size)
+        large.make_up()
+        assert len(large._small) == 4
+        large.make_up()
+        assert len(large._small) == 0
+        large.make_up()
+        monkeypatch.undo()
+        assert asked == [0, 1 << 40]
+
+
+@served
+def test_two_threads_may_make_up_at_once(arena: Arena) -> None:
+    """One may find that the other has just taken what was left."""
+    large = largepages.LargePages(arena.segment, arena.pages._window)
+
+    class Late:
+        def __enter__(self) -> None:
+            large._small.clear()
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    large.make_later(BLOCKS_FROM, LARGE)
+    large._lock = Late()  # type: ignore[assignment]
+    large.make_up()
 
 
 @served
