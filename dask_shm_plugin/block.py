@@ -94,6 +94,7 @@ class Draft:
         if self._row is None:
             raise ValueError("the draft is sealed or given up")
         self._reserve_up_to(self._extent.length)
+        self._arena.pages.make_later(self._extent)
         row, self._row = self._row, None
         try:
             self._arena.seal(row)

@@ -15,6 +15,7 @@ import functools
 import os
 import threading
 import time
+from pathlib import Path
 
 from dask_shm_plugin import limits, syscalls, views
 from dask_shm_plugin.segment import NAME_PREFIX, PAGE, Segment
@@ -23,13 +24,17 @@ from dask_shm_plugin.window import Window
 
 _SIZE_OF_THE_KERNELS = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
 _FAIR, _GRACE = 0.5e-3, 2e-3
-"""Seconds of a processor for each large page, as many small ones take, and how many more before it is given up."""
+"""Seconds for each large page, as many small ones take, and how many more before it is given up."""
 _REST = 10.0
 """Seconds until it is tried again."""
+_LONG_REST = 60.0
+"""Seconds until it is tried again whether there are any."""
 _EACH_TIME = 0.01
-"""Seconds of a processor for what is made up for at a time, ten times a second."""
+"""Seconds for what is made up for at a time, ten times a second."""
 _SPARE = 64 << 20
 """Bytes that must be left of the memory before something is made up for, which takes one page for a moment."""
+
+_are_served, _tried_at = False, -_LONG_REST
 
 
 class LargePages:
@@ -42,15 +47,17 @@ class LargePages:
 
     Notes
     -----
-    Thread-safe. To find a large page may take the kernel long, where memory is fragmented; and where it is a guest, the
-    host of which has to find memory first (4 ms instead of 0.1). So whoever waits for a page gets small ones then; they are
-    made large later, while they are in use.
+    Thread-safe. To find a large page may take the kernel long: where memory is fragmented, where all processors are busy
+    (it waits for each), and where it is a guest, the host of which has to find memory first (4 ms instead of 0.1). So
+    whoever waits for a page gets small ones then; they are made large later, while they are in use.
     """
 
     def __init__(self, segment: Segment, window: Window) -> None:
         self._segment, self._window = segment, window
         self._lock = threading.Lock()
         self._small: dict[int, None] = {}
+        self._large: set[int] = set()
+        self._large_at = 0
         self._not_before = self._make_up_from = 0.0
 
     def make(self, offset: int, length: int) -> bool:
@@ -67,24 +74,21 @@ class LargePages:
             There are no pages left.
         """
         first, end = within(offset, length)
-        if first >= end or not are_served():
+        if first >= end or time.monotonic() < self._not_before or not are_served():
             return False
-        made = first
-        if time.monotonic() >= self._not_before:
-            for start, stop in ((offset, first), (end, offset + length)):
-                if start < stop:
-                    self._segment.reserve(start, stop - start)
-            made = self._make_quickly(first, end)
-        if made < end:
-            self.make_later(made, end - made)
-        return made >= end
+        for start, stop in ((offset, first), (end, offset + length)):
+            if start < stop:
+                self._segment.reserve(start, stop - start)
+        return self._make_quickly(first, end)
 
-    def make_later(self, offset: int, length: int) -> None:
-        """Take note of a part the pages of which may be small."""
+    def make_later(self, offset: int, length: int, trims: int) -> None:
+        """Take note of a part the pages of which exist, but may be small, as of a moment when pages were given back so often."""
         pages = range(*within(offset, length), LARGE)
         if pages and are_served():
             with self._lock:
-                self._small.update(dict.fromkeys(pages))
+                if self._large_at != trims:
+                    self._large, self._large_at = set(), trims
+                self._small.update(dict.fromkeys(page for page in pages if page not in self._large))
 
     @property
     def are_behind(self) -> bool:
@@ -96,28 +100,34 @@ class LargePages:
         # Not at each page: to look for room takes twenty times as long as to find a page large already (November 2026).
         if not self.are_behind or limits.head_room() < _SPARE:
             return
-        started = time.thread_time()
-        while time.thread_time() - started < _EACH_TIME and (page := self._next_small()) is not None:
-            # What was given back meanwhile would take memory again.
-            if not self._segment.missing(page, LARGE) and not self._window.enlarge(page, LARGE):
+        until = time.monotonic() + _EACH_TIME
+        while time.monotonic() < until and (page := self._next_small()) is not None:
+            if self._segment.missing(page, LARGE):  # given back meanwhile: it would take memory again
+                continue
+            if not self._window.enlarge(page, LARGE):
                 self._make_up_from = time.monotonic() + _REST
                 return
+            self._large.add(page)
 
     def _next_small(self) -> int | None:
         with self._lock:
             return self._small.popitem()[0] if self._small else None
 
-    def _make_quickly(self, first: int, end: int) -> int:
-        """Make large pages as long as it does not take long; return how far it came."""
-        started = time.thread_time()
-        for done, page in enumerate(range(first, end, LARGE), 1):
-            # The kernel wants to see one page, and looks for the large one on the same NUMA node.
-            self._segment.reserve(page, 1)
-            is_made = self._window.enlarge(page, LARGE)
-            if not is_made or time.thread_time() - started > done * _FAIR + _GRACE:
+    def _make_quickly(self, first: int, end: int) -> bool:
+        """Make large pages as long as it does not take long; return whether it came to the end."""
+        started, pages, at = time.monotonic(), 1, first
+        while at < end:
+            # Some at a time, and more each time: for each call, the kernel may have to wait for all processors.
+            step = min(pages * LARGE, end - at)
+            for page in range(at, at + step, LARGE):
+                # The kernel wants to see one page, and looks for the large one on the same NUMA node.
+                self._segment.reserve(page, 1)
+            is_made = self._window.enlarge(at, step)
+            pages, at = 4 * pages, at + step
+            if not is_made or time.monotonic() - started > (at - first) // LARGE * _FAIR + _GRACE:
                 self._not_before = time.monotonic() + _REST
-                return page + LARGE * is_made
-        return end
+                return is_made and at == end
+        return True
 
 
 def within(offset: int, length: int) -> tuple[int, int]:
@@ -125,14 +135,19 @@ def within(offset: int, length: int) -> tuple[int, int]:
     return -(-offset // LARGE) * LARGE, (offset + length) // LARGE * LARGE
 
 
-@functools.cache
 def are_served() -> bool:
-    """Tell whether this kernel makes large pages, and tells which of them are still what others have written."""
-    try:
-        with open(_SIZE_OF_THE_KERNELS) as file:
-            return int(file.read()) == LARGE and _are_told_apart()
-    except (OSError, ValueError):
-        return False
+    """Tell whether this kernel makes large pages, and tells which of them are still what others have written.
+
+    What failed may have failed for lack of something: it is tried again after a while.
+    """
+    global _are_served, _tried_at
+    if not _are_served and time.monotonic() - _tried_at > _LONG_REST:
+        _tried_at = time.monotonic()
+        try:
+            _are_served = int(Path(_SIZE_OF_THE_KERNELS).read_text()) == LARGE and _are_told_apart()
+        except (OSError, ValueError, MemoryError):
+            _are_served = False
+    return _are_served
 
 
 def _are_told_apart() -> bool:

@@ -103,9 +103,12 @@ class Pages:
             if not (self._window.sees(start, length) or self._has_pages(extent, start, length)):
                 return False
             self._window.learn(start, length, trims)
-            self._large.make_later(start, length)
         self._window.write(start, data)
         return True
+
+    def make_later(self, extent: Extent) -> None:
+        """Take note of a block, the pages of which may be small."""
+        self._large.make_later(self._blocks_from + extent.offset, extent.length, self._table().trims)
 
     @property
     def are_behind(self) -> bool:

@@ -8,6 +8,7 @@ import numpy.typing as npt
 from dask_shm_plugin.syscalls import LARGE
 
 Offsets = npt.NDArray[np.int64]
+_ALIGNED_FROM = 4 * LARGE
 
 
 class Room:
@@ -32,12 +33,12 @@ class Room:
     def place(self, length: int) -> int | None:
         """Return the offset for a block of ``length`` bytes, or None when it would be too much or no gap is long enough.
 
-        The lowest gap wins, because what is low and free is warm: pages are given back from the top. What takes a large
-        page or more begins where one does, if there is such a place.
+        The lowest gap wins, because what is low and free is warm: pages are given back from the top. What takes some large
+        pages begins where one does, if there is such a place.
         """
         if length > self._left:
             return None
-        aligned = self._lowest(-(-self._ends // LARGE) * LARGE, length) if length >= LARGE else None
+        aligned = self._lowest(-(-self._ends // LARGE) * LARGE, length) if length >= _ALIGNED_FROM else None
         return self._lowest(self._ends, length) if aligned is None else aligned
 
     def _lowest(self, begins: Offsets, length: int) -> int | None:

@@ -99,13 +99,12 @@ def _map_in_agreement(fd: int, offset: int, length: int, flags: int) -> int:
     before = (offset - room) % LARGE
     try:
         address = _map_at(room + before, length, _PROT_READ | _PROT_WRITE, flags | _MAP_FIXED, fd, offset)
-    except OSError:
-        _unmap_at_once(room, length + LARGE)
-        raise
-    end = -(-(address + length) // _PAGE) * _PAGE
-    for start, left in ((room, before), (end, room + length + LARGE - end)):
-        if left > 0:
-            _unmap_at_once(start, left)
+    finally:
+        # What lies between may be somebody else's by now, where it was not mapped.
+        end = -(-(room + before + length) // _PAGE) * _PAGE
+        for start, left in ((room, before), (end, room + length + LARGE - end)):
+            with contextlib.suppress(OSError):
+                _unmap_at_once(start, left)
     return address
 
 

@@ -47,6 +47,12 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(largepages, "_EACH_TIME", 60.0)
 
 
+def forget_what_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process find out anew, and know again what it knew when the test is over."""
+    monkeypatch.setattr(largepages, "_are_served", False)
+    monkeypatch.setattr(largepages, "_tried_at", -largepages._LONG_REST)
+
+
 def data(size: int = SIZE, seed: int = 1) -> np.ndarray:
     """Return bytes that no other seed makes."""
     return np.random.default_rng(seed).integers(0, 256, size, np.uint8)
@@ -317,7 +323,7 @@ def test_where_too_little_memory_is_left_nothing_is_made_up_for(arena: Arena, mo
     large = largepages.LargePages(arena.segment, arena.pages._window)
     with publish(arena, data()) as block:
         monkeypatch.setattr(limits, "head_room", head_room)
-        large.make_later(BLOCKS_FROM + block._extent.offset, block.size)
+        large.make_later(BLOCKS_FROM + block._extent.offset, block.size, 0)
         large.make_up()
         assert len(large._small) == 4
         large.make_up()
@@ -339,7 +345,7 @@ def test_two_threads_may_make_up_at_once(arena: Arena) -> None:
         def __exit__(self, *_: object) -> None:
             pass
 
-    large.make_later(BLOCKS_FROM, LARGE)
+    large.make_later(BLOCKS_FROM, LARGE, 0)
     large._lock = Late()  # type: ignore[assignment]
     large.make_up()
 
@@ -377,15 +383,27 @@ def test_a_kernel_that_does_not_tell_what_was_written_is_not_asked(
     """Before Linux 6.11, large pages of a file look like a process's own."""
     written = views.is_written
     monkeypatch.setattr(views, "is_written", lambda address, length: length > PAGE or written(address, length))
-    largepages.are_served.cache_clear()
-    try:
+    forget_what_is_served(monkeypatch)
+    assert not largepages.are_served()
+    with publish(arena, data()) as block:
+        view = seen(block)
+        np.testing.assert_array_equal(view, data())
+        assert mapped_large(view) == 0
+
+
+@served
+def test_what_failed_at_first_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may have had no descriptor left, or there was no large page just then; but not at each value."""
+    forget_what_is_served(monkeypatch)
+    with monkeypatch.context() as without:
+        tried: list[str] = []
+        without.setattr(os, "memfd_create", lambda *args: tried.append("memfd") or os.open("/missing", 0))
         assert not largepages.are_served()
-        with publish(arena, data()) as block:
-            view = seen(block)
-            np.testing.assert_array_equal(view, data())
-            assert mapped_large(view) == 0
-    finally:
-        largepages.are_served.cache_clear()
+        assert not largepages.are_served()
+        assert tried == ["memfd"]
+    assert not largepages.are_served()
+    monkeypatch.setattr(largepages, "_tried_at", largepages._tried_at - 2 * largepages._LONG_REST)
+    assert largepages.are_served()
 
 
 @served
