@@ -188,9 +188,9 @@ class BlockBook:
 
     def _free_row(self) -> int:
         in_use = self.in_use
-        free = np.flatnonzero(stateword.states(self._rows[:in_use, 0]) == FREE)
-        if len(free):
-            return int(free[0])
+        are_free = stateword.states(self._rows[:in_use, 0]) == FREE
+        if in_use and are_free[lowest := int(are_free.argmax())]:
+            return lowest
         if in_use == BLOCKS:
             raise TableFull(
                 f"the arena holds {BLOCKS} blocks; raise shm.threshold so that fewer and larger values are shared"

@@ -43,24 +43,24 @@ class Room:
 
     def _lowest(self, begins: Offsets, length: int) -> int | None:
         fits = self._starts - begins >= length
-        lowest = int(np.argmax(fits))
+        lowest = int(fits.argmax())
         return int(begins[lowest]) if fits[lowest] else None
 
     def has(self, offset: int, length: int) -> bool:
         """Tell whether nobody has anything of a part."""
-        gap = int(np.searchsorted(self._starts, offset, side="right"))
+        gap = int(self._starts.searchsorted(offset, side="right"))
         return gap < len(self._ends) and bool(self._ends[gap] <= offset and offset + length <= self._starts[gap])
 
     def take(self, offset: int, length: int) -> None:
         """Put a part, which is free, in use."""
-        gap = int(np.searchsorted(self._starts, offset, side="right"))
+        gap = int(self._starts.searchsorted(offset, side="right"))
         self._starts = _inserted(self._starts, gap, offset)
         self._ends = _inserted(self._ends, gap + 1, offset + length)
         self._left -= length
 
     def give(self, offset: int, length: int) -> None:
         """Undo :meth:`take`."""
-        gap = int(np.searchsorted(self._starts, offset))
+        gap = int(self._starts.searchsorted(offset))
         self._starts = _without(self._starts, gap)
         self._ends = _without(self._ends, gap + 1)
         self._left += length

@@ -67,7 +67,7 @@ def generations(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 def are_sound(rows: npt.NDArray[np.uint64]) -> bool:
     """Tell whether many rows are as they were written. Costs 5 µs for 30 rows (November 2026)."""
     rest = rows[_tops(rows[:, :WORDS] @ _FACTORS) != _ALWAYS, 0]
-    return len(rest) == 0 or bool(np.all((states(rest) == FREE) & (_tops(rest * _FACTORS[0]) == _ALWAYS)))
+    return len(rest) == 0 or bool(((states(rest) == FREE) & (_tops(rest * _FACTORS[0]) == _ALWAYS)).all())
 
 
 def _sum(word: int, body: Sequence[int]) -> int:
