@@ -117,9 +117,23 @@ def _of_first_writes(results: Results) -> str | None:
     return f"The kernel has to make the pages: a first put takes {slower} one into pages that exist."
 
 
+def _of_interpreted_code(_: Results) -> str:
+    return (
+        "That is interpreted code, some two hundred calls for a put and a hundred for an attach, which the work between two "
+        "rounds has driven out of the processor's caches."
+    )
+
+
+def _of_idle_workers(_: Results) -> str:
+    return "All processors that are free take part in the copy, and idle workers leave less of two processors free."
+
+
 _REASONS: list[tuple[str, str, Callable[[Results], str | None]]] = [
     ("many-blocks", _PUBLISHING[1], _of_blocks),
     ("event-loop", "an event loop", _of_loops),
     ("one_copy", "the very first time", _of_first_writes),
+    ("peers", "put 1 MiB, less", _of_interpreted_code),
+    ("peers", "attach", _of_interpreted_code),
+    ("sixteen-workers", "16 workers", _of_idle_workers),
 ]
 """Of which work, what stands in the line, and what tells why from the results."""
