@@ -45,9 +45,14 @@ def cluster(nothing_leaks: None) -> Iterator[Client]:
 @pytest.fixture
 def client(cluster: Client) -> Client:
     """A client of four workers whose arena has given everything back."""
-    settle(cluster)
-    wait_until(lambda: totals(cluster).resident < SIZE // 8, "freed pages go back to the operating system")
+    begin_anew(cluster)
     return cluster
+
+
+def begin_anew(client: Client) -> None:
+    """Wait until the arena has given everything back: pages that exist would not be new to who measures."""
+    settle(client)
+    wait_until(lambda: totals(client).resident < SIZE // 8, "freed pages go back to the operating system")
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ def test_a_broadcast_is_one_copy_in_memory_and_nothing_on_the_wire(client: Clien
     value = big(fresh())
 
     def measure() -> Growth:
-        settle(client)
+        begin_anew(client)
         scales = Scales(client)
         future = client.scatter(value, broadcast=True, hash=False)
         return scales.growth(digests(client, future, addresses(client)))
@@ -119,7 +124,7 @@ def test_any_scatter_is_one_copy_and_nothing_on_the_wire(client: Client, options
     value = big(fresh())
 
     def measure() -> Growth:
-        settle(client)
+        begin_anew(client)
         scales = Scales(client)
         future = client.scatter(value, hash=False, **options)
         return scales.growth(digests(client, future, addresses(client)))
@@ -135,7 +140,7 @@ def test_a_fetch_between_workers_is_one_copy_and_nothing_on_the_wire(client: Cli
     seed = fresh()
 
     def measure() -> Growth:
-        settle(client)
+        begin_anew(client)
         scales = Scales(client)
         made = client.submit(big, seed, workers=[a], pure=False)
         found = digests(client, made, others)
@@ -153,7 +158,7 @@ def test_a_result_reaches_the_client_without_the_wire(client: Client) -> None:
     seed = fresh()
 
     def measure() -> Growth:
-        settle(client)
+        begin_anew(client)
         scales = Scales(client)
         made = client.submit(big, seed, workers=[a], pure=False)
         before = private_memory()
@@ -235,7 +240,7 @@ def test_ten_workers_are_ten_mappings() -> None:
         seed = fresh()
 
         def measure() -> Growth:
-            settle(client)
+            begin_anew(client)
             scales = Scales(client)
             made = client.submit(big, seed, workers=[a], pure=False)
             before = totals(client)
