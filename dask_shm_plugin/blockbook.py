@@ -32,7 +32,6 @@ class BlockBook:
 
     def __init__(self, words: memoryview) -> None:
         self._words = words
-        self._changes_seen = 0
         self._rows = np.frombuffer(words, dtype=np.uint64)[BLOCKS_AT:CLAIMS_AT].reshape(BLOCKS, BLOCK)
 
     @property
@@ -131,13 +130,6 @@ class BlockBook:
         if not stateword.are_sound(self._used()[rows]):
             raise TableCorrupt(_ODD_ROW)
 
-    def insist_counted(self) -> None:
-        """Insist that changes have been counted up only: whoever met a number twice would take for free what is not."""
-        changes = self._words[CHANGES_WORD]
-        if changes < self._changes_seen:
-            raise TableCorrupt("there were more changes than it says")
-        self._changes_seen = changes
-
     def generations(self) -> npt.NDArray[np.uint64]:
         """Return the generation of each row, shape (BLOCKS,)."""
         return stateword.generations(self._rows[:, 0])
@@ -198,8 +190,7 @@ class BlockBook:
         return in_use
 
     def _count_change(self) -> None:
-        self._changes_seen = self._words[CHANGES_WORD] + 1
-        self._words[CHANGES_WORD] = self._changes_seen % (1 << 64)
+        self._words[CHANGES_WORD] = (self._words[CHANGES_WORD] + 1) % (1 << 64)
 
 
 def _are_drafts(rows: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:

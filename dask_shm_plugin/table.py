@@ -333,7 +333,6 @@ class Table:
         _insist(self._rows_seen <= rows <= BLOCKS, "there were never so many rows, or so few")
         _insist(rows == BLOCKS or self._blocks.state(rows)[1] == FREE, "there are more rows in use than it says")
         self._rows_seen = rows
-        self._blocks.insist_counted()
         for index, generation in referred:
             at = self._blocks.state(index)
             _insist(at in ((generation, DRAFT), (generation, SEALED)), "a block that is in use was freed")
