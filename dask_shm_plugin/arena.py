@@ -95,7 +95,7 @@ class Arena:
         self.in_use = threading.Lock()
         self.upkeep: Callable[[], None] = lambda: None
         self.member = self._join()
-        self.holdings = Holdings(segment, self._mutex, self._access, self.member, self._free_space, warm)
+        self.holdings = Holdings(segment, self._mutex, self._access, self.member, warm)
         self.trimmer = Trimmer(self, segment, lambda: self._table, BLOCKS_FROM, warm)
         self.pages = Pages(segment, BLOCKS_FROM, lambda: self._table, self.trimmer)
         self.roster = Roster(self._access, segment, self.member)
@@ -311,9 +311,7 @@ class Arena:
             return self._take(extent, size), extent
 
     def _take(self, extent: Extent, size: int) -> Row:
-        since = self._table.changes
         row = self._table.reserve(extent, size, self.member)
-        self._free_space.note(self._table, row.index, since)
         # A draft counts as a reference: the process must not leave while a thread of it still writes there.
         self.holdings.add(row)
         return row

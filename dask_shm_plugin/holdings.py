@@ -14,14 +14,12 @@ from dask_shm_plugin.bin import Bin, Dropped
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import ArenaBusy
 from dask_shm_plugin.forks import Pins
-from dask_shm_plugin.freespace import FreeSpace
 from dask_shm_plugin.layout import BLOCKS_FROM, Extent, Row
 from dask_shm_plugin.liveness import Mutex
 from dask_shm_plugin.mappings import Mappings
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.references import References
 from dask_shm_plugin.segment import PAGE, Segment, round_up
-from dask_shm_plugin.table import Table
 from dask_shm_plugin.views import Place
 
 
@@ -34,8 +32,6 @@ class Holdings:
         Of the arena.
     member
         This process.
-    free_space
-        Is told what becomes free here.
     warm
         Bytes of mappings without views that are kept.
 
@@ -45,11 +41,9 @@ class Holdings:
     moment when a view is mapped and its block is not claimed: a claim comes before its mapping and goes after it.
     """
 
-    def __init__(
-        self, segment: Segment, mutex: Mutex, access: Access, member: Member, free_space: FreeSpace, warm: int
-    ) -> None:
+    def __init__(self, segment: Segment, mutex: Mutex, access: Access, member: Member, warm: int) -> None:
         self._pid = os.getpid()
-        self._mutex, self._access, self._member, self._free_space = mutex, access, member, free_space
+        self._mutex, self._access, self._member = mutex, access, member
         self._references = References()
         self._mappings = Mappings(segment, warm)
         self._dropped = Bin()
@@ -109,7 +103,7 @@ class Holdings:
             try:
                 with self._mutex:
                     gone = [item.row for item in dropped if self._references.drop(item.row)]
-                    self._access.attempt(lambda table: self._release(table, gone))
+                    self._access.attempt(lambda table: [table.release(row, self._member) for row in gone])
             except ArenaBusy:
                 for item in dropped:
                     self._dropped.put(Dropped(item.row))
@@ -154,12 +148,6 @@ class Holdings:
                 if self._references.add_another(row):
                     return
         self.refer(row)
-
-    def _release(self, table: Table, rows: list[Row]) -> None:
-        for row in rows:
-            since = table.changes
-            table.release(row, self._member)
-            self._free_space.note(table, row.index, since)
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self._references)

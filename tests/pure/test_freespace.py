@@ -73,26 +73,3 @@ def test_it_is_not_computed_anew_for_a_few_changes(
     assert len(computed) == 1
     other.kill()
     membership.leave(CLUSTER, "nanny", "tcp://here")
-
-
-def test_what_cannot_be_noted_is_looked_for_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process without memory loses neither a draft that it has taken nor a block that it gives back."""
-
-    def refuse(*_: object) -> None:
-        raise MemoryError
-
-    arena = join(CLUSTER)
-    kept = [publish(arena, bytes(PAGE)) for _ in range(3)]
-    with monkeypatch.context() as exhausted:
-        exhausted.setattr(freespace, "_follow", refuse)
-        kept[0].close()
-        kept.pop(1).close()
-        arena.holdings.tidy()
-        kept.append(publish(arena, bytes(3 * PAGE)))
-    arena.validate()
-    assert arena.stats().used == 4 * PAGE
-    for block in kept:
-        block.close()
-    arena.holdings.tidy()
-    assert arena.stats().used == 0
-    membership.leave(CLUSTER, "nanny", "tcp://here")
