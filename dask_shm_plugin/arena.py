@@ -63,6 +63,8 @@ class Arena:
 
     Attributes
     ----------
+    arena_id, capacity
+        Its name, 16 random bytes, and the most bytes that its blocks may take.
     in_use
         Held by whoever asks the kernel about the segment without a reference or the mutex: it is not closed meanwhile, and
         its number is not somebody else's.
@@ -89,7 +91,7 @@ class Arena:
         self._pid = os.getpid()
         self._mutex = liveness.Mutex(segment.fd)
         self._access = Access(segment, Table(_map_table(segment)), self._mutex)
-        self.arena_id = self._table.arena_id
+        self.arena_id, self.capacity = self._table.arena_id, self._table.capacity
         self._free_space = FreeSpace()
         self._leaving = False
         self.in_use = threading.Lock()
@@ -160,7 +162,7 @@ class Arena:
                 find_more()
                 taken = self._reserve(extent_length, size)
         if taken is None:
-            raise ArenaFull(f"no room for {size} bytes in an arena of {self._table.capacity}; raise shm.capacity")
+            raise ArenaFull(f"no room for {size} bytes in an arena of {self.capacity}; raise shm.capacity")
         return Draft(self, *taken, size)
 
     def attach_block(self, descriptor: Descriptor) -> Block:
@@ -319,7 +321,7 @@ class Arena:
     def __repr__(self) -> str:
         if self.has_left or self.is_damaged:
             return f"<Arena {self.arena_id.hex()[:4]}, {'damaged' if self.is_damaged else 'left'}>"
-        return f"<Arena {self.arena_id.hex()[:4]} {self._table.capacity} bytes, {len(self.holdings)} references>"
+        return f"<Arena {self.arena_id.hex()[:4]} {self.capacity} bytes, {len(self.holdings)} references>"
 
     def __reduce__(self) -> Any:
         raise TypeError("an Arena cannot be pickled; send its segment's Whereabouts")

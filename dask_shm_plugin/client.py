@@ -99,12 +99,7 @@ class SharedMemoryClient:
         """Return what the arena holds and what this process did, or None where there is no arena."""
         if self._arena is None:
             return None
-        return {
-            "arena": self._arena.arena_id.hex(),
-            "process": f"{self._arena.member.slot}:{self._arena.member.incarnation}",
-            "counters": metrics.since(self._counted_before),
-            **self._arena.stats()._asdict(),
-        }
+        return self._role.report(self._arena, metrics.since(self._counted_before))
 
     async def _find_arena(self) -> Arena | None:
         if self._arena is None and self.is_remote and self in _HALVES:

@@ -32,6 +32,8 @@ _FLOCK = struct.Struct("hhxxxxqqixxxx")
 _BEHIND_THE_FILE = 1 << 60
 _MUTEX_BYTE = _BEHIND_THE_FILE - 1
 _FIRST_PAUSE, _LONGEST_PAUSE = 20e-6, 2e-3
+_PATIENCE_AFTER_ALL = 1e-3
+"""Seconds that somebody waits who has waited in vain before: those who are at work have the lock for less."""
 
 
 def _description_lock(fd: int, command: int, kind: int, byte: int) -> int:
@@ -94,8 +96,8 @@ class Mutex:
     fd
         The one descriptor by which this process has the file.
     patience
-        Seconds after which waiting ends with :exc:`ArenaBusy`. Whoever has waited in vain does not wait again until
-        the lock was free once: a stopped process shall not stop everybody else again and again.
+        Seconds after which waiting ends with :exc:`ArenaBusy`. Whoever has waited in vain waits a millisecond at most
+        until the lock was free once: a stopped process shall not stop everybody else again and again.
 
     Notes
     -----
@@ -114,7 +116,7 @@ class Mutex:
     def __enter__(self) -> None:
         if os.getpid() != self._pid:
             raise ArenaUnavailable("a forked child does not share its parent's membership")
-        deadline = time.monotonic() + self._patience
+        deadline = time.monotonic() + (_PATIENCE_AFTER_ALL if self._in_vain else self._patience)
         if not self._among_threads.acquire(timeout=self._patience):
             raise ArenaBusy("another thread holds the table")
         if self._is_inside:
@@ -176,7 +178,7 @@ class Mutex:
                 return
             if failure not in (errno.EAGAIN, errno.EACCES):
                 raise ArenaUnavailable(f"the table cannot be locked: {os.strerror(failure)}")
-            if self._in_vain or time.monotonic() >= deadline:
+            if time.monotonic() >= deadline:
                 self._in_vain = True
                 raise ArenaBusy("another process holds the table")
             time.sleep(pause)

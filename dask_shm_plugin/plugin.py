@@ -152,7 +152,8 @@ def stats(client: Client) -> Any:
     dict
         For each arena ("host-id") a dict: ``capacity``, ``used`` and ``resident`` in bytes, ``blocks``, ``members``,
         ``workers`` (addresses), and the counters ``published``, ``attached``, ``adopted`` (each ``count`` and
-        ``bytes``) and ``sent`` (the same for each reason), summed over its workers and this process.
+        ``bytes``) and ``sent`` (the same for each reason), summed over its workers and this process. The first five are
+        None while a process that stands still (stopped, in a debugger) has the lock of the arena.
     """
     return client.sync(_stats, client)
 
@@ -175,7 +176,8 @@ async def _stats(client: Client) -> dict[str, dict[str, Any]]:
 
 
 def _summary(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    summary = {name: reports[0][name] for name in ("capacity", "used", "resident", "blocks", "members")}
+    state = next((report for report in reports if "used" in report), {})
+    summary = {name: state.get(name) for name in ("capacity", "used", "resident", "blocks", "members")}
     summary["workers"] = sorted(report["worker"] for report in reports if "worker" in report)
     # Several workers, and the client, may be one process, which counts once.
     for counters in {report["process"]: report["counters"] for report in reports}.values():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import Any
 
 from dask_shm_plugin import handles, limits, membership, rendezvous, seams
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.config import Options
-from dask_shm_plugin.exceptions import MemoryExhausted, SharedMemoryError, SwitchedOff
+from dask_shm_plugin.exceptions import ArenaBusy, MemoryExhausted, SharedMemoryError, SwitchedOff
 from dask_shm_plugin.notices import warn_once
 
 logger = logging.getLogger("dask_shm_plugin")
@@ -93,9 +94,20 @@ class Role:
         if arena is not None:
             handles.set_views(arena.arena_id, self.options.views)
             if plan.chosen is not None:
-                size = arena.stats().capacity
-                _shown_by_dask.info("made an arena for %d bytes (%s): %s", size, arena.segment.kind, plan.chosen)
+                kind = arena.segment.kind
+                _shown_by_dask.info("made an arena for %d bytes (%s): %s", arena.capacity, kind, plan.chosen)
         return arena
+
+    def report(self, arena: Arena, counters: dict[str, Any]) -> dict[str, Any]:
+        """Return what this process did, and what the arena holds unless somebody who stands still has its lock."""
+        report = {
+            "arena": arena.arena_id.hex(),
+            "process": f"{arena.member.slot}:{arena.member.incarnation}",
+            "counters": counters,
+        }
+        with contextlib.suppress(ArenaBusy):
+            report |= arena.stats()._asdict()
+        return report
 
     async def withdraw(self) -> None:
         """Let others not find the role any more; the membership stays until :meth:`leave`."""

@@ -240,14 +240,8 @@ class _Running:
 
     def report(self) -> dict[str, Any]:
         """Return what the arena holds and what this process did."""
-        return {
-            "arena": self._arena.arena_id.hex(),
-            "worker": self._worker.address,
-            "host": self._worker.ip,
-            "process": f"{self._arena.member.slot}:{self._arena.member.incarnation}",
-            "counters": self._counted(),
-            **self._arena.stats()._asdict(),
-        }
+        said = self._role.report(self._arena, self._counted())
+        return {"worker": self._worker.address, "host": self._worker.ip, **said}
 
 
 def _let_go_of_values(error: BaseException | None) -> None:

@@ -19,7 +19,7 @@ from observing import BIG, addresses, array, fresh, pids, totals, wait_until
 from processes import environment
 from surroundings import move
 
-from dask_shm_plugin import membership
+from dask_shm_plugin import membership, stats
 
 pytestmark = pytest.mark.slow
 
@@ -134,13 +134,18 @@ def test_a_client_that_stands_still_while_it_scatters(cluster: Client, moment: s
     script.write_text(
         CLIENT.replace("ADDRESS", cluster.scheduler.address).replace("MOMENT", moment).replace("SIZE", str(BIG))
     )
-    a, b, c = addresses(cluster)
+    a, b, c = sorted(addresses(cluster))
+    step = moment.partition(" ")[2]
     env = environment({"DASK_SHM_CRASHPOINTS": "1"})
     with subprocess.Popen([sys.executable, str(script)], env=env) as process:
         try:
             wait_until_stopped(process.pid)
             for one, other in [(a, b), (b, c)]:
-                assert_others_work(cluster, one, other, moment.partition(" ")[2])
+                assert_others_work(cluster, one, other, step)
+            (figures,) = stats(cluster).values()
+            assert (figures["used"] is None) == (step in IN_LOCK)
+            assert figures["workers"] == [a, b, c]
+            assert figures["sent"] if step in IN_LOCK else figures["published"]["count"]
             process.send_signal(signal.SIGCONT)
             assert process.wait(60) == 0
         finally:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from other_processes import Process
 
+from dask_shm_plugin import liveness
 from dask_shm_plugin.exceptions import ArenaBusy, ArenaUnavailable
 from dask_shm_plugin.liveness import Mutex, hold, is_held, let_go, start_time
 
@@ -36,6 +36,25 @@ def other(process: Callable[[], Process], path: str) -> Process:
     started = process()
     started("fd = os.open(path, os.O_RDWR)", path=path)
     return started
+
+
+class Clock:
+    """A time that passes only in sleep."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self.at_next_sleep: Callable[[], object] | None = None
+
+    def monotonic(self) -> float:
+        """Return the seconds slept so far."""
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass, and do once what is to be done meanwhile."""
+        self._now += seconds
+        if self.at_next_sleep is not None:
+            self.at_next_sleep()
+            self.at_next_sleep = None
 
 
 class TestBeingAlive:
@@ -229,26 +248,42 @@ class TestMutex:
         with mutex:
             pass
 
-    def test_whoever_waited_in_vain_does_not_wait_again(
+    def test_whoever_waited_in_vain_hardly_waits_again(
         self, fd: int, other: Process, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A stopped process stops each other one once; after the lock was free once, waiting is worth while again."""
+        clock = Clock()
+        monkeypatch.setattr(liveness, "time", clock)
         other("mutex = Mutex(fd); mutex.__enter__()")
-        mutex, pauses, pause = Mutex(fd, patience=0.01), [], time.sleep
-        monkeypatch.setattr(time, "sleep", lambda seconds: pauses.append(seconds) or pause(seconds))
-        waited = []
+        mutex, waited = Mutex(fd, patience=10), []
         for _ in range(3):
+            before = clock.monotonic()
             with pytest.raises(ArenaBusy), mutex:
                 pass
-            waited.append(bool(pauses))
-            pauses.clear()
+            waited.append(clock.monotonic() - before)
+        assert waited[0] >= 10
+        assert max(waited[1:]) < 0.01
         other("mutex.__exit__(None, None, None)")
         with mutex:
             pass
         other("mutex.__enter__()")
+        before = clock.monotonic()
         with pytest.raises(ArenaBusy), mutex:
             pass
-        assert (waited, bool(pauses)) == ([True, False, False], True)
+        assert clock.monotonic() - before >= 10
+
+    def test_whoever_waited_in_vain_gets_in_between_those_who_are_at_work(
+        self, fd: int, other: Process, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """That the lock is taken at the very moment does not mean that nobody will ever leave."""
+        monkeypatch.setattr(liveness, "time", clock := Clock())
+        other("mutex = Mutex(fd); mutex.__enter__()")
+        mutex = Mutex(fd)
+        with pytest.raises(ArenaBusy), mutex:
+            pass
+        clock.at_next_sleep = lambda: other("mutex.__exit__(None, None, None)")
+        with mutex:
+            pass
 
     def test_waiting_for_another_thread_ends(self, fd: int) -> None:
         """A thread that cannot enter is told so too."""
