@@ -90,19 +90,20 @@ class Arena:
         self.segment = segment
         self._pid = os.getpid()
         self._mutex = liveness.Mutex(segment.fd)
-        self._access = Access(segment, Table(_map_table(segment)), self._mutex)
-        self.arena_id, self.capacity = self._table.arena_id, self._table.capacity
+        table = Table(_map_table(segment))
+        self.arena_id, self.capacity = table.arena_id, table.capacity
+        self._access = Access(segment, table, self._mutex)
         self._free_space = FreeSpace()
         self._leaving = False
         self.in_use = threading.Lock()
         self.upkeep: Callable[[], None] = lambda: None
         self.member = self._join()
         self.holdings = Holdings(segment, self._mutex, self._access, self.member, warm)
-        self.trimmer = Trimmer(self, segment, lambda: self._table, BLOCKS_FROM, warm)
-        self.pages = Pages(segment, BLOCKS_FROM, lambda: self._table, self.trimmer)
+        self.trimmer = Trimmer(self, segment, self._access, BLOCKS_FROM, warm)
+        self.pages = Pages(segment, BLOCKS_FROM, self._access, self.trimmer)
         self.roster = Roster(self._access, segment, self.member)
-        self.directory = Directory(self._table.marks, segment, self.roster, self.member)
-        self.weights = Weights(lambda: self._table, self.member)
+        self.directory = Directory(table.marks, segment, self.roster, self.member)
+        self.weights = Weights(self._access, self.member)
         tidying.start(self)
 
     @classmethod
@@ -194,7 +195,7 @@ class Arena:
             if not self._free_space.room(table).has(*extent):
                 return None
             table.count_trim()
-            return self._take(extent, TRIMMING)
+            return self._take(table, extent, TRIMMING)
 
     # -- members
 
@@ -205,7 +206,7 @@ class Arena:
 
     def holders(self, row: Row) -> int:
         """Count the members that refer to a block now."""
-        return self._table.holders(row.index)
+        return self._access.table.holders(row.index)
 
     def stats(self) -> ArenaStats:
         """Count what the arena holds now; nothing, where this process keeps away from it."""
@@ -230,7 +231,7 @@ class Arena:
     def validate(self) -> None:
         """Check the invariants of the table; see :meth:`Table.validate`."""
         with self._mutex:
-            self._table.validate()
+            self._access.table.validate()
 
     # -- leaving
 
@@ -285,10 +286,6 @@ class Arena:
         self.pages.close()
         self.holdings.wake()
 
-    @property
-    def _table(self) -> Table:
-        return self._access.table
-
     @step("join")
     def _join(self) -> Member:
         with self._access as table:
@@ -310,10 +307,10 @@ class Arena:
             if offset is None:
                 return None
             extent = Extent(offset, length)
-            return self._take(extent, size), extent
+            return self._take(table, extent, size), extent
 
-    def _take(self, extent: Extent, size: int) -> Row:
-        row = self._table.reserve(extent, size, self.member)
+    def _take(self, table: Table, extent: Extent, size: int) -> Row:
+        row = table.reserve(extent, size, self.member)
         # A draft counts as a reference: the process must not leave while a thread of it still writes there.
         self.holdings.add(row)
         return row

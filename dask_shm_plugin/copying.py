@@ -34,6 +34,9 @@ class Copier:
 
     def copy(self, target: Bytes, source: Bytes) -> None:
         """Copy flat bytes to a place of the same length."""
+        if len(source) < _SMALLEST:
+            np.copyto(target, source)
+            return
         steps = collections.deque(range(0, len(source), _STEP))
 
         def copy_along() -> None:
@@ -42,7 +45,7 @@ class Copier:
                     at = steps.popleft()
                     np.copyto(target[at : at + _STEP], source[at : at + _STEP])
 
-        helping = self._start(copy_along) if len(source) >= _SMALLEST else []
+        helping = self._start(copy_along)
         copy_along()
         for future in helping:
             if not future.cancel():

@@ -41,8 +41,9 @@ class FreeSpace:
             A row does not say what was written there.
         """
         rows = table.rows()
-        changed = np.flatnonzero(rows[:, 0] != self._seen[: len(rows), 0])
-        table.insist_sound(changed)
+        changed = (rows[:, 0] != self._seen[: len(rows), 0]).nonzero()[0]
+        if len(rows) > _SOME:
+            table.insist_sound(changed)
         table.insist_sound(self._some_more(len(rows)))
         room, self._room = self._room, None  # should anything go wrong meanwhile
         before, after = self._seen[changed], rows[changed]
@@ -56,7 +57,7 @@ class FreeSpace:
         return room
 
     def _some_more(self, rows: int) -> slice:
-        """Return rows that nobody needs now, other ones each time: damage is to be noticed soon, and not paid for each time."""
+        """Return rows that nobody may need now, other ones each time: damage is to be noticed soon, and not paid for each time."""
         begin = self._looked_at if self._looked_at < rows else 0
         self._looked_at = begin + _SOME
         return slice(begin, self._looked_at)

@@ -75,7 +75,7 @@ class Holdings:
         except BaseException:
             self.drop(place.row)
             raise
-        views.ATLAS.add(mapping.address, last - first, place._replace(offset=first))
+        views.ATLAS.add(mapping.address, last - first, Place(place.arena_id, place.row, first, last - first))
         give_back = functools.partial(self._dropped.put, Dropped(place.row, mapping))
         return views.Exporter(mapping.address, last - first, give_back).bytes()[
             place.offset - first : place.offset - first + place.length
@@ -127,7 +127,7 @@ class Holdings:
     def pin(self) -> Pins | None:
         """Keep what this process refers to now for a child about to be forked."""
         # Nothing is changed that others see. So a process that stands still inside the table does not matter.
-        with self._mutex.among_threads():
+        with self._mutex.among_threads:
             return self._references.pin()
 
     def keep(self, pins: Pins) -> None:
@@ -144,7 +144,7 @@ class Holdings:
     def _refer_again(self, row: Row) -> None:
         """Refer once more to a block; the table, which knows that this process does, need not be locked for that."""
         if os.getpid() == self._pid and not self._access.is_damaged:
-            with self._mutex.among_threads():
+            with self._mutex.among_threads:
                 if self._references.add_another(row):
                     return
         self.refer(row)

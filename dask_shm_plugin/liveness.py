@@ -14,19 +14,18 @@ Both are taken on bytes that lie far behind the end of the file, where no data w
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 
-from dask_shm_plugin import syscalls
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import ArenaBusy, ArenaUnavailable
+from dask_shm_plugin.syscalls import RecordLock
 
 _FLOCK = struct.Struct("hhxxxxqqixxxx")
 _BEHIND_THE_FILE = 1 << 60
@@ -65,7 +64,7 @@ def is_held(fd: int, byte: int) -> bool:
 
 def appear(fd: int, byte: int) -> bool:
     """Take the lock on a byte, and another one that falls with this very process; return whether both were free."""
-    return hold(fd, byte) and syscalls.record_lock(fd, fcntl.F_WRLCK, _BEHIND_THE_FILE + _of_process(byte)) == 0
+    return hold(fd, byte) and RecordLock(fd, _BEHIND_THE_FILE + _of_process(byte)).take() == 0
 
 
 def is_orphaned(fd: int, byte: int) -> bool:
@@ -88,6 +87,38 @@ def start_time(pid: int) -> int:
         return 0
 
 
+class _AmongThreads:
+    """Exclusion among the threads of this process, as a context manager that may be entered from inside.
+
+    A signal handler or a finalizer that forks may come at any moment.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._depth = 0
+
+    def enter_first(self, patience: float) -> None:
+        """Enter within so many seconds, and not from inside; else raise :exc:`ArenaBusy`."""
+        if not self._lock.acquire(timeout=patience):
+            raise ArenaBusy("another thread holds the table")
+        self._depth += 1
+        if self._depth > 1:
+            self.leave()
+            raise ArenaBusy("this very thread is inside, and was interrupted")
+
+    def leave(self) -> None:
+        """Leave."""
+        self._depth -= 1
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._depth += 1
+
+    def __exit__(self, *of_error: object) -> None:
+        self.leave()
+
+
 class Mutex:
     """Exclusion among all threads of all processes that have one file open.
 
@@ -99,36 +130,35 @@ class Mutex:
         Seconds after which waiting ends with :exc:`ArenaBusy`. Whoever has waited in vain waits a millisecond at most
         until the lock was free once: a stopped process shall not stop everybody else again and again.
 
+    Attributes
+    ----------
+    among_threads
+        Entered, it excludes the other threads of this process only, which hold the mutex for a bounded time.
+
     Notes
     -----
     Not reentrant. Useless in a forked child, which must not touch its parent's table: entering raises there.
     """
 
     def __init__(self, fd: int, patience: float = 0.25) -> None:
-        self._fd = fd
+        self._among_processes = RecordLock(fd, _MUTEX_BYTE)
         self._pid = os.getpid()
         self._patience = patience
-        self._among_threads = threading.RLock()
-        self._is_inside = False
         self._in_vain = False
+        self.among_threads = _AmongThreads()
         self.retired = False
 
     def __enter__(self) -> None:
         if os.getpid() != self._pid:
             raise ArenaUnavailable("a forked child does not share its parent's membership")
         deadline = time.monotonic() + (_PATIENCE_AFTER_ALL if self._in_vain else self._patience)
-        if not self._among_threads.acquire(timeout=self._patience):
-            raise ArenaBusy("another thread holds the table")
-        if self._is_inside:
-            self._among_threads.release()
-            raise ArenaBusy("this very thread is inside, and was interrupted")
-        self._is_inside = True
+        self.among_threads.enter_first(self._patience)
         try:
             if self.retired:
                 raise ArenaUnavailable("this process has left the arena")
             self._lock_file(deadline)
         except BaseException:
-            self._release_thread()
+            self.among_threads.leave()
             raise
 
     @step("unlock")
@@ -139,26 +169,9 @@ class Mutex:
             if self.retired:
                 self._close()
             else:
-                syscalls.record_lock(self._fd, fcntl.F_UNLCK, _MUTEX_BYTE)
+                self._among_processes.drop()
         finally:
-            self._release_thread()
-
-    def _release_thread(self) -> None:
-        self._is_inside = False
-        self._among_threads.release()
-
-    @contextlib.contextmanager
-    def among_threads(self) -> Iterator[None]:
-        """Exclude the other threads of this process only, which hold the mutex for a bounded time.
-
-        From inside, too: a signal handler or a finalizer that forks may come at any moment.
-        """
-        with self._among_threads:
-            was_inside, self._is_inside = self._is_inside, True
-            try:
-                yield
-            finally:
-                self._is_inside = was_inside
+            self.among_threads.leave()
 
     def retire(self, close: Callable[[], None]) -> None:
         """From inside: refuse to be entered again, and close the file when left.
@@ -172,7 +185,7 @@ class Mutex:
     def _lock_file(self, deadline: float) -> None:
         pause = _FIRST_PAUSE
         while True:
-            failure = syscalls.record_lock(self._fd, fcntl.F_WRLCK, _MUTEX_BYTE)
+            failure = self._among_processes.take()
             if failure == 0:
                 self._in_vain = False
                 return

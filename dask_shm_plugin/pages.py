@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from dask_shm_plugin import limits
+from dask_shm_plugin.access import Access
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import FileSizeLimited, MemoryExhausted, NoHeadRoom
 from dask_shm_plugin.largepages import LargePages
 from dask_shm_plugin.layout import Extent
 from dask_shm_plugin.segment import Segment, round_up
 from dask_shm_plugin.syscalls import LARGE
-from dask_shm_plugin.table import Table
 from dask_shm_plugin.trimming import Trimmer
 from dask_shm_plugin.window import Window
 
@@ -32,8 +32,8 @@ class Pages:
         Of the arena.
     blocks_from
         Where in the segment the blocks begin.
-    table
-        Returns the table, which knows the drafts of every member, and when pages were given back.
+    access
+        To the table, which knows the drafts of every member, and when pages were given back.
     trimmer
         Gives back warm memory that nobody needs, to keep within the capacity and where pages are missing.
 
@@ -46,14 +46,8 @@ class Pages:
     this draft in the table. There must never be a moment when two writers rely on the same room.
     """
 
-    def __init__(
-        self,
-        segment: Segment,
-        blocks_from: int,
-        table: Callable[[], Table],
-        trimmer: Trimmer,
-    ) -> None:
-        self._segment, self._blocks_from, self._table = segment, blocks_from, table
+    def __init__(self, segment: Segment, blocks_from: int, access: Access, trimmer: Trimmer) -> None:
+        self._segment, self._blocks_from, self._access = segment, blocks_from, access
         self._trimmer = trimmer
         self._window = Window(segment)
         self._large = LargePages(segment, self._window)
@@ -98,7 +92,7 @@ class Pages:
         if length < _SMALLEST_IN_WINDOW:
             return False
         # Asked for before it is looked: what was given back since is looked for again.
-        trims = self._table().trims
+        trims = self._access.table.trims
         if not self._window.knows(start, length, trims):
             if not (self._window.sees(start, length) or self._has_pages(extent, start, length)):
                 return False
@@ -108,7 +102,7 @@ class Pages:
 
     def make_later(self, extent: Extent) -> None:
         """Take note of a block, the pages of which may be small."""
-        self._large.make_later(self._blocks_from + extent.offset, extent.length, self._table().trims)
+        self._large.make_later(self._blocks_from + extent.offset, extent.length, self._access.table.trims)
 
     @property
     def are_behind(self) -> bool:
@@ -158,7 +152,7 @@ class Pages:
                 )
 
     def _is_room(self, missing: int, extent: Extent) -> bool:
-        others = [(int(at), int(length)) for at, length in self._table().drafts() if at != extent.offset]
+        others = [(int(at), int(length)) for at, length in self._access.table.drafts() if at != extent.offset]
         # Asking the kernel how far each has come may have to wait for it: only where it matters.
         at_most = sum(min(length, _AT_ONCE) for _, length in others)
         # The room is always read last: pages that others make meanwhile are then counted twice, and not never.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import os
 import resource
@@ -64,19 +65,37 @@ def _libc_with_gil() -> Any:
     return libc
 
 
-def record_lock(fd: int, kind: int, byte: int) -> int:
-    """Set a classic record lock on one byte (``F_WRLCK``, ``F_UNLCK``) without waiting; return 0 or ``errno``.
+class RecordLock:
+    """The classic record lock of this process on one byte of a file.
 
     Keeps the GIL, unlike ``fcntl.lockf``: a thread that has just got the lock must not then have to wait for the GIL,
     which another thread of its process may hold for a second, while all other processes wait for the lock.
+
+    Parameters
+    ----------
+    fd
+        The file.
+    byte
+        Which one; it need not exist.
     """
-    request = _Flock(kind, os.SEEK_SET, byte, 1, 0)
-    failed = _libc_with_gil().fcntl(fd, _F_SETLK, ctypes.byref(request)) != 0
-    return ctypes.get_errno() if failed else 0
+
+    def __init__(self, fd: int, byte: int) -> None:
+        self._take, self._drop = (
+            functools.partial(_libc_with_gil().fcntl, fd, _F_SETLK, ctypes.byref(_Flock(kind, os.SEEK_SET, byte, 1, 0)))
+            for kind in (fcntl.F_WRLCK, fcntl.F_UNLCK)
+        )
+
+    def take(self) -> int:
+        """Take the lock, for oneself alone and without waiting; return 0 or ``errno``."""
+        return ctypes.get_errno() if self._take() else 0
+
+    def drop(self) -> None:
+        """Drop the lock."""
+        self._drop()
 
 
 def size_of(fd: int) -> int:
-    """Return the bytes of a file, or -1. Keeps the GIL, like :func:`record_lock`, and moves the position."""
+    """Return the bytes of a file, or -1. Keeps the GIL, like :class:`RecordLock`, and moves the position."""
     return int(_libc_with_gil().lseek(fd, 0, os.SEEK_END))
 
 

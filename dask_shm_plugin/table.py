@@ -326,12 +326,18 @@ class Table:
         TableCorrupt
             With what is wrong.
         """
-        _insist(self._words[MAGIC_WORD] == layout.MAGIC, "its beginning was overwritten")
-        _insist(self._words[CAPACITY_WORD] == self.capacity, "its capacity was changed")
-        _insist(member is None or self._book.is_live(member), "this process was crossed out")
+        # Entering the table means coming by here, so what holds costs no call.
         rows = self._words[ROWS_WORD]
-        _insist(self._rows_seen <= rows <= BLOCKS, "there were never so many rows, or so few")
-        _insist(rows == BLOCKS or self._blocks.state(rows)[1] == FREE, "there are more rows in use than it says")
+        if self._words[MAGIC_WORD] != layout.MAGIC:
+            raise TableCorrupt("its beginning was overwritten")
+        if self._words[CAPACITY_WORD] != self.capacity:
+            raise TableCorrupt("its capacity was changed")
+        if member is not None and not self._book.is_live(member):
+            raise TableCorrupt("this process was crossed out")
+        if not self._rows_seen <= rows <= BLOCKS:
+            raise TableCorrupt("there were never so many rows, or so few")
+        if rows != BLOCKS and self._blocks.state(rows)[1] != FREE:
+            raise TableCorrupt("there are more rows in use than it says")
         self._rows_seen = rows
         for index, generation in referred:
             at = self._blocks.state(index)

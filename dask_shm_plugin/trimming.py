@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
 
 from dask_shm_plugin import placement
+from dask_shm_plugin.access import Access
 from dask_shm_plugin.layout import Extent, Row
 from dask_shm_plugin.segment import Segment, round_up
 from dask_shm_plugin.table import Table
@@ -38,8 +39,8 @@ class Trimmer:
         Takes the parts to give back as drafts.
     segment
         Of the arena.
-    table
-        Returns its table.
+    access
+        To its table.
     blocks_from
         Where in the segment the blocks begin.
     warm
@@ -50,15 +51,13 @@ class Trimmer:
     Thread-safe. Holes are punched under a draft: there must never be a moment when somebody else could reserve that place.
     """
 
-    def __init__(
-        self, arena: Trimmed, segment: Segment, table: Callable[[], Table], blocks_from: int, warm: int
-    ) -> None:
-        self._arena, self._segment, self._table = arena, segment, table
+    def __init__(self, arena: Trimmed, segment: Segment, access: Access, blocks_from: int, warm: int) -> None:
+        self._arena, self._segment, self._access = arena, segment, access
         self._blocks_from, self.warm = blocks_from, warm
 
     def trim(self) -> None:
         """Return freed memory beyond ``warm`` to the operating system, and what is beyond the capacity in any case."""
-        self._trim_to(min(self.warm, self._table().capacity - self._used()))
+        self._trim_to(min(self.warm, self._access.table.capacity - self._used()))
 
     def trim_all(self) -> None:
         """Return all freed memory to the operating system."""
@@ -66,22 +65,22 @@ class Trimmer:
 
     def make_room(self, missing: int) -> None:
         """Return so much freed memory that with ``missing`` more bytes there are pages for the capacity, not more."""
-        table = self._table()
+        table = self._access.table
         if self._segment.resident - table.reserved_bytes() + missing > table.capacity:
             self._trim_to(table.capacity - self._used() - missing)
 
     def wait(self) -> None:
         """Wait, for a bounded time, until nobody gives pages back."""
         until = time.monotonic() + _TAKES
-        while self._table().is_trimmed() and time.monotonic() < until:
+        while self._access.table.is_trimmed() and time.monotonic() < until:
             time.sleep(0.001)
 
     def _used(self) -> int:
-        return int(np.sum(self._table().taken_by_now()[:, 1]))
+        return int(np.sum(self._access.table.taken_by_now()[:, 1]))
 
     def _trim_to(self, warm: int) -> None:
         stuck: dict[int, int] = {}
-        while (extent := find(self._segment, self._table(), self._blocks_from, warm, stuck)) is not None:
+        while (extent := find(self._segment, self._access.table, self._blocks_from, warm, stuck)) is not None:
             row = self._arena.take_if_free(extent)
             if row is None:
                 return

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from dask_shm_plugin import footprint, liveness
+from dask_shm_plugin.access import Access
 from dask_shm_plugin.layout import Row
 from dask_shm_plugin.memberbook import Member
-from dask_shm_plugin.table import Table, Weight
+from dask_shm_plugin.table import Weight
 
 
 class Weights:
@@ -19,8 +20,8 @@ class Weights:
 
     Parameters
     ----------
-    table
-        Returns the table; raises :exc:`ArenaUnavailable` when the process has left.
+    access
+        To the table of its arena.
     member
         This process.
 
@@ -29,26 +30,26 @@ class Weights:
     Thread-safe; nothing here takes the mutex. A change meanwhile makes a weight old, not wrong.
     """
 
-    def __init__(self, table: Callable[[], Table], member: Member) -> None:
-        self._table, self._member = table, member
+    def __init__(self, access: Access, member: Member) -> None:
+        self._access, self._member = access, member
 
     def weigh(self) -> Weight:
         """Weigh what this process refers to."""
-        return self._table().weigh(self._member)
+        return self._access.table.weigh(self._member)
 
     def size_of(self, row: Row) -> int:
         """Return the bytes that a block takes."""
-        return self._table().extent(row.index).length
+        return self._access.table.extent(row.index).length
 
     def count_holders(self, rows: Sequence[Row]) -> npt.NDArray[np.intp]:
         """Count the members that refer to each of some blocks."""
-        return self._table().count_holders(rows)
+        return self._access.table.count_holders(rows)
 
     def note_other_shared(self) -> None:
         """Let the others know how much shared memory this process uses that is no arena's."""
         # Without a measurement the last one stands; it must not keep anybody from tidying up.
         with contextlib.suppress(OSError):
-            self._table().note_other_shared(self._member, footprint.other_shared())
+            self._access.table.note_other_shared(self._member, footprint.other_shared())
 
     def private_memory(self, pid: int) -> int:
         """Return the bytes of a process that it shares with nobody through an arena.
@@ -59,5 +60,5 @@ class Weights:
             The process is gone.
         """
         used = footprint.read(pid)
-        shared = self._table().other_shared(pid, liveness.start_time(pid))
+        shared = self._access.table.other_shared(pid, liveness.start_time(pid))
         return used.anonymous + used.file + (used.shared if shared is None else min(shared, used.shared))

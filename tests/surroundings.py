@@ -197,8 +197,8 @@ def take_rows(leave: int) -> None:
 
     (arena,) = membership.all_arenas()
     with arena._mutex:
-        first = int(np.max(np.sum(arena._table.taken(), axis=1), initial=0)) // mmap.PAGESIZE
-        count = BLOCKS - arena._table.count() - leave
+        first = int(np.max(np.sum(arena._access.table.taken(), axis=1), initial=0)) // mmap.PAGESIZE
+        count = BLOCKS - arena._access.table.count() - leave
         rows = [arena._take(Extent((first + n) * mmap.PAGESIZE, mmap.PAGESIZE), 1) for n in range(count)]
     _kept.append(lambda: [arena.holdings.drop(row) for row in rows])
 
@@ -212,10 +212,10 @@ from dask_shm_plugin.segment import Whereabouts
 
 arena = Arena.attach(Whereabouts(*map(int, sys.argv[2:])), bytes.fromhex(sys.argv[1]))
 with arena._mutex:
-    for slot in arena._table.vacant():
+    for slot in arena._access.table.vacant():
         assert liveness.hold(arena.segment.fd, slot)
         arena.segment.reserve(layout.claims_offset(slot), layout.CLAIM_BYTES)
-        arena._table.join(slot, 1, 1)
+        arena._access.table.join(slot, 1, 1)
 print("taken", flush=True)
 sys.stdin.read()
 """

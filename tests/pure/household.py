@@ -66,7 +66,7 @@ class Household:
         self.blocks = [self.arena.attach_block(descriptor) for descriptor in self.found]
         self.views = [block.view(0, SIZE) for block in self.blocks]
         self.sums = self.look()
-        self.members = set(self.arena._table.members())
+        self.members = set(self.arena._access.table.members())
 
     def end(self) -> None:
         """Let go of everything, and see that the arena is empty then."""
@@ -111,7 +111,7 @@ class Household:
 
     def guests(self) -> set[Member]:
         """Return the members that are none of the two."""
-        return set(self.arena._table.members()) - self.members
+        return set(self.arena._access.table.members()) - self.members
 
     def can_be_found(self) -> bool:
         """Tell whether newcomers are led to both, and neither has kept a rendezvous that was removed."""
@@ -134,7 +134,7 @@ class Household:
         with contextlib.suppress(SharedMemoryError):
             self.arena.trimmer.trim_all()
             stats = self.arena.stats()
-            is_small = stats.resident == self.arena._table.reserved_bytes() + stats.used
+            is_small = stats.resident == self.arena._access.table.reserved_bytes() + stats.used
             return is_small and (stats.used, stats.blocks) == (3 * SIZE, 3) and not self.guests()
         return False
 

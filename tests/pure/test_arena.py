@@ -85,8 +85,8 @@ class TestBeginning:
     def test_there_are_only_so_many_places(self, arena: Arena, process: Callable[[], Process]) -> None:
         """Whoever comes too late is told so; a member that leaves makes room."""
         with arena._mutex:
-            for slot in arena._table.vacant():
-                arena._table.join(slot, 1, 1)
+            for slot in arena._access.table.vacant():
+                arena._access.table.join(slot, 1, 1)
         other = process()
         with pytest.raises(MembersFull, match=str(MEMBERS)):
             other("Arena.attach(at, arena_id)", at=arena.segment.whereabouts, arena_id=arena.arena_id)

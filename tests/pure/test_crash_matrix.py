@@ -176,7 +176,7 @@ def test_a_member_that_is_killed_while_a_child_of_it_lives_leaves_what_the_child
     child = victim.process.adopted()
     assert victim.process.is_killed(), "it never came there"
     household.look_after_the_dead(OFTEN)
-    table = household.arena._table
+    table = household.arena._access.table
     wait_until(lambda: not any(map(table.has_drafts, household.guests())), "its drafts are free")
     publish(household.arena, b"\xff" * (256 << 10)).close()
     assert child("'seen' not in globals() or bytes(view) == seen")

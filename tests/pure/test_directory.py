@@ -188,9 +188,9 @@ def test_a_slot_begins_with_an_empty_directory(process: Callable[[], Process]) -
     second(JOIN, cluster=CLUSTER)
     again = second("arena.member")
     assert again.slot == member.slot
-    assert arena._table.is_live(again)
+    assert arena._access.table.is_live(again)
     assert arena.directory.find(again, b"x") is None
-    assert not any(arena._table.marks.tag(again.slot, place) for place in range(PLACES))
+    assert not any(arena._access.table.marks.tag(again.slot, place) for place in range(PLACES))
     second.kill()
     membership.leave(CLUSTER, "nanny", "tcp://here")
 

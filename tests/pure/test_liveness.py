@@ -305,9 +305,9 @@ class TestMutex:
     def test_who_interrupts_a_thread_that_is_inside_is_refused(self, fd: int) -> None:
         """It is that very thread, in a signal handler or a finalizer; but the other threads are excluded for it already."""
         mutex = Mutex(fd, patience=60)
-        with mutex, mutex.among_threads(), pytest.raises(ArenaBusy), mutex:
+        with mutex, mutex.among_threads, pytest.raises(ArenaBusy), mutex:
             pass
-        with mutex.among_threads(), mutex.among_threads(), pytest.raises(ArenaBusy), mutex:
+        with mutex.among_threads, mutex.among_threads, pytest.raises(ArenaBusy), mutex:
             pass
         with mutex:
             pass

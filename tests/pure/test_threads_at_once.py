@@ -87,7 +87,7 @@ def test_every_claim_that_threads_keep_is_in_the_table_and_no_other(
     other("rows = {descriptor.row for descriptor, *_ in kept.values()}")
     wait_until(
         lambda: other(
-            "arena.holdings.tidy() or set(arena._table._claims.of(arena.member, arena._table._blocks.in_use)) == rows"
+            "arena.holdings.tidy() or set(arena._access.table._claims.of(arena.member, arena._access.table._blocks.in_use)) == rows"
         ),
         "the rest is dropped",
     )
@@ -144,9 +144,9 @@ def test_a_process_whose_threads_are_at_it_may_be_killed(cluster: str, process: 
     for _ in range(3):
         other = process()
         other(JOIN_AND_LEAVE, cluster=cluster, forks=1)
-        begun = arena._table.changes
+        begun = arena._access.table.changes
         other.begin(AT_ONCE)
-        wait_until(lambda begun=begun: arena._table.changes > begun + 20, "they are at it")
+        wait_until(lambda begun=begun: arena._access.table.changes > begun + 20, "they are at it")
         other.kill()
         wait_until(lambda: arena.stats()[3:] == (0, 1), "nothing of it is left")
         arena.validate()
