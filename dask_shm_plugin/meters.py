@@ -66,6 +66,9 @@ class WorkerMeter:
         manager = self._worker.memory_manager
         self._spilling.reweigh()
         with _acting():
+            if not self._spilling.alone():  # all that counts is private
+                await self._watch_before.old()
+                return
             if self._worker.status == Status.running:
                 with contextlib.suppress(SharedMemoryError, OSError):
                     manager._maybe_pause_or_unpause(self._worker, self._arena.weights.private_memory(os.getpid()))

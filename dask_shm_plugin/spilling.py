@@ -73,18 +73,23 @@ class Spilling:
 
     def reweigh(self) -> None:
         """Bring the weights up to date."""
+        if not self._present():
+            return
         with contextlib.suppress(SharedMemoryError):
-            for key, weight in self._weights(self._present()).items():
+            for key, weight in self._weights(self._held).items():
                 self._set_weight(key, weight)
 
     def alone(self) -> int:
         """Return the bytes of blocks that spilling would free: of values in memory, held by no other member."""
         going = [held for held in self._present().values() if not self._is_too_large(held)]
-        rows = list({row: None for held in going for row in held.rows})
-        alone = [
-            row for row, holders in zip(rows, self._arena.weights.count_holders(rows), strict=True) if holders <= 1
-        ]
-        return sum(self._arena.weights.size_of(row) for row in alone)
+        if not going:
+            return 0
+        rows, weights = list({row: None for held in going for row in held.rows}), self._arena.weights
+        try:
+            holders = weights.count_holders(rows)
+            return sum(weights.size_of(row) for row, count in zip(rows, holders, strict=True) if count <= 1)
+        except SharedMemoryError:  # there is no arena any more, or none to be asked
+            return 0
 
     def _present(self) -> dict[Any, _Held]:
         """Return what is known of the values in memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,6 +33,8 @@ class Weights:
 
     def __init__(self, access: Access, member: Member) -> None:
         self._access, self._member = access, member
+        self._pid = os.getpid()
+        self._started = liveness.start_time(self._pid)
 
     def weigh(self) -> Weight:
         """Weigh what this process refers to."""
@@ -60,5 +63,6 @@ class Weights:
             The process is gone.
         """
         used = footprint.read(pid)
-        shared = self._access.table.other_shared(pid, liveness.start_time(pid))
+        started = self._started if pid == self._pid else liveness.start_time(pid)
+        shared = self._access.table.other_shared(pid, started)
         return used.anonymous + used.file + (used.shared if shared is None else min(shared, used.shared))

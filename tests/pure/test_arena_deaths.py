@@ -226,7 +226,9 @@ class TestDeath:
                         found=stays.descriptor,
                     )
                 begun, turns = arena._access.table.changes, chance.randrange(1, 200)
-                wait_until(lambda begun=begun, turns=turns: arena._access.table.changes >= begun + turns, "they have worked")
+                wait_until(
+                    lambda begun=begun, turns=turns: arena._access.table.changes >= begun + turns, "they have worked"
+                )
                 for victim in victims:
                     victim.kill()
                 wait_until(lambda: arena.roster.reclaim_dead() or arena.stats().members == 1, "the dead are no members")
