@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from distributed.core import error_message
@@ -12,11 +12,11 @@ from dask_shm_plugin import fetch, reach, seams
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.exceptions import StaleBlock
 
-Received = Callable[[dict[Any, Any]], None]
+Received = Callable[[dict[Any, Any]], Awaitable[None]]
 """Called with what a scatter has brought."""
 
 
-def ignore(data: dict[Any, Any]) -> None:
+async def ignore(data: dict[Any, Any]) -> None:
     """Do nothing about it."""
 
 
@@ -52,7 +52,7 @@ class ScatterGuard:
         answer = self._before.old(data, stimulus_id=stimulus_id)
         # The values are stored by now: whatever goes wrong here must not make the scatter fail.
         with contextlib.suppress(Exception):
-            self.received(data)
+            await self.received(data)
         return {**answer, "nbytes": {key: self._share(data[key], size) for key, size in answer["nbytes"].items()}}
 
     def _share(self, value: object, size: int) -> int:

@@ -25,6 +25,8 @@ from dask_shm_plugin.scatterguard import ScatterGuard, ignore
 from dask_shm_plugin.seats import switch_off, switch_on
 
 _PRUNE_EVERY = 5.0
+_PATIENCE = 0.1
+"""Seconds for which a scatter waits until what it has brought can be found."""
 
 logger = logging.getLogger("dask_shm_plugin")
 
@@ -145,16 +147,22 @@ class _Running:
             if value is not None and self._size(key) >= self._role.options.threshold:
                 self._publish_soon(key, value)
 
-    def _received(self, data: dict[Any, Any]) -> None:
+    async def _received(self, data: dict[Any, Any]) -> None:
         """List what was scattered and lies in the arena, so that nobody need ask for it."""
-        for key, value in data.items():
-            if self._size(key) >= self._role.options.threshold and reach.rows_of(value, self._arena.arena_id):
-                self._publish_soon(key, value)
+        shared = {
+            key: value
+            for key, value in data.items()
+            if self._size(key) >= self._role.options.threshold and reach.rows_of(value, self._arena.arena_id)
+        }
+        # All other workers may be about to look for it: they are told as soon as this is done.
+        if shared:
+            await asyncio.wait([self._publish_soon(*item) for item in shared.items()], timeout=_PATIENCE)
 
-    def _publish_soon(self, key: Any, value: object) -> None:
+    def _publish_soon(self, key: Any, value: object) -> asyncio.Task[None]:
         task = asyncio.create_task(self._publish_unasked(key, value))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
     def begins(self, key: Any) -> None:
         """Let nobody rely on the inputs of a task that begins: it may change them in place."""
