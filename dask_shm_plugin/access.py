@@ -63,10 +63,8 @@ class Access:
         ArenaUnavailable
             This process has left.
         """
-        if self._damage is not None:
-            raise TableCorrupt(self._damage)
         if self._table is None:
-            raise ArenaUnavailable("this process has left the arena")
+            raise self._refusal()
         return self._table
 
     def forget(self) -> None:
@@ -96,14 +94,21 @@ class Access:
         self._mutex.__exit__(kind, error, trace)
 
     def _trusted(self) -> Table:
-        table = self.table
+        table = self._table
+        if table is None:
+            raise self._refusal()
         self._segment.insist_whole()
         table.check(self.member)
         return table
 
+    def _refusal(self) -> TableCorrupt | ArenaUnavailable:
+        if self._damage is not None:
+            return TableCorrupt(self._damage)
+        return ArenaUnavailable("this process has left the arena")
+
     def _keep_away(self, error: TableCorrupt) -> None:
         if self._damage is None:
-            self._damage = f"the arena is damaged: {error}"
+            self._damage, self._table = f"the arena is damaged: {error}", None
             logger.warning(
                 "Sharing is off in this process: somebody has written into the arena (%s). What is shared stays valid, "
                 "all else is sent. Stop all workers of this cluster on this machine, then start them again.",

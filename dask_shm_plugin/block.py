@@ -13,7 +13,6 @@ from dask_shm_plugin.holdings import Holdings
 from dask_shm_plugin.layout import Extent, Row
 from dask_shm_plugin.pages import Pages
 from dask_shm_plugin.segment import PAGE, round_up
-from dask_shm_plugin.views import Place
 
 
 class Home(Protocol):
@@ -172,7 +171,7 @@ class Block:
             The process has too many mappings or too little address space.
         """
         self._insist_on(offset, length)
-        return self._arena.holdings.map(Place(self._arena.arena_id, self.row, offset, length), self._extent)
+        return self._arena.holdings.map(self.row, self._extent, offset, length)
 
     def read(self, offset: int, length: int) -> memoryview:
         """Copy a part of the block into private memory, for a process that can map no more."""

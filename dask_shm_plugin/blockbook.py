@@ -60,10 +60,6 @@ class BlockBook:
         at = BLOCKS_AT + index * BLOCK
         return Extent(self._words[at + 1], self._words[at + 2])
 
-    def size(self, index: int) -> int:
-        """Return how many bytes of its extent a block uses."""
-        return self._words[BLOCKS_AT + index * BLOCK + 3]
-
     def enter(self, extent: Extent, size: int, owner: Member) -> Row:
         """Enter a draft.
 
@@ -72,13 +68,14 @@ class BlockBook:
         TableFull
             All rows are taken.
         """
-        index = self._free_row()
+        in_use = self.in_use
+        index = self._free_row(in_use)
         at = BLOCKS_AT + index * BLOCK
         generation = self.generation(index) + 1
         if generation >= stateword.GENERATIONS:
             raise TableCorrupt("there was never such a generation")
         body = (extent.offset, extent.length, size, *owner)
-        if index == self.in_use:
+        if index == in_use:
             self._words[at] = stateword.pack(generation - 1, FREE)
             self._words[ROWS_WORD] = index + 1
         for n, word in enumerate(body, 1):
@@ -87,21 +84,24 @@ class BlockBook:
         self._words[at] = stateword.pack(generation, DRAFT, body)
         return Row(index, generation)
 
-    def turn(self, row: Row, state: int) -> None:
-        """Give a draft or block another state; what is written beside it stays."""
-        at = BLOCKS_AT + row.index * BLOCK
-        self._words[at] = stateword.pack(row.generation, state, self._words[at + 1 : at + stateword.WORDS].tolist())
+    def turn(self, row: Row, state: int, body: list[int]) -> None:
+        """Give a draft or block another state; what is written beside it, as :meth:`demand` has returned it, stays."""
+        self._words[BLOCKS_AT + row.index * BLOCK] = stateword.pack(row.generation, state, body)
 
     def free(self, index: int) -> Extent:
         """Make a row free, and return the extent that it had."""
-        self.insist_row_sound(index)
-        extent = self.extent(index)
+        _, offset, length, *_ = self.row(index)
         self._count_change()
         self._words[BLOCKS_AT + index * BLOCK] = stateword.pack(self.generation(index), FREE)
-        return extent
+        return Extent(offset, length)
 
-    def demand(self, row: Row, state: int) -> None:
+    def demand(self, row: Row, state: int) -> list[int]:
         """Demand that a row is in a generation and a state.
+
+        Returns
+        -------
+        list
+            What is written beside the state: offset, length and size in bytes, and the two numbers of the owner.
 
         Raises
         ------
@@ -114,21 +114,27 @@ class BlockBook:
             raise StaleBlock(f"there is no block {row.index}")
         if self.state(row.index) != (row.generation, state):
             raise StaleBlock(f"generation {row.generation} of block {row.index} is not there any more")
-        self.insist_row_sound(row.index)
+        return self.row(row.index)[1:]
 
-    def insist_row_sound(self, index: int) -> None:
-        """Insist that a draft or block is as it was written."""
+    def row(self, index: int) -> list[int]:
+        """Return the words of a row, the deciding one first.
+
+        Raises
+        ------
+        TableCorrupt
+            They are not what was written there.
+        """
         at = BLOCKS_AT + index * BLOCK
-        word, *body = self._words[at : at + stateword.WORDS].tolist()
-        if not stateword.is_sound(word, body):
+        words: list[int] = self._words[at : at + stateword.WORDS].tolist()
+        if not stateword.is_sound(words[0], words[1:]):
             raise TableCorrupt(_ODD_ROW)
+        return words
 
     # -- all rows
 
-    def insist_sound(self, rows: npt.NDArray[np.intp] | slice) -> None:
-        """Insist that drafts and blocks are as they were written."""
-        if not stateword.are_sound(self._used()[rows]):
-            raise TableCorrupt(_ODD_ROW)
+    def deciding_words(self) -> npt.NDArray[np.uint64]:
+        """Return the first word of each row that was ever used."""
+        return self._used()[:, 0]
 
     def generations(self) -> npt.NDArray[np.uint64]:
         """Return the generation of each row, shape (BLOCKS,)."""
@@ -140,14 +146,22 @@ class BlockBook:
         return column
 
     def rows(self) -> npt.NDArray[np.uint64]:
-        """Return deciding word, offset and length of each row that was ever used, shape (n, 3)."""
-        return self._used()[:, :3]
+        """Return a copy of each row that was ever used, shape (n, BLOCK).
 
-    def taken(self) -> npt.NDArray[np.uint64]:
-        """Return offset and length of every draft and block, shape (n, 2), in no order."""
-        used = self._used()
-        rows: npt.NDArray[np.uint64] = used[stateword.states(used[:, 0]) != FREE, 1:3]
+        Raises
+        ------
+        TableCorrupt
+            One is not as it was written.
+        """
+        # The copy is what is checked: somebody may scribble at any moment.
+        rows: npt.NDArray[np.uint64] = self._used().copy()
+        if not stateword.are_sound(rows):
+            raise TableCorrupt(_ODD_ROW)
         return rows
+
+    def taken_by_now(self) -> npt.NDArray[np.uint64]:
+        """Return offset and length of every draft and block, shape (n, 2), in no order; not checked."""
+        return taken(self._used())
 
     def bytes_held(self) -> int:
         """Return the bytes of all blocks and drafts but those under which pages are given back: these are free."""
@@ -178,8 +192,7 @@ class BlockBook:
         # Asked for once in each look, for somebody may take one more row meanwhile.
         return self._rows[: self.in_use]
 
-    def _free_row(self) -> int:
-        in_use = self.in_use
+    def _free_row(self, in_use: int) -> int:
         are_free = stateword.states(self._rows[:in_use, 0]) == FREE
         if in_use and are_free[lowest := int(are_free.argmax())]:
             return lowest
@@ -191,6 +204,12 @@ class BlockBook:
 
     def _count_change(self) -> None:
         self._words[CHANGES_WORD] = (self._words[CHANGES_WORD] + 1) % (1 << 64)
+
+
+def taken(rows: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Return offset and length of those rows that are drafts and blocks, shape (n, 2)."""
+    parts: npt.NDArray[np.uint64] = rows[stateword.states(rows[:, 0]) != FREE, 1:3]
+    return parts
 
 
 def _are_drafts(rows: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:

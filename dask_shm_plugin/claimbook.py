@@ -27,16 +27,17 @@ class ClaimBook:
         ``MEMBERS * BLOCKS`` words; zero is no claim, for no block is ever in generation zero.
     """
 
-    def __init__(self, words: npt.NDArray[np.uint64]) -> None:
-        self._claims = words.reshape(MEMBERS, BLOCKS)
+    def __init__(self, words: memoryview) -> None:
+        self._words = words
+        self._claims = np.frombuffer(words, np.uint64).reshape(MEMBERS, BLOCKS)
 
     def enter(self, member: Member, row: Row) -> None:
         """Claim a block for a member."""
-        self._claims[member.slot, row.index] = row.generation
+        self._words[member.slot * BLOCKS + row.index] = row.generation
 
     def cross_out(self, member: Member, row: Row) -> None:
         """Undo :meth:`enter`."""
-        self._claims[member.slot, row.index] = 0
+        self._words[member.slot * BLOCKS + row.index] = 0
 
     def cross_out_all(self, member: Member, rows: int) -> None:
         """Drop every claim of a member on the first rows."""
@@ -44,7 +45,7 @@ class ClaimBook:
 
     def has(self, member: Member, row: Row) -> bool:
         """Tell whether a member claims a block."""
-        return bool(self._claims[member.slot, row.index] == row.generation)
+        return bool(self._words[member.slot * BLOCKS + row.index] == row.generation)
 
     def of(self, member: Member, rows: int) -> list[Row]:
         """Return what a member claims of the first rows."""

@@ -44,6 +44,7 @@ class Holdings:
     def __init__(self, segment: Segment, mutex: Mutex, access: Access, member: Member, warm: int) -> None:
         self._pid = os.getpid()
         self._mutex, self._access, self._member = mutex, access, member
+        self._arena_id = access.table.arena_id
         self._references = References()
         self._mappings = Mappings(segment, warm)
         self._dropped = Bin()
@@ -62,24 +63,23 @@ class Holdings:
             It has been released since.
         """
         with self._access as table:
-            extent = table.acquire(row, self._member)
+            place = table.acquire(row, self._member)
             self._references.add(row)
-            return extent, table.size(row.index)
+            return place
 
-    def map(self, place: Place, extent: Extent) -> memoryview:
+    def map(self, row: Row, extent: Extent, offset: int, length: int) -> memoryview:
         """Map a part of a block that this process refers to, copy-on-write."""
-        first, last = place.offset // PAGE * PAGE, round_up(place.offset + place.length)
-        self._refer_again(place.row)
+        first, last = offset // PAGE * PAGE, round_up(offset + length)
+        self._refer_again(row)
         try:
             mapping = self._mappings.map(BLOCKS_FROM + extent.offset + first, last - first)
         except BaseException:
-            self.drop(place.row)
+            self.drop(row)
             raise
-        views.ATLAS.add(mapping.address, last - first, Place(place.arena_id, place.row, first, last - first))
-        give_back = functools.partial(self._dropped.put, Dropped(place.row, mapping))
-        return views.Exporter(mapping.address, last - first, give_back).bytes()[
-            place.offset - first : place.offset - first + place.length
-        ]
+        views.ATLAS.add(mapping.address, Place(self._arena_id, row, first, last - first))
+        give_back = functools.partial(self._dropped.put, Dropped(row, mapping))
+        whole = views.Exporter(mapping.address, last - first, give_back).bytes()
+        return whole[offset - first : offset - first + length]
 
     def drop(self, row: Row) -> None:
         """Drop one reference, soon."""

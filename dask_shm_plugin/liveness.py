@@ -151,12 +151,11 @@ class Mutex:
     def __enter__(self) -> None:
         if os.getpid() != self._pid:
             raise ArenaUnavailable("a forked child does not share its parent's membership")
-        deadline = time.monotonic() + (_PATIENCE_AFTER_ALL if self._in_vain else self._patience)
         self.among_threads.enter_first(self._patience)
         try:
             if self.retired:
                 raise ArenaUnavailable("this process has left the arena")
-            self._lock_file(deadline)
+            self._lock_file()
         except BaseException:
             self.among_threads.leave()
             raise
@@ -182,13 +181,16 @@ class Mutex:
         self.retired, self._close = True, close
 
     @step("lock")
-    def _lock_file(self, deadline: float) -> None:
+    def _lock_file(self) -> None:
+        failure = self._among_processes.take()
+        if failure:
+            self._wait(failure)
+        self._in_vain = False
+
+    def _wait(self, failure: int) -> None:
+        deadline = time.monotonic() + (_PATIENCE_AFTER_ALL if self._in_vain else self._patience)
         pause = _FIRST_PAUSE
-        while True:
-            failure = self._among_processes.take()
-            if failure == 0:
-                self._in_vain = False
-                return
+        while failure:
             if failure not in (errno.EAGAIN, errno.EACCES):
                 raise ArenaUnavailable(f"the table cannot be locked: {os.strerror(failure)}")
             if time.monotonic() >= deadline:
@@ -196,3 +198,4 @@ class Mutex:
                 raise ArenaBusy("another process holds the table")
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+            failure = self._among_processes.take()

@@ -102,7 +102,8 @@ class Pages:
 
     def make_later(self, extent: Extent) -> None:
         """Take note of a block, the pages of which may be small."""
-        self._large.make_later(self._blocks_from + extent.offset, extent.length, self._access.table.trims)
+        if extent.length >= LARGE:
+            self._large.make_later(self._blocks_from + extent.offset, extent.length, self._access.table.trims)
 
     @property
     def are_behind(self) -> bool:

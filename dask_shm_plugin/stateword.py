@@ -29,6 +29,7 @@ _LOW = (1 << _TAG_AT) - 1
 _OF_BODY = (0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB, 0x8EBC6AF09C88C6E3)
 # Ends in 24 bits that say 1: so a tag counts as it is, and what stands below it counts in the place of the tag.
 _OF_WORD = 0x9E3779B97F << 24 | 1
+_STATE, _TAG = np.uint64(_STATE_MASK), np.uint64(_TAG_AT)
 _FACTORS = np.array([_OF_WORD, *_OF_BODY], np.uint64)
 # Not what zeros add up to.
 _ALWAYS = 0x5A0F3C
@@ -47,14 +48,19 @@ def unpack(word: int) -> tuple[int, int]:
     return low >> _STATE_BITS, low & _STATE_MASK
 
 
+def is_taken(word: int) -> bool:
+    """Tell whether a row is that of a draft or block."""
+    return word & _STATE_MASK != FREE
+
+
 def is_sound(word: int, body: Sequence[int]) -> bool:
-    """Tell whether a row that is not FREE is as it was written."""
-    return _sum(word, body) >> _TAG_AT & _TAG_MASK == _ALWAYS
+    """Tell whether a row is as it was written; what stands beside the deciding word of a FREE row means nothing."""
+    return _sum(word, body if is_taken(word) else ()) >> _TAG_AT & _TAG_MASK == _ALWAYS
 
 
 def states(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Return the states of many rows."""
-    found: npt.NDArray[np.uint64] = words & np.uint64(_STATE_MASK)
+    found: npt.NDArray[np.uint64] = words & _STATE
     return found
 
 
@@ -78,5 +84,5 @@ def _sum(word: int, body: Sequence[int]) -> int:
 
 
 def _tops(sums: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    tops: npt.NDArray[np.uint64] = sums >> np.uint64(_TAG_AT)
+    tops: npt.NDArray[np.uint64] = sums >> _TAG
     return tops

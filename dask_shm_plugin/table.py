@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dask_shm_plugin import layout, markbook, memberbook, rolebook
+from dask_shm_plugin import blockbook, layout, markbook, memberbook, rolebook
 from dask_shm_plugin.blockbook import BlockBook
 from dask_shm_plugin.claimbook import ClaimBook
 from dask_shm_plugin.crashpoints import step
@@ -91,7 +91,7 @@ class Table:
         self._roles = RoleBook(self._words[layout.ROLES_AT : layout.ROLES_AT + rolebook.WORDS])
         self.marks = MarkBook(self._words[layout.MARKS_AT : layout.MARKS_AT + markbook.WORDS])
         self._blocks = BlockBook(self._words)
-        self._claims = ClaimBook(np.frombuffer(self._words, dtype=np.uint64)[layout.CLAIMS_AT :])
+        self._claims = ClaimBook(self._words[layout.CLAIMS_AT :])
 
     @classmethod
     def format(cls, buffer: memoryview, arena_id: bytes, capacity: int) -> Table:
@@ -218,13 +218,13 @@ class Table:
     @step("seal")
     def seal(self, row: Row, owner: Member) -> None:
         """Turn a draft into a block that its owner refers to."""
-        self._blocks.demand(row, DRAFT)
+        body = self._blocks.demand(row, DRAFT)
         self._claims.enter(owner, row)
-        self._blocks.turn(row, SEALED)
+        self._blocks.turn(row, SEALED, body)
 
     @step("acquire")
-    def acquire(self, row: Row, member: Member) -> Extent:
-        """Note that a member refers to a sealed block.
+    def acquire(self, row: Row, member: Member) -> tuple[Extent, int]:
+        """Note that a member refers to a sealed block; return where it lies, and how many bytes of that it uses.
 
         Raises
         ------
@@ -233,9 +233,9 @@ class Table:
         TableCorrupt
             What the row says is not what was written there.
         """
-        self._blocks.demand(row, SEALED)
+        offset, length, size, *_ = self._blocks.demand(row, SEALED)
         self._claims.enter(member, row)
-        return self.extent(row.index)
+        return Extent(offset, length), size
 
     @step("release")
     def release(self, row: Row, member: Member) -> Extent | None:
@@ -270,10 +270,6 @@ class Table:
         """Return where a block lies."""
         return self._blocks.extent(index)
 
-    def size(self, index: int) -> int:
-        """Return how many bytes of its extent a block uses."""
-        return self._blocks.size(index)
-
     def taken(self) -> npt.NDArray[np.uint64]:
         """Return offset and length of every draft and block, shape (n, 2), in no order.
 
@@ -282,20 +278,23 @@ class Table:
         TableCorrupt
             A row does not say what was written there.
         """
-        self._blocks.insist_sound(slice(None))
-        return self._blocks.taken()
+        return blockbook.taken(self._blocks.rows())
 
     def rows(self) -> npt.NDArray[np.uint64]:
-        """Return deciding word, offset and length of each row that was ever used, shape (n, 3), not checked."""
+        """Return the words of each row that was ever used, shape (n, BLOCK); raises as :meth:`taken` does."""
         return self._blocks.rows()
 
-    def insist_sound(self, rows: npt.NDArray[np.intp] | slice) -> None:
-        """Insist that some rows say what was written there; else raise as :meth:`taken` does."""
-        self._blocks.insist_sound(rows)
+    def row(self, index: int) -> list[int]:
+        """Return the words of one row; raises as :meth:`taken` does."""
+        return self._blocks.row(index)
+
+    def deciding_words(self) -> npt.NDArray[np.uint64]:
+        """Return the first word of each row that was ever used, not checked."""
+        return self._blocks.deciding_words()
 
     def taken_by_now(self) -> npt.NDArray[np.uint64]:
         """Return what :meth:`taken` does, without the mutex: a row may be in change, and so is not checked."""
-        return self._blocks.taken()
+        return self._blocks.taken_by_now()
 
     def drafts(self) -> npt.NDArray[np.uint64]:
         """Return offset and length of every draft that is being written, shape (n, 2). Needs no mutex, as an estimate."""

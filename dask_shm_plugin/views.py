@@ -34,13 +34,6 @@ class Place(NamedTuple):
     length: int
 
 
-class _Mapped(NamedTuple):
-    end: int
-    arena_id: bytes
-    row: Row
-    offset: int
-
-
 class Exporter:
     """The object at the root of all arrays and memoryviews over one mapping.
 
@@ -85,13 +78,13 @@ class Atlas:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._starts: list[int] = []
-        self._mapped: dict[int, _Mapped] = {}
+        self._mapped: dict[int, Place] = {}
 
-    def add(self, address: int, length: int, place: Place) -> None:
+    def add(self, address: int, place: Place) -> None:
         """Enter a mapping."""
         with self._lock:
             bisect.insort(self._starts, address)
-            self._mapped[address] = _Mapped(address + length, place.arena_id, place.row, place.offset)
+            self._mapped[address] = place
 
     def remove(self, address: int) -> None:
         """Forget a mapping that is about to be unmapped."""
@@ -112,7 +105,7 @@ class Atlas:
                 return None
             start = self._starts[at]
             mapped = self._mapped[start]
-        if address + length > mapped.end:
+        if address + length > start + mapped.length:
             return None
         return Place(mapped.arena_id, mapped.row, mapped.offset + address - start, length)
 
@@ -123,7 +116,7 @@ class Atlas:
     def mappings(self, arena_id: bytes) -> list[tuple[int, int]]:
         """Return address and length of every mapping of an arena."""
         with self._lock:
-            return [(start, m.end - start) for start, m in self._mapped.items() if m.arena_id == arena_id]
+            return [(start, place.length) for start, place in self._mapped.items() if place.arena_id == arena_id]
 
     def __len__(self) -> int:
         return len(self._starts)

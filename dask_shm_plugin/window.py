@@ -49,8 +49,10 @@ class Window:
     def knows(self, offset: int, length: int, trims: int) -> bool:
         """Tell whether a part is known to be mapped page by page, as of a moment when pages were given back so often."""
         with self._lock:
-            is_now = self._known_at == trims
-            return is_now and any(start <= offset and offset + length <= end for start, end in self._known)
+            for start, end in self._known if self._known_at == trims else ():
+                if start <= offset and offset + length <= end:
+                    return True
+            return False
 
     def learn(self, offset: int, length: int, trims: int) -> None:
         """Remember what :meth:`sees` or :meth:`fill` has said."""

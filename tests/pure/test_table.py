@@ -194,7 +194,7 @@ class TestBlocks:
     def test_a_block_is_free_when_its_last_holder_releases_it(self, table: Table, alice: Member, bob: Member) -> None:
         """The order does not matter, only that no claim is left."""
         row = sealed(table, alice, 1, 2)
-        assert table.acquire(row, bob) == Extent(PAGE, 2 * PAGE)
+        assert table.acquire(row, bob) == (Extent(PAGE, 2 * PAGE), 2 * PAGE - 1)
         assert table.holders(row.index) == 2
         assert table.release(row, alice) is None
         assert table.release(row, bob) == Extent(PAGE, 2 * PAGE)

@@ -29,6 +29,7 @@ class Entry:
     """A draft, or a block with its holders."""
 
     extent: Extent
+    size: int
     owner: Member
     is_sealed: bool = False
     holders: set[Member] = field(default_factory=set)
@@ -195,7 +196,7 @@ class TableMachine(RuleBasedStateMachine):
         assert row not in self.ever, "a generation is used twice"
         assert row.index not in {used.index for used in self.blocks}, "a row in use is used again"
         self.ever.add(row)
-        self.blocks[row] = Entry(Extent(offset, pages * PAGE), member)
+        self.blocks[row] = Entry(Extent(offset, pages * PAGE), pages * PAGE - 1, member)
         self.changes += 1
         return row
 
@@ -221,7 +222,7 @@ class TableMachine(RuleBasedStateMachine):
             with pytest.raises(StaleBlock):
                 self.table.acquire(row, member)
             return
-        assert self.table.acquire(row, member) == entry.extent
+        assert self.table.acquire(row, member) == (entry.extent, entry.size)
         entry.holders.add(member)
 
     @rule(row=rows, member=members)

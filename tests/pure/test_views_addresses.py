@@ -30,9 +30,9 @@ class TestAtlas:
     def atlas(self) -> Atlas:
         """Enter two mappings that touch and one that stands alone."""
         one = Atlas()
-        one.add(0x9000, 0x1000, Place(b"b", Row(3, 1), 0x2000, 0x1000))
-        one.add(0x4000, 0x2000, Place(b"a", Row(1, 7), 0x5000, 0x2000))
-        one.add(0x6000, 0x1000, Place(b"a", Row(2, 1), 0, 0x1000))
+        one.add(0x9000, Place(b"b", Row(3, 1), 0x2000, 0x1000))
+        one.add(0x4000, Place(b"a", Row(1, 7), 0x5000, 0x2000))
+        one.add(0x6000, Place(b"a", Row(2, 1), 0, 0x1000))
         return one
 
     @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ class TestAtlas:
     def test_an_address_may_be_mapped_again(self, atlas: Atlas) -> None:
         """The kernel uses addresses again, for other blocks."""
         atlas.remove(0x4000)
-        atlas.add(0x4000, 0x1000, Place(b"c", Row(9, 9), 0, 0x1000))
+        atlas.add(0x4000, Place(b"c", Row(9, 9), 0, 0x1000))
         assert atlas.locate(0x4000, 1) == Place(b"c", Row(9, 9), 0, 1)
         assert atlas.locate(0x5000, 1) is None
 
