@@ -25,8 +25,8 @@ class FreeSpace:
 
     def __init__(self) -> None:
         self._room: Room | None = None
-        # Deciding word, offset and length of each row.
-        self._seen = np.zeros((BLOCKS, 3), np.uint64)
+        # Deciding word, offset and length of each row, and how many of them it has seen.
+        self._seen, self._rows = np.zeros((BLOCKS, 3), np.uint64), 0
 
     def room(self, table: Table) -> Room:
         """Return the room of now.
@@ -37,13 +37,16 @@ class FreeSpace:
             A row does not say what was written there.
         """
         words = table.deciding_words()
-        changed = (words != self._seen[: len(words), 0]).nonzero()[0].tolist()
+        known = min(self._rows, len(words))
+        changed = (words[:known] != self._seen[:known, 0]).nonzero()[0].tolist()
+        # A row that was not seen yet has changed, whatever stands there: somebody may have scribbled zeros.
+        changed.extend(range(known, len(words)))
         room, self._room = self._room, None  # should anything go wrong meanwhile
         if room is None or len(changed) > _MANY:
             room = self._look_anew(table)
         elif changed:
             self._follow(room, table, changed)
-        self._room = room
+        self._room, self._rows = room, len(words)
         return room
 
     def _look_anew(self, table: Table) -> Room:

@@ -142,6 +142,15 @@ class TestTable:
         scribble(arena, word, read(arena, word) & ~3)
         scene(lambda: arena.draft(PAGE))
 
+    def test_a_new_block_of_another_that_looks_as_if_it_had_never_been_is_not_written_over(
+        self, scene: Callable[..., None], arena: Arena, joined: Callable[[], Process]
+    ) -> None:
+        """Who has not seen it yet has seen nothing in its place, and must not believe it."""
+        other = joined()
+        scribble(arena, word_of(Row(*other("(theirs := publish(arena, b'theirs')).row"))), 0)
+        scene(lambda: arena.draft(PAGE))
+        other.kill()
+
     @pytest.mark.parametrize("rows", [0, layout.BLOCKS + 1, MANY])
     def test_rows_that_are_not_counted_are_not_written_over(
         self, scene: Callable[..., None], arena: Arena, rows: int
