@@ -174,9 +174,38 @@ class Arena:
         StaleBlock
             It has been released since, or belongs to another arena.
         """
-        if descriptor.arena_id != self.arena_id:
-            raise StaleBlock("the block belongs to another arena")
-        return Block(self, descriptor.row, *self.holdings.refer(descriptor.row))
+        return Block(self, descriptor.row, *self.holdings.refer(self._row_of(descriptor)))
+
+    def view(self, descriptor: Descriptor, offset: int, length: int) -> memoryview:
+        """Map a part of a block that another member named, copy-on-write.
+
+        Parameters
+        ----------
+        descriptor
+            Of the block.
+        offset, length
+            The part, in bytes.
+
+        Returns
+        -------
+        memoryview
+            Like that of :meth:`Block.view`; this process refers to the block as long as anything made from it lives.
+
+        Raises
+        ------
+        StaleBlock
+            It has been released since, or belongs to another arena.
+        MappingRefused
+            The process has too many mappings or too little address space.
+        ValueError
+            There is no such part.
+        """
+        return self.holdings.attach(self._row_of(descriptor), offset, length)
+
+    def read(self, descriptor: Descriptor, offset: int, length: int) -> memoryview:
+        """Copy what :meth:`view` would map into private memory, for a process that can map no more."""
+        with self.attach_block(descriptor) as block:
+            return block.read(offset, length)
 
     def seal(self, row: Row) -> None:
         """Seal a draft of this process and refer to it."""
@@ -298,6 +327,11 @@ class Arena:
                     self._access.member = table.join(slot, self._pid, liveness.start_time(self._pid))
                     return self._access.member
         raise MembersFull(f"all {layout.MEMBERS} places for members are taken")
+
+    def _row_of(self, descriptor: Descriptor) -> Row:
+        if descriptor.arena_id != self.arena_id:
+            raise StaleBlock("the block belongs to another arena")
+        return descriptor.row
 
     def _reserve(self, length: int, size: int) -> tuple[Row, Extent] | None:
         with self._access as table:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 from dask_shm_plugin.exceptions import ArenaUnavailable
-from dask_shm_plugin.holdings import Holdings
+from dask_shm_plugin.holdings import Holdings, insist_within
 from dask_shm_plugin.layout import Extent, Row
 from dask_shm_plugin.pages import Pages
 from dask_shm_plugin.segment import PAGE, round_up
@@ -170,18 +170,12 @@ class Block:
         MappingRefused
             The process has too many mappings or too little address space.
         """
-        self._insist_on(offset, length)
-        return self._arena.holdings.map(self.row, self._extent, offset, length)
+        return self._arena.holdings.map(self.row, self._extent, self._used, offset, length)
 
     def read(self, offset: int, length: int) -> memoryview:
         """Copy a part of the block into private memory, for a process that can map no more."""
-        self._insist_on(offset, length)
+        insist_within(self._used, offset, length)
         return self._arena.pages.read(self._extent, offset, length)
-
-    def _insist_on(self, offset: int, length: int) -> None:
-        # Behind what is used stands what an earlier block has left on the last page.
-        if offset < 0 or length <= 0 or offset + length > self._used:
-            raise ValueError(f"{length} bytes at {offset} are not in a block of {self._used}")
 
     def close(self) -> None:
         """Drop the reference; the space is free when the last one of all processes goes."""

@@ -23,7 +23,7 @@ from distributed.protocol.utils import msgpack_opts
 
 from dask_shm_plugin import membership, notices
 from dask_shm_plugin.arena import Arena
-from dask_shm_plugin.block import Block, Descriptor
+from dask_shm_plugin.block import Descriptor
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import ArenaUnavailable, HandleDamaged, MappingRefused, SharedMemoryError
 from dask_shm_plugin.layout import Row
@@ -147,12 +147,12 @@ def unpacked(header: bytes) -> Any:
     return msgpack.loads(header, object_hook=msgpack_decode_default, use_list=False, **msgpack_opts)
 
 
-Take = Callable[[Block, int, int], memoryview]
-"""How bytes of a block are had: ``Block.view`` maps them, ``Block.read`` copies them."""
+Take = Callable[[Arena, Descriptor, int, int], memoryview]
+"""How bytes of a block are had: ``Arena.view`` maps them, ``Arena.read`` copies them."""
 
 
 @step("resolve")
-def resolve(handle: Handle, *, writeable: bool = True, take: Take = Block.view) -> Any:
+def resolve(handle: Handle, *, writeable: bool = True, take: Take = Arena.view) -> Any:
     """Rebuild the value of a handle over mappings of its own.
 
     Raises
@@ -172,22 +172,21 @@ def resolve(handle: Handle, *, writeable: bool = True, take: Take = Block.view) 
     return deserialize(header, frames)
 
 
-def map_spans(spans: list[Span], arena: Arena, take: Take = Block.view) -> dict[Span, list[memoryview]]:
+def map_spans(spans: list[Span], arena: Arena, take: Take = Arena.view) -> dict[Span, list[memoryview]]:
     """Map every span; those that overlap in different mappings, for Dask would have sent independent copies."""
     mapped: dict[Span, list[memoryview]] = defaultdict(list)
     for row in {span.row for span in spans}:
-        with arena.attach_block(Descriptor(arena.arena_id, row)) as block:
-            for group in _without_overlap(sorted(span for span in spans if span.row == row)):
-                start = group[0].offset
-                view = _taken(take, block, start, group[-1].offset + group[-1].length - start)
-                for span in group:
-                    mapped[span].append(view[span.offset - start : span.offset - start + span.length])
+        for group in _without_overlap(sorted(span for span in spans if span.row == row)):
+            start = group[0].offset
+            view = _taken(take, arena, row, start, group[-1].offset + group[-1].length - start)
+            for span in group:
+                mapped[span].append(view[span.offset - start : span.offset - start + span.length])
     return mapped
 
 
-def _taken(take: Take, block: Block, offset: int, length: int) -> memoryview:
+def _taken(take: Take, arena: Arena, row: Row, offset: int, length: int) -> memoryview:
     try:
-        return take(block, offset, length)
+        return take(arena, Descriptor(arena.arena_id, row), offset, length)
     except ValueError as error:
         raise HandleDamaged(f"a handle names what is in no block: {error}") from error
 
@@ -260,6 +259,6 @@ def _mapped_or_copied(handle: Handle, *, writeable: bool) -> Any:
         if asyncio._get_running_loop() is not None:
             return Deferred(handle)
         notices.refused(error, handle.size)
-        return resolve(handle, writeable=writeable, take=Block.read)
+        return resolve(handle, writeable=writeable, take=Arena.read)
     COUNTERS.count("attached", handle.size)
     return value

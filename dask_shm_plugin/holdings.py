@@ -23,6 +23,12 @@ from dask_shm_plugin.segment import PAGE, Segment, round_up
 from dask_shm_plugin.views import Place
 
 
+def insist_within(used: int, offset: int, length: int) -> None:
+    """Insist that a part is one of a block that uses so many bytes: behind stands what an earlier one has left."""
+    if offset < 0 or length <= 0 or offset + length > used:
+        raise ValueError(f"{length} bytes at {offset} are not in a block of {used}")
+
+
 class Holdings:
     """The references and mappings of one member.
 
@@ -67,11 +73,26 @@ class Holdings:
             self._references.add(row)
             return place
 
-    def map(self, row: Row, extent: Extent, offset: int, length: int) -> memoryview:
+    def attach(self, row: Row, offset: int, length: int) -> memoryview:
+        """Refer to a block for as long as a view of a part of it lives, and return that, copy-on-write.
+
+        Raises
+        ------
+        StaleBlock
+            It has been released since.
+        """
+        return self._map(row, *self.refer(row), offset, length)
+
+    def map(self, row: Row, extent: Extent, used: int, offset: int, length: int) -> memoryview:
         """Map a part of a block that this process refers to, copy-on-write."""
-        first, last = offset // PAGE * PAGE, round_up(offset + length)
         self._refer_again(row)
+        return self._map(row, extent, used, offset, length)
+
+    def _map(self, row: Row, extent: Extent, used: int, offset: int, length: int) -> memoryview:
+        """Make a reference that was just taken one of a view."""
         try:
+            insist_within(used, offset, length)
+            first, last = offset // PAGE * PAGE, round_up(offset + length)
             mapping = self._mappings.map(BLOCKS_FROM + extent.offset + first, last - first)
         except BaseException:
             self.drop(row)

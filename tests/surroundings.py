@@ -196,10 +196,10 @@ def take_rows(leave: int) -> None:
     from dask_shm_plugin.layout import BLOCKS, Extent
 
     (arena,) = membership.all_arenas()
-    with arena._mutex:
-        first = int(np.max(np.sum(arena._access.table.taken(), axis=1), initial=0)) // mmap.PAGESIZE
-        count = BLOCKS - arena._access.table.count() - leave
-        rows = [arena._take(Extent((first + n) * mmap.PAGESIZE, mmap.PAGESIZE), 1) for n in range(count)]
+    with arena._access as table:
+        first = int(np.max(np.sum(table.taken(), axis=1), initial=0)) // mmap.PAGESIZE
+        count = BLOCKS - table.count() - leave
+        rows = [arena._take(table, Extent((first + n) * mmap.PAGESIZE, mmap.PAGESIZE), 1) for n in range(count)]
     _kept.append(lambda: [arena.holdings.drop(row) for row in rows])
 
 

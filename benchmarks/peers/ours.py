@@ -43,16 +43,12 @@ class Reader:
 
     def __init__(self, whereabouts: Any) -> None:
         self._arena = Arena.attach(*whereabouts)
-        self._block: Block | None = None
 
     def attach(self, name: Any) -> np.ndarray:
         """Map the block, copy-on-write."""
         descriptor, size = name
-        self._block = self._arena.attach_block(descriptor)
-        return np.frombuffer(self._block.view(0, size), dtype=np.float64)
+        return np.frombuffer(self._arena.view(descriptor, 0, size), dtype=np.float64)
 
     def detach(self) -> None:
-        """Drop the block, and wait until that is known."""
-        assert self._block is not None
-        self._block.close()
+        """Wait until it is known that the array is gone."""
         self._arena.holdings.tidy()

@@ -12,6 +12,7 @@ import pytest
 from other_processes import Process, publish, wait_until, wait_until_empty
 
 from dask_shm_plugin.arena import Arena
+from dask_shm_plugin.exceptions import StaleBlock
 from dask_shm_plugin.segment import PAGE
 from dask_shm_plugin.views import Exporter
 
@@ -163,3 +164,49 @@ class TestExporter:
             assert mappings() > before
             kept.clear()
             wait_until(lambda: mappings() == before, "all is unmapped")
+
+
+class TestViewsByName:
+    """A view of a block that another member named is a reference by itself."""
+
+    def test_it_refers_to_the_block_as_long_as_it_lives(self, arena: Arena, joined: Callable[[], Process]) -> None:
+        """When the last slice of it is gone, so is the block."""
+        block = publish(arena, b"0123456789")
+        other = joined()
+        other("view = arena.view(d, 3, 4); part = view[1:]", d=block.descriptor)
+        block.close()
+        arena.holdings.tidy()
+        other("del view; arena.holdings.tidy()")
+        assert other("bytes(part)") == b"456"
+        assert arena.stats().blocks == 1
+        other("del part; arena.holdings.tidy()")
+        assert arena.stats().blocks == 0
+
+    def test_a_write_to_it_is_seen_by_nobody(self, arena: Arena) -> None:
+        """Like any view."""
+        with publish(arena, b"0123") as block:
+            view = arena.view(block.descriptor, 0, 4)
+            view[:2] = b"ab"
+            assert arena.view(block.descriptor, 0, 4) == b"0123"
+
+    @pytest.mark.parametrize("how", ["view", "read"])
+    @pytest.mark.parametrize(("offset", "length"), [(-1, 2), (0, 0), (0, 11), (10, 1)])
+    def test_what_is_not_in_the_block_is_refused_and_not_kept(
+        self, arena: Arena, how: str, offset: int, length: int
+    ) -> None:
+        """Behind it stands what an earlier block has left."""
+        with publish(arena, b"0123456789") as block, pytest.raises(ValueError, match="not in a block of 10"):
+            getattr(arena, how)(block.descriptor, offset, length)
+        arena.holdings.tidy()
+        assert arena.stats().blocks == 0
+
+    @pytest.mark.parametrize("how", ["view", "read"])
+    def test_what_is_gone_or_lies_elsewhere_is_stale(self, arena: Arena, how: str) -> None:
+        """Nothing is mapped that was not meant."""
+        block = publish(arena, b"x")
+        gone = block.descriptor
+        block.close()
+        arena.holdings.tidy()
+        for descriptor in (gone, gone._replace(arena_id=bytes(16))):
+            with pytest.raises(StaleBlock):
+                getattr(arena, how)(descriptor, 0, 1)
