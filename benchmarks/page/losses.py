@@ -119,7 +119,7 @@ def _of_first_writes(results: Results) -> str | None:
 
 def _of_interpreted_code(_: Results) -> str:
     return (
-        "That is interpreted code, some two hundred calls for a put and a hundred for an attach, which the work between two "
+        "That is interpreted code, some hundred and fifty calls for a put and sixty for an attach, which the work between two "
         "rounds has driven out of the processor's caches."
     )
 
