@@ -63,9 +63,10 @@ class Access:
         ArenaUnavailable
             This process has left.
         """
-        if self._table is None:
+        table = self._table  # another thread may let go of it meanwhile
+        if table is None:
             raise self._refusal()
-        return self._table
+        return table
 
     def forget(self) -> None:
         """Let go of the table and its mapping."""

@@ -31,6 +31,7 @@ WORK = """
                     if chance.random() < 0.8:
                         block.close()
             except (ArenaFull, ArenaBusy):
+                gc.collect()  # it may be full of cycles
                 continue
             published.append(turn)
             # Only the garbage collector finds a cycle: whoever makes an object next, maybe inside of a lock, drops these.
@@ -64,9 +65,9 @@ def test_finalizers_under_the_garbage_collector_neither_deadlock_nor_leak(
         other.begin(WORK)
     for other in others:
         other.end()
-    for other in others:
-        assert other("wrong") == []
-        assert other("len(published)") > 100
+    assert all(other("wrong") == [] for other in others)
+    # Where processors are scarce, one may find the arena full of the other's garbage nearly all the time.
+    assert sum(other("len(published)") for other in others) > 100
     wait_until_empty(arena)
     for other in others:
         assert other("len(views.ATLAS)") == 0
