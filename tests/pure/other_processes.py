@@ -11,6 +11,7 @@ import ctypes
 import dis
 import itertools
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -48,6 +49,7 @@ JOIN = "arena = membership.join(cluster, 'worker', f'tcp://{os.getpid()}', capac
 LOOK = "arena = membership.join(cluster, 'worker', f'tcp://{os.getpid()}', warm=2**20)"
 LEAVE = "membership.leave(cluster, 'worker', f'tcp://{os.getpid()}')"
 _PATIENCE = 30
+_A_MOMENT = 2
 _STORES = {dis.opmap[name] for name in ("STORE_SUBSCR", "STORE_SLICE") if name in dis.opmap}
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -180,7 +182,8 @@ class Process:
             self.end()
         except (EOFError, ConnectionResetError):
             return True
-        return False
+        # Another thread of it may be about to die, and forks before.
+        return bool(select.select([self._handle], [], [], _A_MOMENT)[0])
 
     def kill(self) -> None:
         """Kill it with SIGKILL and wait until it is gone."""
@@ -196,6 +199,10 @@ class Process:
     def is_stopped(self) -> bool:
         """Wait until it stands still, or what it was told to run is done; tell whether it stands still."""
         wait_until(lambda: _state(self.pid) == "T" or self._connection.poll(), "it stops or answers", _PATIENCE)
+        # It may be another thread that stops it, a little later.
+        until = time.monotonic() + _A_MOMENT
+        while _state(self.pid) != "T" and time.monotonic() < until:
+            time.sleep(0.01)
         return _state(self.pid) == "T"
 
     def go_on(self) -> None:
