@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import nullcontext
 from typing import Any
 
@@ -58,6 +59,32 @@ def test_a_broadcast_is_written_once_and_mapped_by_every_worker(four: Client) ->
     assert (grown.published, grown.sent) == (1, 0)
     assert BIG * 8 <= grown.used < 1.1 * BIG * 8
     assert grown.attached >= 4
+
+
+def list_nothing(dask_worker: Any) -> None:
+    """Let a worker never come to list what a scatter has brought."""
+    dask_worker.plugins["dask-shm"].half._running._publish_unasked = lambda key, value: asyncio.sleep(3600)
+
+
+def list_again(dask_worker: Any) -> None:
+    """Undo :func:`list_nothing`."""
+    running = dask_worker.plugins["dask-shm"].half._running
+    del running._publish_unasked
+    for task in running._background:
+        task.cancel()
+
+
+def test_a_broadcast_does_not_wait_for_a_listing_that_does_not_come(four: Client) -> None:
+    """Those who find nothing ask."""
+    seed = fresh()
+    four.run(list_nothing)
+    try:
+        future = four.scatter(array(seed), broadcast=True)
+        assert holders(four, future) == set(addresses(four))
+        for seen in see_on(four, future, addresses(four)):
+            assert_saw(seen, array(seed))
+    finally:
+        four.run(list_again)
 
 
 @pytest.mark.parametrize("options", SCATTERS.values(), ids=SCATTERS)
