@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from dask_shm_plugin import stateword
 from dask_shm_plugin.exceptions import StaleBlock, TableCorrupt, TableFull
-from dask_shm_plugin.layout import BLOCK, BLOCKS, BLOCKS_AT, CHANGES_WORD, CLAIMS_AT, ROWS_WORD, Extent, Row
+from dask_shm_plugin.layout import BLOCK, BLOCKS, BLOCKS_AT, CLAIMS_AT, ROWS_WORD, Extent, Row
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.stateword import DRAFT, FREE
 
@@ -27,7 +27,7 @@ class BlockBook:
     Parameters
     ----------
     words
-        The words of the whole table, for the header counts the rows in use and the changes.
+        The words of the whole table, for the header counts the rows in use.
     """
 
     def __init__(self, words: memoryview) -> None:
@@ -80,7 +80,6 @@ class BlockBook:
             self._words[ROWS_WORD] = index + 1
         for n, word in enumerate(body, 1):
             self._words[at + n] = word
-        self._count_change()
         self._words[at] = stateword.pack(generation, DRAFT, body)
         return Row(index, generation)
 
@@ -91,7 +90,6 @@ class BlockBook:
     def free(self, index: int) -> Extent:
         """Make a row free, and return the extent that it had."""
         _, offset, length, *_ = self.row(index)
-        self._count_change()
         self._words[BLOCKS_AT + index * BLOCK] = stateword.pack(self.generation(index), FREE)
         return Extent(offset, length)
 
@@ -201,9 +199,6 @@ class BlockBook:
                 f"the arena holds {BLOCKS} blocks; raise shm.threshold so that fewer and larger values are shared"
             )
         return in_use
-
-    def _count_change(self) -> None:
-        self._words[CHANGES_WORD] = (self._words[CHANGES_WORD] + 1) % (1 << 64)
 
 
 def taken(rows: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

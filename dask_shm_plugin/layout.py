@@ -2,8 +2,8 @@
 
 ::
 
-    header   magic+version, arena id (2 words), capacity, change counter, next incarnation, rows in use,
-             how often pages were given back
+    header   magic+version, arena id (2 words), capacity, last incarnation, rows in use, how often pages were
+             given back, reserved
     members  see ``memberbook``
     roles    see ``rolebook``
     marks    see ``markbook``
@@ -22,7 +22,7 @@ from typing import NamedTuple
 from dask_shm_plugin import markbook, memberbook, rolebook
 from dask_shm_plugin.syscalls import LARGE
 
-VERSION = 5
+VERSION = 6
 MAGIC = int.from_bytes(b"daskshm" + bytes([VERSION]), "little")
 
 SPREAD = 4
@@ -31,7 +31,7 @@ SPREAD = 4
 MEMBERS = memberbook.SLOTS
 BLOCKS = 16384
 
-MAGIC_WORD, ID_WORD, CAPACITY_WORD, CHANGES_WORD, INCARNATION_WORD, ROWS_WORD, TRIMS_WORD = 0, 1, 3, 4, 5, 6, 7
+MAGIC_WORD, ID_WORD, CAPACITY_WORD, INCARNATION_WORD, ROWS_WORD, TRIMS_WORD = 0, 1, 3, 4, 5, 6
 HEADER = 8
 BLOCK = 8
 """Words of one row of blocks."""

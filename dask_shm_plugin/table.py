@@ -32,7 +32,6 @@ from dask_shm_plugin.exceptions import TableCorrupt
 from dask_shm_plugin.layout import (
     BLOCKS,
     CAPACITY_WORD,
-    CHANGES_WORD,
     ID_WORD,
     INCARNATION_WORD,
     MAGIC_WORD,
@@ -109,11 +108,6 @@ class Table:
     def span(self) -> int:
         """Where the offsets of blocks end."""
         return layout.SPREAD * self.capacity
-
-    @property
-    def changes(self) -> int:
-        """A number that grows whenever a block is reserved or freed."""
-        return self._words[CHANGES_WORD]
 
     @property
     def trims(self) -> int:

@@ -24,7 +24,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from dask_shm_plugin import membership
+import numpy as np
+
+from dask_shm_plugin import membership, stateword
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.block import Block
 from dask_shm_plugin.rendezvous import Listed, Meeting
@@ -82,6 +84,11 @@ def attended(other: Process, name: str) -> None:
     """Let another process be present at a rendezvous that says something."""
     other("meeting = rendezvous.enter(name, create=True)", name=name)
     other("meeting.write(said); meeting.attend(); meeting.unlock()", said=MEETING)
+
+
+def reservations(arena: Arena) -> int:
+    """Count how often a block of it was ever reserved."""
+    return int(np.sum(stateword.generations(arena._access.table.deciding_words())))
 
 
 def wait_until_empty(arena: Arena) -> None:

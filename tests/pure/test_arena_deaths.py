@@ -8,7 +8,7 @@ from itertools import count
 
 import numpy as np
 import pytest
-from other_processes import Process, publish, wait_until, wait_until_empty
+from other_processes import Process, publish, reservations, wait_until, wait_until_empty
 
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.exceptions import ArenaUnavailable, StaleBlock
@@ -225,10 +225,8 @@ class TestDeath:
                         """,
                         found=stays.descriptor,
                     )
-                begun, turns = arena._access.table.changes, chance.randrange(1, 200)
-                wait_until(
-                    lambda begun=begun, turns=turns: arena._access.table.changes >= begun + turns, "they have worked"
-                )
+                begun, turns = reservations(arena), chance.randrange(1, 100)
+                wait_until(lambda begun=begun, turns=turns: reservations(arena) >= begun + turns, "they have worked")
                 for victim in victims:
                     victim.kill()
                 wait_until(lambda: arena.roster.reclaim_dead() or arena.stats().members == 1, "the dead are no members")

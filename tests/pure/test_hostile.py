@@ -224,9 +224,12 @@ class TestTable:
 
     def test_the_largest_numbers_are_no_crash(self, arena: Arena, table: Table, buffer: memoryview) -> None:
         """What is counted up begins anew, or is refused."""
-        scribble(arena, layout.CHANGES_WORD, MANY)
+        scribble(arena, layout.TRIMS_WORD, MANY)
         publish(arena, b"x").close()
-        arena.holdings.tidy()
+        assert arena.holdings.tidy()
+        arena.trimmer.trim_all()
+        assert not arena.is_damaged
+        assert table.trims < MANY
         buffer.cast("Q")[layout.INCARNATION_WORD] = MANY
         with pytest.raises(TableCorrupt, match="incarnation"):
             table.join(0, 1, 1)

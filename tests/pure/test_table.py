@@ -37,7 +37,7 @@ class TestLayout:
 
     def test_an_empty_one_holds_nothing(self, table: Table) -> None:
         """It knows its name and capacity, and has neither members nor blocks."""
-        assert (table.arena_id, table.capacity, table.changes) == (bytes(range(16)), CAPACITY, 0)
+        assert (table.arena_id, table.capacity) == (bytes(range(16)), CAPACITY)
         assert (table.members(), table.roles(), table.count(), parts(table)) == ([], [], 0, [])
         table.validate()
 
@@ -45,7 +45,7 @@ class TestLayout:
         """Nothing is kept outside of the buffer."""
         row = sealed(table, alice)
         second = Table(buffer)
-        assert (second.arena_id, second.capacity, second.changes) == (table.arena_id, CAPACITY, 1)
+        assert (second.arena_id, second.capacity) == (table.arena_id, CAPACITY)
         assert second.members() == [alice]
         assert second.holders(row.index) == 1
         assert second.extent(row.index) == Extent(0, PAGE)
@@ -250,21 +250,6 @@ class TestBlocks:
         sealed(table, alice)
         with pytest.raises(StaleBlock):
             table.acquire(row, alice)
-
-    def test_the_change_counter_grows_with_each_reservation_and_each_freeing(
-        self, table: Table, alice: Member, bob: Member
-    ) -> None:
-        """What changes no free space does not count."""
-        seen = [table.changes]
-        row = reserve(table, alice)
-        seen.append(table.changes)
-        table.seal(row, alice)
-        table.acquire(row, bob)
-        table.release(row, alice)
-        seen.append(table.changes)
-        table.release(row, bob)
-        seen.append(table.changes)
-        assert seen == [0, 1, 1, 2]
 
     def test_it_is_full_when_every_row_is_taken(self, table: Table, alice: Member) -> None:
         """The error names the remedy; one freed row is enough to go on."""

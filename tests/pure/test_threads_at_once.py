@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from other_processes import Process, join, wait_until, wait_until_empty
+from other_processes import Process, join, reservations, wait_until, wait_until_empty
 
 from dask_shm_plugin import membership
 from dask_shm_plugin.arena import Arena
@@ -144,9 +144,9 @@ def test_a_process_whose_threads_are_at_it_may_be_killed(cluster: str, process: 
     for _ in range(3):
         other = process()
         other(JOIN_AND_LEAVE, cluster=cluster, forks=1)
-        begun = arena._access.table.changes
+        begun = reservations(arena)
         other.begin(AT_ONCE)
-        wait_until(lambda begun=begun: arena._access.table.changes > begun + 20, "they are at it")
+        wait_until(lambda begun=begun: reservations(arena) > begun + 10, "they are at it")
         other.kill()
         wait_until(lambda: arena.stats()[3:] == (0, 1), "nothing of it is left")
         arena.validate()
