@@ -92,6 +92,7 @@ for _row in (Row(1, 1), Row(0, 2), Row(-1, 1), Row(0, -1), Row(1 << 64, 1), Row(
     CHANGES[f"row {_row}"] = lambda h, row=_row: {"parts": changed_span(h, row=row)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_handle_of_which_anything_was_changed_is_refused(arena: Arena, change: str) -> None:
     """It is as if it could not be resolved: whoever asked for it asks for bytes."""
@@ -103,6 +104,7 @@ def test_a_handle_of_which_anything_was_changed_is_refused(arena: Arena, change:
     del published, other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [change for change in CHANGES if change not in ("another arena", "no arena")])
 def test_a_handle_that_somebody_made_does_no_harm(arena: Arena, change: str) -> None:
     """Its checksum fits, but what it names does not: no byte of another block, no crash, nothing taken for long."""

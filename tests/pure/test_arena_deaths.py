@@ -160,6 +160,7 @@ class TestDeath:
             arena.validate()
         assert child("1 + 1") == 2
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "action",
         [

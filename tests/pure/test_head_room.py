@@ -82,8 +82,8 @@ def test_writers_at_the_same_time_do_not_count_on_the_same_room(confined: Proces
     for _ in range(3):
         for writer in writers:
             writer.begin(f"try:\n    {write}\nexcept NoHeadRoom:\n    block = None")
-        assert [writer.is_killed() for writer in writers] == [False] * 4
         for writer in writers:
+            writer.end()  # which fails where it was killed
             writer("block and block.close()")
     writers[0](write)
 
