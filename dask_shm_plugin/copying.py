@@ -25,7 +25,8 @@ class Copier:
     Notes
     -----
     Thread-safe. Holds no GIL while it copies. Who calls copies along, and waits for nobody who has not begun: where all
-    processors are busy it is done as if there were no helpers. Not for forked children of a process that has used it.
+    processors are busy it is done as if there were no helpers. There must never be a moment when a helper copies and the
+    call is over, even by ``KeyboardInterrupt``. Not for forked children of a process that has used it.
     """
 
     def __init__(self) -> None:
@@ -46,10 +47,13 @@ class Copier:
                     np.copyto(target[at : at + _STEP], source[at : at + _STEP])
 
         helping = self._start(copy_along)
-        copy_along()
-        for future in helping:
-            if not future.cancel():
-                future.result()
+        try:
+            copy_along()
+        finally:
+            steps.clear()
+            for future in helping:
+                if not future.cancel():
+                    future.result()
 
     def close(self) -> None:
         """Let the threads end, as soon as nobody copies."""

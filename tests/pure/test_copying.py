@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -64,6 +65,27 @@ def test_helpers_that_are_busy_keep_nobody_waiting(copier: Copier) -> None:
         np.testing.assert_array_equal(target, source)
     finally:
         free.set()
+
+
+@several
+def test_nobody_copies_any_more_when_the_caller_was_interrupted(
+    copier: Copier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The place may be somebody else's by then."""
+    has_begun, over = threading.Event(), []
+
+    def copyto(*_: np.ndarray) -> None:
+        if threading.current_thread() is threading.main_thread():
+            assert has_begun.wait(10)
+            raise KeyboardInterrupt
+        has_begun.set()
+        time.sleep(0.2)
+        over.append(True)
+
+    monkeypatch.setattr(copying.np, "copyto", copyto)
+    with pytest.raises(KeyboardInterrupt):
+        copier.copy(np.empty(8 * STEP, np.uint8), np.empty(8 * STEP, np.uint8))
+    assert over == [True]
 
 
 def test_many_threads_copy_at_the_same_time(copier: Copier) -> None:
