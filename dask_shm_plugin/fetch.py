@@ -79,9 +79,11 @@ def is_member(arena: Arena, asked_by: list[str]) -> bool:
     return False
 
 
-async def finish(data: Mapping[Any, Any]) -> dict[Any, Any]:
+async def finish(data: dict[Any, Any]) -> dict[Any, Any]:
     """Rebuild in a thread what could not be rebuilt on the event loop, and return the data with it."""
     later = [key for key, value in data.items() if type(value) is Deferred]
+    if not later:
+        return data
     values = await asyncio.gather(*(asyncio.to_thread(handles.become, data[key].handle) for key in later))
     return {**data, **dict(zip(later, values, strict=True))}
 
@@ -97,6 +99,8 @@ def unusable(data: Mapping[Any, Any]) -> list[Any]:
 async def _look_up(worker: str, keys: Collection[Any]) -> dict[Any, Any]:
     """Return what a worker need not be asked for."""
     listed = listings.find(worker, keys)
+    if not listed:
+        return {}
     arrived = await finish({key: handles.arrive(handle) for key, handle in listed.items()})
     found = {key: value for key, value in arrived.items() if type(value) is not Unresolved}
     for key in found:

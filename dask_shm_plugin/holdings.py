@@ -49,7 +49,7 @@ class Holdings:
 
     def __init__(self, segment: Segment, mutex: Mutex, access: Access, member: Member, warm: int) -> None:
         self._pid = os.getpid()
-        self._mutex, self._access, self._member = mutex, access, member
+        self._segment, self._mutex, self._access, self._member = segment, mutex, access, member
         self._arena_id = access.table.arena_id
         self._references = References()
         self._mappings = Mappings(segment, warm)
@@ -85,6 +85,7 @@ class Holdings:
 
     def map(self, row: Row, extent: Extent, used: int, offset: int, length: int) -> memoryview:
         """Map a part of a block that this process refers to, copy-on-write."""
+        self._segment.insist_whole()
         self._refer_again(row)
         return self._map(row, extent, used, offset, length)
 

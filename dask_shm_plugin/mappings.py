@@ -52,7 +52,7 @@ class Mappings:
         self._kept: list[Mapping] = []
 
     def map(self, offset: int, length: int) -> Mapping:
-        """Map a part of the segment copy-on-write.
+        """Map a part of the segment copy-on-write, which the caller has seen to be whole.
 
         Raises
         ------
@@ -61,7 +61,6 @@ class Mappings:
         TableCorrupt
             Somebody has cut the segment short.
         """
-        self._segment.insist_whole()
         kept = self._take(offset, length)
         if kept is not None:
             return kept

@@ -307,6 +307,18 @@ class TestSegment:
         with pytest.raises(SharedMemoryError):
             process()("Arena.attach(at, arena_id)", at=at, arena_id=arena_id)
 
+    def test_a_mapping_that_was_kept_is_not_used_again_when_the_memory_was_cut_short(
+        self, process: Callable[[], Process]
+    ) -> None:
+        """It shows nothing any more, like a new one."""
+        one = process()
+        one("arena = Arena.create(1 << 21, warm=1 << 21); block = publish(arena, bytes(1 << 20))")
+        one("view = block.view(0, 1 << 20); del view; arena.holdings.tidy()")
+        assert one("len(arena.holdings._mappings)") == 1
+        process()("os.truncate(f'/proc/{at.pid}/fd/{at.fd}', 0)", at=one("arena.segment.whereabouts"))
+        with pytest.raises(SharedMemoryError, match="short"):
+            one("block.view(0, 1 << 20)")
+
     def test_a_memfd_cannot_be_cut_short(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """It is sealed, and so are its seals; pages can be given back all the same."""
         monkeypatch.setattr(segment, "_posix_memory_free", lambda: 0)
