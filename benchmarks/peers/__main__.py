@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="some of them (default: all)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all rounds there")
     asked = parser.parse_args()
-    starts, rounds = (1, 2) if asked.quick else (3, 4)
+    starts, rounds = (1, 2) if asked.quick else (5, 12)
     sizes = [MIB, 4 * MIB] if asked.quick else [MIB, 16 * MIB, 256 * MIB]
     peers = [peer for peer in PEERS if peer.name in asked.only]
     asked.envs.mkdir(parents=True, exist_ok=True)

@@ -81,7 +81,7 @@ def move(site: Site, seed: int, size: int) -> Round:
 
 def event_loop(*, is_quick: bool) -> Measurement:
     """Let a cluster with the plugin and one without move large values in turn."""
-    size, count = (4 * MIB, 2) if is_quick else (1024 * MIB, 4)
+    size, count = (4 * MIB, 2) if is_quick else (1024 * MIB, 8)
     rounds: list[Round] = []
     spec = Spec(workers=3, memory_limit="5 GiB")
     with sites(spec, spec._replace(with_plugin=False)) as started:
@@ -103,7 +103,7 @@ def _figures(rounds: list[Round], size: int) -> list[Figure]:
         return [_worst(one, arm, *more) for one in rounds]
 
     late, work = of("plugin"), of("plugin", ROLES, OURS, "work")
-    meanwhile = of("plugin", (BYSTANDER,))
+    meanwhile, (kept, kept_by_stock) = of("plugin", (BYSTANDER,)), (of(arm, ROLES, OURS, "kept") for arm in ARMS)
     rows = [
         ("median of rounds", statistics.median(late), 10),
         ("maximum", max(late), None),
@@ -112,6 +112,9 @@ def _figures(rounds: list[Round], size: int) -> list[Figure]:
         ("idle for 1 s, median", statistics.median(of("plugin", ROLES, ("idle",))), None),
         ("a bystander's meanwhile, median", statistics.median(meanwhile), None),
         ("a bystander's meanwhile, maximum", max(meanwhile), None),
+        ("without waiting for a processor, median", statistics.median(kept), None),
+        ("without waiting for a processor, maximum", max(kept), None),
+        ("without waiting for a processor, stock Dask, median", statistics.median(kept_by_stock), None),
         ("its own work in it (CPU), median", statistics.median(work), None),
         ("its own work in it (CPU), maximum", max(work), None),
         ("its own work in it (CPU), stock Dask, median", statistics.median(of("stock", ROLES, OURS, "work")), None),

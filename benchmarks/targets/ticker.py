@@ -1,7 +1,8 @@
 """How late an event loop is with what is due every millisecond: the longest time for which something kept it.
 
-What kept it may be its own work, somebody else who had the interpreter's lock, or the machine. So a ticker also notes how
-much processor time the loop's thread has used between two ticks: that is its own work, on a busy machine, too.
+What kept it may be its own work, somebody else who had the interpreter's lock or whom the kernel let map first, or that all
+processors were busy. So a ticker also notes how much processor time the loop's thread has used between two ticks, which is
+its own work; and how late it was without the time for which its thread waited for a processor, as the kernel says.
 """
 
 from __future__ import annotations
@@ -9,34 +10,44 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
 EVERY = 0.001
-NOTHING = {"late": 0.0, "work": 0.0}
+NOTHING = {"late": 0.0, "work": 0.0, "kept": 0.0}
 
 Worst = dict[str, float]
 
 
 class Ticker:
-    """Ticks on the running loop, and remembers how late it was at worst, and how long the loop worked at most."""
+    """Ticks on the running loop, and remembers how late it was at worst, and how long the loop worked at most.
+
+    *Kept* is how late it was at worst without waiting for a processor.
+    """
 
     def __init__(self) -> None:
         self._worst = dict(NOTHING)
+        self._scheduling = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
         self._task = asyncio.get_running_loop().create_task(self._tick())
 
     async def _tick(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            due, worked = loop.time() + EVERY, time.thread_time()
+            due, worked, queued = loop.time() + EVERY, time.thread_time(), self._queued()
             await asyncio.sleep(EVERY)
-            seen = {"late": loop.time() - due, "work": time.thread_time() - worked}
+            late = loop.time() - due
+            seen = {"late": late, "work": time.thread_time() - worked, "kept": late - (self._queued() - queued)}
             self._worst = {what: max(seconds, seen[what]) for what, seconds in self._worst.items()}
 
+    def _queued(self) -> float:
+        """Return the seconds for which this thread has waited for a processor so far."""
+        return int(os.pread(self._scheduling, 64, 0).split()[1]) / 1e9
+
     async def take(self) -> Worst:
-        """Return the worst of both since the last call, in seconds."""
+        """Return the worst of each since the last call, in seconds."""
         # What has kept the loop until now shows at the next tick.
         await asyncio.sleep(2 * EVERY)
         worst, self._worst = self._worst, dict(NOTHING)
