@@ -84,9 +84,14 @@ def _of_peers(result: dict[str, Any]) -> list[Line]:
         at = {name: peer[str(size)] for name, peer in medians.items() if str(size) in peer}
         ours, what = at["ours"], f"{size / MIB:g} MiB"
         if size >= 16 * MIB:
-            found.append(Line("peers", f"put {what}, over a memcpy", ours["put_to_memcpy"], "×", 1.1))
-            stores = {name: one["put"] for name, one in at.items() if name != "ours" and not name.startswith("Dask")}
-            found += [_beside(f"put {what}", ours["put"], best, stores[best]) for best in _least(stores)]
+            beside_copy = ours["put_to_memcpy"]
+            found.append(Line("peers", f"put {what}, over a memcpy", beside_copy, "×", 1.1))
+            # A copy takes up to a third longer in one process than in another, for its memory lies elsewhere.
+            stores = {n: one["put_to_memcpy"] for n, one in at.items() if n != "ours" and not n.startswith("Dask")}
+            found += [
+                _beside(f"put {what}, each over its own memcpy", beside_copy, best, stores[best])
+                for best in _least(stores)
+            ]
         else:
             less = (ours["put"] - 100e-6) / ours["memcpy"]
             found.append(Line("peers", f"put {what}, less 100 µs, over a memcpy", less, "×", 1.5))
