@@ -125,7 +125,7 @@ def hook(folder: str) -> None:
         return row
 
     def noting_free(table: Any, index: int) -> Any:
-        notes.write(f"{time.monotonic_ns()} {index} {table._blocks.generation(index)} 0\n")
+        notes.write(f"{time.monotonic_ns()} {index} {table.blocks.generation(index)} 0\n")
         return free(table, index)
 
     Table.reserve, Table._free = noting_reserve, noting_free  # type: ignore[method-assign]

@@ -6,11 +6,14 @@ from the table and writes nothing to it any more, for whatever it did would make
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from types import TracebackType
 
+from dask_shm_plugin import syscalls, views
 from dask_shm_plugin.exceptions import ArenaUnavailable, TableCorrupt
+from dask_shm_plugin.layout import TABLE_BYTES
 from dask_shm_plugin.liveness import Mutex
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.segment import Segment
@@ -115,3 +118,9 @@ class Access:
                 "all else is sent. Stop all workers of this cluster on this machine, then start them again.",
                 error,
             )
+
+
+def map_table(segment: Segment) -> memoryview:
+    """Map the table of a segment for as long as anything refers to it."""
+    address = segment.map_shared(0, TABLE_BYTES)
+    return views.Exporter(address, TABLE_BYTES, functools.partial(syscalls.unmap, address, TABLE_BYTES)).bytes()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import secrets
 import threading
@@ -12,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dask_shm_plugin import layout, liveness, syscalls, tidying, views
-from dask_shm_plugin.access import Access
+from dask_shm_plugin import layout, liveness, tidying
+from dask_shm_plugin.access import Access, map_table
 from dask_shm_plugin.block import Block, Descriptor, Draft
 from dask_shm_plugin.blockbook import TRIMMING
 from dask_shm_plugin.crashpoints import step
@@ -90,7 +89,7 @@ class Arena:
         self.segment = segment
         self._pid = os.getpid()
         self._mutex = liveness.Mutex(segment.fd)
-        table = Table(_map_table(segment))
+        table = Table(map_table(segment))
         self.arena_id, self.capacity = table.arena_id, table.capacity
         self._access = Access(segment, table, self._mutex)
         self._free_space = FreeSpace()
@@ -115,7 +114,7 @@ class Arena:
         segment = Segment.create(BLOCKS_FROM + layout.SPREAD * capacity, TABLE_BYTES + capacity)
         try:
             segment.reserve(0, layout.SHARED_BYTES)
-            Table.format(_map_table(segment), secrets.token_bytes(16), capacity)
+            Table.format(map_table(segment), secrets.token_bytes(16), capacity)
             return cls(segment, warm)
         except BaseException:
             segment.close()
@@ -132,7 +131,7 @@ class Arena:
         """
         segment = Segment.open(at)
         try:
-            table = Table(_map_table(segment)) if segment.size >= BLOCKS_FROM else None
+            table = Table(map_table(segment)) if segment.size >= BLOCKS_FROM else None
             if table is None or table.arena_id != arena_id:
                 raise ArenaUnavailable("another arena was found in the place of the one looked for")
             if BLOCKS_FROM + table.span > segment.size:
@@ -242,7 +241,7 @@ class Arena:
         if self.is_damaged:
             return ArenaStats(0, 0, 0, 0, 0)
         with self._access as table:
-            lengths, members = table.taken()[:, 1], len(table.members())
+            lengths, members = table.blocks.taken()[:, 1], len(table.members())
             return ArenaStats(table.capacity, int(np.sum(lengths)), self.segment.resident, len(lengths), members)
 
     def inspect(self) -> None:
@@ -255,7 +254,7 @@ class Arena:
         """
         with self._access as table:
             table.check(self.member, self.holdings)
-            table.taken()
+            table.blocks.taken()
 
     def validate(self) -> None:
         """Check the invariants of the table; see :meth:`Table.validate`."""
@@ -318,7 +317,7 @@ class Arena:
     @step("join")
     def _join(self) -> Member:
         with self._access as table:
-            table.taken()
+            table.blocks.taken()
             for slot in table.vacant():
                 # The locks come first, or there would be a moment when a living member looks dead. A slot whose lock
                 # is still held belonged to a process whose forked child lives on.
@@ -356,9 +355,3 @@ class Arena:
 
     def __reduce__(self) -> Any:
         raise TypeError("an Arena cannot be pickled; send its segment's Whereabouts")
-
-
-def _map_table(segment: Segment) -> memoryview:
-    """Map the table of a segment for as long as anything refers to it."""
-    address = segment.map_shared(0, TABLE_BYTES)
-    return views.Exporter(address, TABLE_BYTES, functools.partial(syscalls.unmap, address, TABLE_BYTES)).bytes()

@@ -131,7 +131,7 @@ class BlockBook:
     # -- all rows
 
     def deciding_words(self) -> npt.NDArray[np.uint64]:
-        """Return the first word of each row that was ever used."""
+        """Return the first word of each row that was ever used, not checked."""
         return self._used()[:, 0]
 
     def generations(self) -> npt.NDArray[np.uint64]:
@@ -157,8 +157,12 @@ class BlockBook:
             raise TableCorrupt(_ODD_ROW)
         return rows
 
+    def taken(self) -> npt.NDArray[np.uint64]:
+        """Return offset and length of every draft and block, shape (n, 2), in no order; raises as :meth:`rows` does."""
+        return taken(self.rows())
+
     def taken_by_now(self) -> npt.NDArray[np.uint64]:
-        """Return offset and length of every draft and block, shape (n, 2), in no order; not checked."""
+        """Return what :meth:`taken` does. Needs no mutex: a row may be in change, and so is not checked."""
         return taken(self._used())
 
     def bytes_held(self) -> int:
@@ -168,13 +172,13 @@ class BlockBook:
         return int(np.sum(used[(stateword.states(used[:, 0]) != FREE) & ~is_trimmed, 2]))
 
     def drafts(self) -> npt.NDArray[np.uint64]:
-        """Return offset and length of every draft that is being written, shape (n, 2)."""
+        """Return offset and length of every draft that is being written, shape (n, 2). Needs no mutex, as an estimate."""
         used = self._used()
         rows: npt.NDArray[np.uint64] = used[_are_drafts(used) & (used[:, 3] != TRIMMING), 1:3]
         return rows
 
     def is_trimmed(self) -> bool:
-        """Tell whether pages are being given back just now."""
+        """Tell whether pages are being given back just now. Needs no mutex."""
         used = self._used()
         return bool(np.any(_are_drafts(used) & (used[:, 3] == TRIMMING)))
 

@@ -36,7 +36,7 @@ class FreeSpace:
         TableCorrupt
             A row does not say what was written there.
         """
-        words = table.deciding_words()
+        words = table.blocks.deciding_words()
         known = min(self._rows, len(words))
         changed = (words[:known] != self._seen[:known, 0]).nonzero()[0].tolist()
         # A row that was not seen yet has changed, whatever stands there: somebody may have scribbled zeros.
@@ -50,12 +50,12 @@ class FreeSpace:
         return room
 
     def _look_anew(self, table: Table) -> Room:
-        rows = table.rows()
+        rows = table.blocks.rows()
         self._seen[: len(rows)] = rows[:, :3]
         return Room(blockbook.taken(rows), table.capacity, SPREAD)
 
     def _follow(self, room: Room, table: Table, changed: list[int]) -> None:
-        pairs = [(self._seen[index].tolist(), table.row(index)[:3]) for index in changed]
+        pairs = [(self._seen[index].tolist(), table.blocks.row(index)[:3]) for index in changed]
         # A draft that was sealed lies where it was.
         moved = [(old, new) for old, new in pairs if is_taken(old[0]) != is_taken(new[0]) or old[1:] != new[1:]]
         # What was given up may have been taken anew, under another row.

@@ -153,7 +153,7 @@ class Pages:
                 )
 
     def _is_room(self, missing: int, extent: Extent) -> bool:
-        others = [(int(at), int(length)) for at, length in self._access.table.drafts() if at != extent.offset]
+        others = [(int(at), int(length)) for at, length in self._access.table.blocks.drafts() if at != extent.offset]
         # Asking the kernel how far each has come may have to wait for it: only where it matters.
         at_most = sum(min(length, _AT_ONCE) for _, length in others)
         # The room is always read last: pages that others make meanwhile are then counted twice, and not never.

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dask_shm_plugin import blockbook, layout, markbook, memberbook, rolebook
+from dask_shm_plugin import layout, markbook, memberbook, rolebook
 from dask_shm_plugin.blockbook import BlockBook
 from dask_shm_plugin.claimbook import ClaimBook
 from dask_shm_plugin.crashpoints import step
@@ -73,6 +73,8 @@ class Table:
         Sixteen random bytes that name this arena and no other.
     capacity
         Bytes that all blocks together may have.
+    blocks
+        The rows, for those who look at them all; they are changed here only.
     marks
         Which listings of whose directory are good. Need no mutex.
     """
@@ -89,7 +91,7 @@ class Table:
         self._book = MemberBook(self._words[layout.MEMBERS_AT : layout.ROLES_AT])
         self._roles = RoleBook(self._words[layout.ROLES_AT : layout.ROLES_AT + rolebook.WORDS])
         self.marks = MarkBook(self._words[layout.MARKS_AT : layout.MARKS_AT + markbook.WORDS])
-        self._blocks = BlockBook(self._words)
+        self.blocks = BlockBook(self._words)
         self._claims = ClaimBook(self._words[layout.CLAIMS_AT :])
 
     @classmethod
@@ -162,21 +164,21 @@ class Table:
         """
         if not self.is_live(member):
             return []
-        held = self._claims.of(member, self._blocks.in_use) + self._blocks.drafts_of(member)
+        held = self._claims.of(member, self.blocks.in_use) + self.blocks.drafts_of(member)
         freed = [extent for row in held if (extent := self.release(row, member))]
-        self._claims.cross_out_all(member, self._blocks.in_use)
+        self._claims.cross_out_all(member, self.blocks.in_use)
         self._roles.remove_all(member)
         self._book.cross_out(member)
         return freed
 
     def has_drafts(self, member: Member) -> bool:
         """Tell whether a member has drafts. Needs no mutex: a change meanwhile makes the answer old."""
-        return bool(self._blocks.drafts_of(member))
+        return bool(self.blocks.drafts_of(member))
 
     @step("reclaim drafts")
     def reclaim_drafts(self, member: Member) -> list[Extent]:
         """Take back the drafts of a member whose process is proved to be gone; return the extents that became free."""
-        return [extent for row in self._blocks.drafts_of(member) if (extent := self.release(row, member))]
+        return [extent for row in self.blocks.drafts_of(member) if (extent := self.release(row, member))]
 
     # -- roles
 
@@ -207,14 +209,14 @@ class Table:
         TableFull
             All ``BLOCKS`` rows are taken.
         """
-        return self._blocks.enter(extent, size, owner)
+        return self.blocks.enter(extent, size, owner)
 
     @step("seal")
     def seal(self, row: Row, owner: Member) -> None:
         """Turn a draft into a block that its owner refers to."""
-        body = self._blocks.demand(row, DRAFT)
+        body = self.blocks.demand(row, DRAFT)
         self._claims.enter(owner, row)
-        self._blocks.turn(row, SEALED, body)
+        self.blocks.turn(row, SEALED, body)
 
     @step("acquire")
     def acquire(self, row: Row, member: Member) -> tuple[Extent, int]:
@@ -227,7 +229,7 @@ class Table:
         TableCorrupt
             What the row says is not what was written there.
         """
-        offset, length, size, *_ = self._blocks.demand(row, SEALED)
+        offset, length, size, *_ = self.blocks.demand(row, SEALED)
         self._claims.enter(member, row)
         return Extent(offset, length), size
 
@@ -235,11 +237,11 @@ class Table:
     def release(self, row: Row, member: Member) -> Extent | None:
         """Drop what a member has of a block, its claim or its draft; return the extent if that made it free."""
         is_mine = self._claims.has(member, row)
-        is_at = self._blocks.state(row.index)
+        is_at = self.blocks.state(row.index)
         is_last = is_at == (row.generation, SEALED) and self._count_claims(row.index) == int(is_mine)
-        is_draft = is_at == (row.generation, DRAFT) and self._blocks.owner(row.index) == member
+        is_draft = is_at == (row.generation, DRAFT) and self.blocks.owner(row.index) == member
         # There must never be a moment when a block is sealed and unclaimed: nobody's death would free it.
-        freed = self._blocks.free(row.index) if is_last or is_draft else None
+        freed = self.blocks.free(row.index) if is_last or is_draft else None
         if is_mine:
             self._claims.cross_out(member, row)
         return freed
@@ -247,7 +249,7 @@ class Table:
     def holders(self, index: int) -> int:
         """Return how many members refer to the present generation of a block."""
         return int(
-            np.count_nonzero(self._claims.on(index, self._book.slots()) == np.uint64(self._blocks.generation(index)))
+            np.count_nonzero(self._claims.on(index, self._book.slots()) == np.uint64(self.blocks.generation(index)))
         )
 
     def count_holders(self, rows: Sequence[Row]) -> npt.NDArray[np.intp]:
@@ -256,51 +258,9 @@ class Table:
 
     def weigh(self, member: Member) -> Weight:
         """Weigh what a member refers to. Needs no mutex: a change meanwhile makes the weight old, not wrong."""
-        mine, holders = self._claims.held(member, self._blocks.in_use, self._book.slots())
-        lengths = self._blocks.lengths(mine)
+        mine, holders = self._claims.held(member, self.blocks.in_use, self._book.slots())
+        lengths = self.blocks.lengths(mine)
         return Weight(int(np.sum(lengths / np.maximum(holders, 1))), int(np.sum(lengths[holders <= 1])))
-
-    def extent(self, index: int) -> Extent:
-        """Return where a block lies."""
-        return self._blocks.extent(index)
-
-    def taken(self) -> npt.NDArray[np.uint64]:
-        """Return offset and length of every draft and block, shape (n, 2), in no order.
-
-        Raises
-        ------
-        TableCorrupt
-            A row does not say what was written there.
-        """
-        return blockbook.taken(self._blocks.rows())
-
-    def rows(self) -> npt.NDArray[np.uint64]:
-        """Return the words of each row that was ever used, shape (n, BLOCK); raises as :meth:`taken` does."""
-        return self._blocks.rows()
-
-    def row(self, index: int) -> list[int]:
-        """Return the words of one row; raises as :meth:`taken` does."""
-        return self._blocks.row(index)
-
-    def deciding_words(self) -> npt.NDArray[np.uint64]:
-        """Return the first word of each row that was ever used, not checked."""
-        return self._blocks.deciding_words()
-
-    def taken_by_now(self) -> npt.NDArray[np.uint64]:
-        """Return what :meth:`taken` does, without the mutex: a row may be in change, and so is not checked."""
-        return self._blocks.taken_by_now()
-
-    def drafts(self) -> npt.NDArray[np.uint64]:
-        """Return offset and length of every draft that is being written, shape (n, 2). Needs no mutex, as an estimate."""
-        return self._blocks.drafts()
-
-    def is_trimmed(self) -> bool:
-        """Tell whether pages are being given back just now. Needs no mutex."""
-        return self._blocks.is_trimmed()
-
-    def count(self) -> int:
-        """Return the number of drafts and blocks."""
-        return len(self.taken())
 
     # -- what must always hold
 
@@ -329,11 +289,11 @@ class Table:
             raise TableCorrupt("this process was crossed out")
         if not self._rows_seen <= rows <= BLOCKS:
             raise TableCorrupt("there were never so many rows, or so few")
-        if rows != BLOCKS and self._blocks.state(rows)[1] != FREE:
+        if rows != BLOCKS and self.blocks.state(rows)[1] != FREE:
             raise TableCorrupt("there are more rows in use than it says")
         self._rows_seen = rows
         for index, generation in referred:
-            at = self._blocks.state(index)
+            at = self.blocks.state(index)
             _insist(at in ((generation, DRAFT), (generation, SEALED)), "a block that is in use was freed")
             is_mine = member is None or self._claims.has(member, Row(index, generation))
             _insist(at[1] == DRAFT or is_mine, "a claim of this process was crossed out")
@@ -346,22 +306,22 @@ class Table:
         TableCorrupt
             With the first one that is broken.
         """
-        taken = self.taken()
+        taken = self.blocks.taken()
         taken = taken[np.argsort(taken[:, 0])]
         ends = taken[:, 0] + taken[:, 1]
         _insist(bool(np.all(ends[:-1] <= taken[1:, 0])), "two blocks overlap")
         _insist(len(taken) == 0 or int(ends[-1]) <= self.span, "a block ends behind the arena")
-        _insist(self._blocks.bytes_held() <= self.capacity, "the blocks are more than the capacity")
+        _insist(self.blocks.bytes_held() <= self.capacity, "the blocks are more than the capacity")
         _insist(bool(np.all(taken[:, 1] > 0)), "a block is empty")
-        for index in range(self._blocks.in_use):
-            state = self._blocks.state(index)[1]
+        for index in range(self.blocks.in_use):
+            state = self.blocks.state(index)[1]
             _insist(state in (FREE, DRAFT, SEALED), "a block is in no known state")
             if state == SEALED:
                 _insist(self.holders(index) > 0, "nobody refers to a sealed block")
             if state == DRAFT:
-                _insist(self.is_live(self._blocks.owner(index)), "a draft has no owner")
+                _insist(self.is_live(self.blocks.owner(index)), "a draft has no owner")
         for member in self.members():
-            beyond = self._claims.generations(member) > self._blocks.generations()
+            beyond = self._claims.generations(member) > self.blocks.generations()
             _insist(not np.any(beyond), "a claim is younger than its block")
 
     # -- inside
@@ -369,8 +329,8 @@ class Table:
     def _count_claims(self, index: int) -> int:
         """Count the claims of a block; unlike :meth:`holders`, also of those who are only said to be no members."""
         claims = self._claims.on(index, self._book.slots_ever_taken())
-        _insist(not np.any(claims > self._blocks.generation(index)), "a claim is younger than its block")
-        return int(np.count_nonzero(claims == self._blocks.generation(index)))
+        _insist(not np.any(claims > self.blocks.generation(index)), "a claim is younger than its block")
+        return int(np.count_nonzero(claims == self.blocks.generation(index)))
 
 
 def _insist(holds: bool, otherwise: str) -> None:

@@ -72,11 +72,11 @@ class Trimmer:
     def wait(self) -> None:
         """Wait, for a bounded time, until nobody gives pages back."""
         until = time.monotonic() + _TAKES
-        while self._access.table.is_trimmed() and time.monotonic() < until:
+        while self._access.table.blocks.is_trimmed() and time.monotonic() < until:
             time.sleep(0.001)
 
     def _used(self) -> int:
-        return int(np.sum(self._access.table.taken_by_now()[:, 1]))
+        return int(np.sum(self._access.table.blocks.taken_by_now()[:, 1]))
 
     def _trim_to(self, warm: int) -> None:
         stuck: dict[int, int] = {}
@@ -115,7 +115,7 @@ def find(
         Where in the segment parts begin that could not be given back, and where they end.
     """
     # What is found is looked at again under the mutex; here, no odd number shall be too large to count with.
-    taken = np.minimum(table.taken_by_now(), np.uint64(table.span))
+    taken = np.minimum(table.blocks.taken_by_now(), np.uint64(table.span))
     # Less than there is, while drafts are written: where all shall go, it is not asked.
     free = segment.resident - table.reserved_bytes() - int(np.sum(taken[:, 1]))
     if warm and free <= warm:

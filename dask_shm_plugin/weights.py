@@ -42,7 +42,7 @@ class Weights:
 
     def size_of(self, row: Row) -> int:
         """Return the bytes that a block takes."""
-        return self._access.table.extent(row.index).length
+        return self._access.table.blocks.extent(row.index).length
 
     def count_holders(self, rows: Sequence[Row]) -> npt.NDArray[np.intp]:
         """Count the members that refer to each of some blocks."""

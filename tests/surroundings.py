@@ -197,8 +197,8 @@ def take_rows(leave: int) -> None:
 
     (arena,) = membership.all_arenas()
     with arena._access as table:
-        first = int(np.max(np.sum(table.taken(), axis=1), initial=0)) // mmap.PAGESIZE
-        count = BLOCKS - table.count() - leave
+        first = int(np.max(np.sum(table.blocks.taken(), axis=1), initial=0)) // mmap.PAGESIZE
+        count = BLOCKS - len(table.blocks.taken()) - leave
         rows = [arena._take(table, Extent((first + n) * mmap.PAGESIZE, mmap.PAGESIZE), 1) for n in range(count)]
     _kept.append(lambda: [arena.holdings.drop(row) for row in rows])
 

@@ -88,7 +88,7 @@ def attended(other: Process, name: str) -> None:
 
 def reservations(arena: Arena) -> int:
     """Count how often a block of it was ever reserved."""
-    return int(np.sum(stateword.generations(arena._access.table.deciding_words())))
+    return int(np.sum(stateword.generations(arena._access.table.blocks.deciding_words())))
 
 
 def wait_until_empty(arena: Arena) -> None:

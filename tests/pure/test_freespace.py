@@ -44,7 +44,7 @@ def test_blocks_of_many_never_overlap(process: Callable[[], Process], seed: int)
         arena.validate()
         with arena._access as table:
             for length in (PAGE, 7 * PAGE):
-                anew = Room(table.taken(), table.capacity, SPREAD)
+                anew = Room(table.blocks.taken(), table.capacity, SPREAD)
                 assert arena._free_space.room(table).place(length) == anew.place(length)
     other.kill()
     for block in kept:

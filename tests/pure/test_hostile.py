@@ -174,7 +174,13 @@ class TestTable:
         table.check(alice)
         for rows in (0, 2, MANY):
             buffer.cast("Q")[layout.ROWS_WORD] = rows
-            table.weigh(alice), table.drafts(), table.is_trimmed(), table.taken_by_now(), table.has_drafts(alice)
+            (
+                table.weigh(alice),
+                table.blocks.drafts(),
+                table.blocks.is_trimmed(),
+                table.blocks.taken_by_now(),
+                table.has_drafts(alice),
+            )
             table.count_holders([row])
 
     @pytest.mark.parametrize("word", [layout.MAGIC_WORD, layout.CAPACITY_WORD])

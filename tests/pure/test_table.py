@@ -29,7 +29,7 @@ def sealed(table: Table, owner: Member, first: int = 0, pages: int = 1) -> Row:
 
 def parts(table: Table) -> list[tuple[int, int]]:
     """Return what is taken, by offset, in pages."""
-    return sorted((offset // PAGE, length // PAGE) for offset, length in table.taken().tolist())
+    return sorted((offset // PAGE, length // PAGE) for offset, length in table.blocks.taken().tolist())
 
 
 class TestLayout:
@@ -38,7 +38,7 @@ class TestLayout:
     def test_an_empty_one_holds_nothing(self, table: Table) -> None:
         """It knows its name and capacity, and has neither members nor blocks."""
         assert (table.arena_id, table.capacity) == (bytes(range(16)), CAPACITY)
-        assert (table.members(), table.roles(), table.count(), parts(table)) == ([], [], 0, [])
+        assert (table.members(), table.roles(), len(table.blocks.taken()), parts(table)) == ([], [], 0, [])
         table.validate()
 
     def test_another_process_sees_the_same(self, table: Table, buffer: memoryview, alice: Member) -> None:
@@ -172,8 +172,8 @@ class TestBlocks:
         """It has no holders, and cannot be acquired."""
         row = reserve(table, alice, 2, 3)
         assert parts(table) == [(2, 3)]
-        assert table.count() == 1
-        assert table.extent(row.index) == Extent(2 * PAGE, 3 * PAGE)
+        assert len(table.blocks.taken()) == 1
+        assert table.blocks.extent(row.index) == Extent(2 * PAGE, 3 * PAGE)
         assert table.holders(row.index) == 0
         with pytest.raises(StaleBlock):
             table.acquire(row, alice)
@@ -258,7 +258,7 @@ class TestBlocks:
         with pytest.raises(TableFull, match="threshold") as caught:
             reserve(table, alice)
         assert isinstance(caught.value, ArenaFull)
-        assert table.count() == BLOCKS
+        assert len(table.blocks.taken()) == BLOCKS
         table.release(Row(77, 1), alice)
         assert reserve(table, alice) == Row(77, 2)
 

@@ -59,8 +59,8 @@ class Scene:
         table.validate()
         assert set(table.members()) == {self.other, self.third}
         assert table.roles() == [Role(self.other, "nanny", "tcp://other")]
-        left = [table.extent(row.index) for row in (self.others, self.shared, self.others_draft)]
-        assert sorted(map(tuple, table.taken().tolist())) == sorted(left), "something of the dead is still taken"
+        left = [table.blocks.extent(row.index) for row in (self.others, self.shared, self.others_draft)]
+        assert sorted(map(tuple, table.blocks.taken().tolist())) == sorted(left), "something of the dead is still taken"
         assert [table.holders(row.index) for row in (self.others, self.shared)] == [1, 1]
         table.seal(self.others_draft, self.other)
         for row in (self.own, self.draft):

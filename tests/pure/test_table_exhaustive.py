@@ -82,7 +82,7 @@ class Machine:
         self.log: list[tuple[int, int]] = []
         book = self.table._book
         book._words = Recorder(book._words, self.log, layout.MEMBERS_AT)  # type: ignore[assignment]
-        claims, blocks = self.table._claims, self.table._blocks
+        claims, blocks = self.table._claims, self.table.blocks
         claims._words = Recorder(claims._words, self.log, layout.CLAIMS_AT)  # type: ignore[assignment]
         claims._claims = Recorder(claims._claims, self.log, layout.CLAIMS_AT, layout.BLOCKS)  # type: ignore[assignment]
         self.table._words = blocks._words = Recorder(self.table._words, self.log)  # type: ignore[assignment]

@@ -149,18 +149,18 @@ class TableMachine(RuleBasedStateMachine):
         words = np.frombuffer(self.buffer, np.uint64)
         return [
             words[: layout.BLOCKS_AT],
-            table._blocks._rows[:32],
+            table.blocks._rows[:32],
             table._claims._claims[:6, :32],
             table._claims._claims[-1, :32],
         ]
 
     def taken(self) -> list[tuple[int, ...]]:
         """Return what is taken, in order."""
-        return sorted(map(tuple, self.table.taken().tolist()))
+        return sorted(map(tuple, self.table.blocks.taken().tolist()))
 
     def reserve_page(self, table: Table, member: Member) -> None:
         """Reserve a page where placement says, if there is one."""
-        offset = placement.Room(table.taken(), table.capacity).place(PAGE)
+        offset = placement.Room(table.blocks.taken(), table.capacity).place(PAGE)
         if offset is not None:
             table.reserve(Extent(offset, PAGE), 1, member)
 
@@ -184,7 +184,7 @@ class TableMachine(RuleBasedStateMachine):
         if member not in self.live:
             return multiple()
         table = self.table
-        offset = placement.Room(table.taken(), table.capacity).place(pages * PAGE)
+        offset = placement.Room(table.blocks.taken(), table.capacity).place(pages * PAGE)
         if offset is None:
             assert max(self.gaps(), default=0) < pages
             return multiple()
@@ -279,15 +279,15 @@ class TableMachine(RuleBasedStateMachine):
         """See that the same places are taken, by blocks with as many holders."""
         table = self.table
         assert self.taken() == sorted(entry.extent for entry in self.blocks.values())
-        assert table.count() == len(self.blocks)
+        assert len(table.blocks.taken()) == len(self.blocks)
         for row, entry in self.blocks.items():
-            assert table.extent(row.index) == entry.extent
+            assert table.blocks.extent(row.index) == entry.extent
             assert table.holders(row.index) == len(entry.holders)
 
     @invariant()
     def has_the_same_free_space(self) -> None:
         """See that the free space is what the model's blocks leave."""
-        lengths = placement.gaps(self.table.taken(), CAPACITY)[:, 1]
+        lengths = placement.gaps(self.table.blocks.taken(), CAPACITY)[:, 1]
         assert sorted(lengths.tolist()) == sorted(pages * PAGE for pages in self.gaps())
 
     @invariant()

@@ -61,7 +61,7 @@ class TestWeight:
         for number, holders in enumerate(blocks):
             sealed(table, 2 * number, 1 + number % 2, *(members[slot] for slot in holders))
         weights = [table.weigh(member) for member in members]
-        taken = sum(length for _, length in table.taken().tolist())
+        taken = sum(length for _, length in table.blocks.taken().tolist())
         assert abs(sum(weight.share for weight in weights) - taken) <= len(members)
         for member, weight in zip(members, weights, strict=True):
             alone = [1 + number % 2 for number, holders in enumerate(blocks) if holders == {member.slot}]

@@ -87,7 +87,7 @@ def test_every_claim_that_threads_keep_is_in_the_table_and_no_other(
     other("rows = {descriptor.row for descriptor, *_ in kept.values()}")
     wait_until(
         lambda: other(
-            "arena.holdings.tidy() or set(arena._access.table._claims.of(arena.member, arena._access.table._blocks.in_use)) == rows"
+            "arena.holdings.tidy() or set(arena._access.table._claims.of(arena.member, arena._access.table.blocks.in_use)) == rows"
         ),
         "the rest is dropped",
     )
