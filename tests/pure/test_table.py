@@ -48,7 +48,7 @@ class TestLayout:
         assert (second.arena_id, second.capacity) == (table.arena_id, CAPACITY)
         assert second.members() == [alice]
         assert second.holders(row.index) == 1
-        assert second.extent(row.index) == Extent(0, PAGE)
+        assert second.blocks.extent(row.index) == Extent(0, PAGE)
 
     def test_memory_that_is_too_short_is_refused(self) -> None:
         """It would end in the claims of the last member."""
