@@ -39,9 +39,20 @@ class Scene:
                 self.table.acquire(self.row, self.other)
 
     @property
+    def is_taken(self) -> bool:
+        """Whether there is a block."""
+        return bool(len(self.table.blocks.taken()))
+
+    def reserve(self) -> None:
+        """Reserve where the block lies, if nobody has it."""
+        if self.is_taken:
+            refuse()
+        self.table.reserve(Extent(0, 4096), 4096, self.owner)
+
+    @property
     def state(self) -> int:
         """In which state the block is."""
-        if not self.table.count():
+        if not self.is_taken:
             return FREE
         try:
             self.table.acquire(self.row, self.stranger)
@@ -52,7 +63,7 @@ class Scene:
 
 ALL, ONE_HOLDER, TWO_HOLDERS = tuple(NAMES), False, True
 EVENTS: tuple[tuple[str, Callable[[Scene], object], tuple[int, ...], bool], ...] = (
-    ("reserve", lambda s: refuse() if s.table.count() else s.table.reserve(Extent(0, 4096), 4096, s.owner), ALL, False),
+    ("reserve", lambda s: s.reserve(), ALL, False),
     ("seal", lambda s: s.table.seal(s.row, s.owner), ALL, ONE_HOLDER),
     ("acquire", lambda s: s.table.acquire(s.row, s.other), ALL, ONE_HOLDER),
     ("its owner gives it up", lambda s: s.table.release(s.row, s.owner), (FREE, DRAFT), ONE_HOLDER),
