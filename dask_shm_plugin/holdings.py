@@ -85,8 +85,12 @@ class Holdings:
 
     def map(self, row: Row, extent: Extent, used: int, offset: int, length: int) -> memoryview:
         """Map a part of a block that this process refers to, copy-on-write."""
-        self._segment.insist_whole()
         self._refer_again(row)
+        try:
+            self._segment.insist_whole()
+        except BaseException:
+            self.drop(row)
+            raise
         return self._map(row, extent, used, offset, length)
 
     def _map(self, row: Row, extent: Extent, used: int, offset: int, length: int) -> memoryview:

@@ -226,6 +226,14 @@ class TestClosing:
         assert arena.roster.is_live(third("arena.member"))
         assert arena.stats().members == 2
 
+    def test_a_closed_block_says_that_the_process_has_left(self, arena: Arena) -> None:
+        """And not that its memory is short, for it has none any more."""
+        block = publish(arena, b"x")
+        block.close()
+        arena.close()
+        with pytest.raises(ArenaUnavailable, match="has left"):
+            block.view(0, 1)
+
     @pytest.mark.parametrize("made", ["view", "view[5:9]", "np.frombuffer(view, np.uint8)[7:]", "memoryview(view)"])
     def test_views_stay_valid_and_the_member_leaves_when_they_go(
         self, arena: Arena, joined: Callable[[], Process], made: str
