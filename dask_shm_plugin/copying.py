@@ -7,7 +7,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import numpy.typing as npt
@@ -51,9 +51,10 @@ class Copier:
             copy_along()
         finally:
             steps.clear()
-            for future in helping:
-                if not future.cancel():
-                    future.result()
+            begun = [future for future in helping if not future.cancel()]
+            wait(begun)
+        for future in begun:
+            future.result()
 
     def close(self) -> None:
         """Let the threads end, as soon as nobody copies."""

@@ -88,6 +88,31 @@ def test_nobody_copies_any_more_when_the_caller_was_interrupted(
     assert over == [True]
 
 
+def test_a_helper_that_fails_is_heard_of_when_no_other_copies_any_more(
+    copier: Copier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is what it has not copied passed over, nor is the place given up too early."""
+    turns, over, together = iter(["fails", "copies on"]), [], threading.Barrier(3)
+
+    def copyto(*_: np.ndarray) -> None:
+        if threading.current_thread() is threading.main_thread():
+            together.wait(10)
+            return
+        does = next(turns)
+        together.wait(10)
+        if does == "fails":
+            raise MemoryError
+        time.sleep(0.2)
+        over.append(True)
+
+    monkeypatch.setattr(copying.np, "copyto", copyto)
+    monkeypatch.setattr(copying, "_SMALLEST", 3 * STEP)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    with pytest.raises(MemoryError):
+        copier.copy(np.empty(3 * STEP, np.uint8), np.empty(3 * STEP, np.uint8))
+    assert over == [True]
+
+
 def test_many_threads_copy_at_the_same_time(copier: Copier) -> None:
     """Each its own."""
     sources = [data(5 * STEP + n) for n in range(6)]
