@@ -1,7 +1,8 @@
 """Whether the publisher of a value may give its private copy up for the shared one.
 
 Only where nobody could tell the difference: types that are rebuilt exactly, in the same layout, and truly from the
-block. A class of the user's may drop a cache when it is pickled; it is shared for the transport only.
+block. A class of the user's may drop a cache when it is pickled; it is shared for the transport only. Whether anything else
+reaches the private copy is told elsewhere (`writers`).
 """
 
 from __future__ import annotations
@@ -11,19 +12,11 @@ from typing import Any
 import numpy as np
 
 from dask_shm_plugin import codec
+from dask_shm_plugin.writers import is_defined_by
 
 _CONTAINERS = (list, tuple, dict)
-_MANY, _MANY_COLUMNS = 10_000, 256
-_EXACT = {
-    ("numpy", "ndarray"),
-    ("pandas", "DataFrame"),
-    ("pandas", "Series"),
-    ("pandas.core.frame", "DataFrame"),
-    ("pandas.core.series", "Series"),
-    ("pyarrow.lib", "Table"),
-    ("pyarrow.lib", "RecordBatch"),
-}
-_SCALARS = (int, float, complex, bool, str, bytes, type(None), np.generic)
+_MANY_COLUMNS = 256
+_SCALARS = (int, float, complex, bool, str, bytes, type(None))
 
 
 def may_adopt(value: object) -> bool:
@@ -36,30 +29,34 @@ def may_adopt(value: object) -> bool:
 
 def is_faithful(rebuilt: object, value: object) -> bool:
     """Tell whether a rebuilt value lies in shared memory and is laid out as the private one."""
-    return codec.is_shared(rebuilt) and _same_layout(rebuilt, value) and not codec.has_overlaps(value)
+    return codec.is_shared(rebuilt) and _same_layout(rebuilt, value)
 
 
-def _is_exact(value: object, seen: set[int]) -> bool:
+def _is_exact(value: Any, seen: set[int]) -> bool:
     kind = type(value)
-    if kind in _SCALARS or isinstance(value, np.generic):
+    if kind in _SCALARS or issubclass(kind, np.generic):
         return True
     # The same object twice in a container would become two objects.
     if id(value) in seen:
         return False
     seen.add(id(value))
-    if kind in _CONTAINERS and len(value) > _MANY:  # type: ignore[arg-type]
-        return False
     if kind is dict:
-        return all(type(k) in _SCALARS and _is_exact(v, seen) for k, v in value.items())  # type: ignore[attr-defined]
+        return all(type(key) in _SCALARS and _is_exact(item, seen) for key, item in value.items())
     if kind in _CONTAINERS:
-        return all(_is_exact(item, seen) for item in value)  # type: ignore[attr-defined]
-    if isinstance(value, np.ndarray) and (value.dtype.hasobject or value.dtype.metadata):
+        return all(_is_exact(item, seen) for item in value)
+    if kind is np.ndarray:
+        return _is_plain(value.dtype)
+    if is_defined_by(kind, "pandas"):
+        return kind.__name__ in ("DataFrame", "Series") and _has_no_objects(value)
+    return is_defined_by(kind, "scipy")
+
+
+def _is_plain(dtype: np.dtype[Any]) -> bool:
+    """Tell whether elements have no Python objects, and nothing is attached to their type that a journey would lose."""
+    if dtype.hasobject or dtype.metadata:
         return False
-    if kind.__module__.startswith("scipy.sparse."):
-        return True
-    if kind.__module__.startswith("pandas."):
-        return (kind.__module__, kind.__name__) in _EXACT and _has_no_objects(value)
-    return (kind.__module__, kind.__name__) in _EXACT
+    parts = [dtype.subdtype[0]] if dtype.subdtype else [field[0] for field in (dtype.fields or {}).values()]
+    return all(map(_is_plain, parts))
 
 
 def _has_no_objects(frame: Any) -> bool:
@@ -84,10 +81,7 @@ def _layout(value: Any) -> Any:
     """Describe how a value lies in memory, as far as its user can see it."""
     if isinstance(value, np.ndarray):
         return value.dtype, value.shape, value.strides, value.flags.writeable
-    library = type(value).__module__.partition(".")[0]
-    if library == "pandas":
+    if type(value).__module__.partition(".")[0] == "pandas":
         columns = [value.iloc[:, n] for n in range(value.shape[1])] if value.ndim == 2 else [value]
         return [_layout(column._values) for column in columns if isinstance(column._values, np.ndarray)]
-    if library == "pyarrow":
-        return [[(chunk.offset, len(chunk)) for chunk in getattr(c, "chunks", [c])] for c in value.columns]
     return None

@@ -76,38 +76,48 @@ def _table_in_place(value: Any, is_mapped: IsMapped) -> Any:
 
 
 def _columns_in_place(value: Any, is_mapped: IsMapped) -> Any:
+    # Looked for before anything is pickled: what nobody asks for is pickled once, as without us.
+    if not any(_is_whole_and_mapped(column, is_mapped) for column in _columns(value)):
+        return value
     buffers: list[pickle.PickleBuffer] = []
     file = io.BytesIO()
-    pickler = _ColumnPickler(file, is_mapped, buffers.append)
     try:
-        pickler.dump(value)
+        _ColumnPickler(file, is_mapped, buffers.append).dump(value)
     except Exception:
         return value
     # Dask turns to cloudpickle for what is defined in __main__.
-    if not pickler.found or b"__main__" in file.getvalue():
+    if b"__main__" in file.getvalue():
         return value
     return _serialized(file.getvalue(), buffers)
+
+
+def _columns(value: Any) -> list[Any]:
+    """Return the arrays of a pandas object that Arrow may hold."""
+    manager = getattr(value, "_mgr", None)
+    return [value._values] if manager is None and hasattr(value, "_values") else list(getattr(manager, "arrays", []))
+
+
+def _is_whole_and_mapped(column: Any, is_mapped: IsMapped) -> bool:
+    import pandas
+
+    if not isinstance(column, pandas.arrays.ArrowExtensionArray):
+        return False
+    chunks = column._pa_array.chunks
+    return len(chunks) == 1 and _are_mapped(chunks, is_mapped)
 
 
 class _ColumnPickler(pickle.Pickler):
     """Pickles pandas objects, their mapped Arrow columns by the chunk."""
 
     def __init__(self, file: io.BytesIO, is_mapped: IsMapped, buffer: Callable[[Any], Any]) -> None:
-        import pandas
-
         super().__init__(file, protocol=5, buffer_callback=buffer)
-        self._column, self._is_mapped = pandas.arrays.ArrowExtensionArray, is_mapped
-        self.found = False
+        self._is_mapped = is_mapped
 
     def reducer_override(self, item: Any) -> Any:
-        if not isinstance(item, self._column):
+        if not _is_whole_and_mapped(item, self._is_mapped):
             return NotImplemented
-        chunks = item._pa_array.chunks
-        if len(chunks) != 1 or not _are_mapped(chunks, self._is_mapped):
-            return NotImplemented
-        self.found = True
         # typeshed does not know this function, which pickle itself names.
-        return copyreg.__newobj__, (type(item),), {**item.__dict__, "_pa_array": chunks[0], "_cache": {}}  # type: ignore[attr-defined]
+        return copyreg.__newobj__, (type(item),), {**item.__dict__, "_pa_array": item._pa_array.chunks[0], "_cache": {}}  # type: ignore[attr-defined]
 
 
 def _are_mapped(arrays: list[Any], is_mapped: IsMapped) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import distributed.client
 from dask.sizeof import sizeof
 from distributed import Client
+from distributed.utils import run_in_executor_with_context
 
 from dask_shm_plugin import codec, fetch, membership, metrics, notices, rendezvous, seams
 from dask_shm_plugin.arena import Arena
@@ -139,7 +140,9 @@ class SharedMemoryClient:
     async def _scatter(self, data: Data, workers: Any = None, broadcast: bool | int = False, **kwargs: Any) -> Any:
         with self._handing_over():
             may_share = await self._find_arena() is not None and self._has_large(data)
-            targets, published = await self._prepare(data, workers) if may_share else (Targets([], []), {})
+            targets, (data, published) = (
+                await self._prepare(data, workers) if may_share else (Targets([], []), (data, {}))
+            )
             if published and targets.members:
                 attempt = asyncio.create_task(self._attempt(HandOver(data, published, targets, kwargs), broadcast))
                 attempt.add_done_callback(consume)
@@ -151,14 +154,14 @@ class SharedMemoryClient:
                     logger.debug("a scatter is repeated with bytes", exc_info=True)
         return await self._scatter_before.old(data=data, workers=workers, broadcast=broadcast, **kwargs)
 
-    async def _prepare(self, data: Data, workers: Any) -> tuple[Targets, dict[Any, Published]]:
+    async def _prepare(self, data: Data, workers: Any) -> tuple[Targets, tuple[Data, dict[Any, Published]]]:
         """Find out whom the data may reach, and publish it if any of them can map it."""
         if workers is None and self._members():
             # To ask takes time, too: both at once.
-            targets, published = await asyncio.gather(self._targets(workers), self._publish(data))
-            return targets, published
+            targets, prepared = await asyncio.gather(self._targets(workers), self._publish(data))
+            return targets, prepared
         targets = await self._targets(workers)
-        return targets, await self._publish(data) if targets.members else {}
+        return targets, await self._publish(data) if targets.members else (data, {})
 
     async def _attempt(self, what: HandOver, broadcast: bool | int) -> Any:
         with self._handing_over():
@@ -169,23 +172,39 @@ class SharedMemoryClient:
         with self._handing_over():
             arena = await self._find_arena()
             members = self._members() if arena and self._has_large(data) else set()
-            published = await self._publish(data) if members else {}
+            data, published = await self._publish(data) if members else (data, {})
             if published:
-                return await DIRECT_SCATTERS.old(workers, data, DirectRpc(rpc, members, published))
-        return await DIRECT_SCATTERS.old(workers, data, rpc)
+                rpc = DirectRpc(rpc, members, published)
+            return await DIRECT_SCATTERS.old(workers, data, rpc)
 
-    async def _publish(self, data: Data) -> dict[Any, Published]:
-        loop = asyncio.get_running_loop()
+    async def _publish(self, data: Data) -> tuple[Data, dict[Any, Published]]:
+        """Serialize what may be large, once, and publish what is; return all data as bytes, and what is published."""
+        scheduler: Any = self.client.scheduler_comm
+        large = {key: wrapped.data for key, wrapped in data.items() if self._may_be_large(wrapped.data)}
+        published: dict[Any, Published] = {}
         try:
-            return await loop.run_in_executor(self._threads, _publish_large, data, self._arena, self._options.threshold)
+            comm = scheduler.comm
+            serialized = await codec.where_dask_would(
+                seams.is_offloaded(comm, data), codec.serialize_each, large, seams.context_of(comm)
+            )
+            data = {**data, **{key: one.message for key, one in serialized.items()}}
+            wanted = {
+                key: one
+                for key, one in serialized.items()
+                if one.size >= self._options.threshold and not one.is_personal
+            }
+            if wanted and self._arena is not None:
+                published = await run_in_executor_with_context(self._threads, _publish_each, wanted, self._arena)
         except Exception:
             # Whatever is wrong with the data shall be said where Dask says it.
             logger.debug("a scatter goes as bytes", exc_info=True)
-            return {}
+        return data, published
 
     def _has_large(self, data: Data) -> bool:
-        threshold = self._options.threshold
-        return any(codec.may_be_large(wrapped.data, sizeof(wrapped.data), threshold) for wrapped in data.values())
+        return any(self._may_be_large(wrapped.data) for wrapped in data.values())
+
+    def _may_be_large(self, value: object) -> bool:
+        return codec.may_be_large(value, sizeof(value), self._options.threshold)
 
     def _members(self) -> set[str]:
         """Return the addresses of the workers that can map what this client has published."""
@@ -204,20 +223,13 @@ class SharedMemoryClient:
         return Targets([w for w in running if w in members], [w for w in running if w not in members])
 
 
-def _publish_large(data: Data, arena: Arena | None, threshold: int) -> dict[Any, Published]:
+def _publish_each(serialized: dict[Any, Serialized], arena: Arena) -> dict[Any, Published]:
     published: dict[Any, Published] = {}
-    if arena is None:
-        return published
-    for key, wrapped in data.items():
-        if not codec.may_be_large(wrapped.data, sizeof(wrapped.data), threshold):
-            continue
-        serialized = Serialized.of(wrapped.data)
-        if serialized.size < threshold:
-            continue
+    for key, one in serialized.items():
         try:
-            published[key] = codec.publish(serialized, arena)
+            published[key] = codec.publish(one, arena)
         except SharedMemoryError as error:
-            notices.refused(error, serialized.size)
+            notices.refused(error, one.size)
         else:
             if published[key].copied:
                 COUNTERS.count("published", published[key].copied)

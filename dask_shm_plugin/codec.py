@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import pickle
-from collections.abc import Container
-from typing import Any, NamedTuple
+from collections.abc import Callable, Container, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from distributed.protocol.serialize import Serialize, serialize, to_serialize
 from distributed.protocol.serialize import Serialized as DaskSerialized
-from distributed.protocol.serialize import serialize, to_serialize
-from distributed.utils import ensure_memoryview
+from distributed.utils import ensure_memoryview, offload
 
 from dask_shm_plugin import arrow, views
 from dask_shm_plugin.arena import Arena
@@ -31,6 +31,8 @@ _ALIGNMENT = 64
 _INLINE_FRAME = arrow.SMALL
 _INLINE_TOTAL = 64 << 10
 
+_T = TypeVar("_T")
+
 Header = dict[str, Any]
 Frame = Any  # bytes, bytearray or memoryview: whatever a serializer gave
 
@@ -44,9 +46,11 @@ class Published:
     resolved it. Its finalizer only appends to the arena's queue.
     """
 
-    def __init__(self, handle: Handle, blocks: list[Block], copied: int) -> None:
+    def __init__(self, handle: Handle, blocks: list[Block], copied: int, *, has_overlaps: bool = False) -> None:
         self.handle = handle
         self.copied = copied
+        self.has_overlaps = has_overlaps
+        """Whether parts of the value share memory, which those of a rebuilt one do not."""
         self._blocks = blocks
         self._pickled = pickle.dumps(handle)
 
@@ -70,19 +74,106 @@ class Published:
         return f"<Published {self.handle.size} bytes, {len(self._blocks)} blocks>"
 
 
+class Context(dict[str, Any]):
+    """What a connection tells serializers, and whether one of them looked at more than the version of pickle.
+
+    What depends on sender or recipient is no other recipient's: it is not shared.
+    """
+
+    is_personal = False
+
+    def _note(self, name: object) -> None:
+        self.is_personal |= name != "pickle-protocol"
+
+    def __getitem__(self, name: str) -> Any:
+        self._note(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Look at one item."""
+        self._note(name)
+        return super().get(name, default)
+
+    def __contains__(self, name: object) -> bool:
+        self._note(name)
+        return super().__contains__(name)
+
+    def __iter__(self) -> Iterator[str]:
+        self._note(None)
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        """Look at everything."""
+        self._note(None)
+        return super().keys()
+
+    def values(self) -> Any:
+        """Look at everything."""
+        self._note(None)
+        return super().values()
+
+    def items(self) -> Any:
+        """Look at everything."""
+        self._note(None)
+        return super().items()
+
+
 class Serialized(NamedTuple):
-    """A value as Dask serializes it."""
+    """A value as Dask serializes it, once: whatever is sent of it, as a handle or as bytes, comes from this."""
 
     header: Header
     frames: list[Frame]
     size: int
+    is_personal: bool
 
     @classmethod
-    def of(cls, value: object) -> Serialized:
-        """Serialize a value. Like Dask, it does not raise: what cannot be serialized becomes an error message."""
+    def of(cls, value: object, context: Mapping[str, Any]) -> Serialized:
+        """Serialize a value as a connection would.
+
+        Parameters
+        ----------
+        value
+            Anything.
+        context
+            What the connection tells serializers.
+
+        Raises
+        ------
+        Exception
+            It cannot be serialized: Dask shall say so.
+        """
+        noting = Context(context)
         in_place = arrow.keep_in_place(value, _is_mapped) if len(views.ATLAS) else value
-        header, frames = serialize(to_serialize(in_place))
-        return cls(header, list(frames), sum(memoryview(frame).nbytes for frame in frames))
+        header, frames = serialize(to_serialize(in_place), on_error="raise", context=noting)
+        size = sum(memoryview(frame).nbytes for frame in frames)
+        return cls(header, list(frames), size, noting.is_personal)
+
+    @property
+    def message(self) -> Serialize:
+        """What is sent where the value goes as bytes; Dask splits and compresses it, and serializes nothing again."""
+        return to_serialize(DaskSerialized(dict(self.header), list(self.frames)))
+
+
+def serialize_each(values: Mapping[Any, object], context: Mapping[str, Any]) -> dict[Any, Serialized]:
+    """Serialize values, apart from those that cannot be: Dask shall say so."""
+    serialized = {}
+    for key, value in values.items():
+        with contextlib.suppress(Exception):
+            serialized[key] = Serialized.of(value, context)
+    return serialized
+
+
+async def where_dask_would(is_offloaded: bool, function: Callable[..., _T], *args: Any) -> _T:
+    """Call a function that serializes: on the event loop, or in the one thread that Dask has for what is large.
+
+    Parameters
+    ----------
+    is_offloaded
+        Whether Dask would use the thread; see :func:`seams.is_offloaded`.
+    function, args
+        What to call.
+    """
+    return await offload(function, *args) if is_offloaded else function(*args)
 
 
 _WELL_MEASURED = (int, float, complex, bool, str, bytes, bytearray, type(None))
@@ -129,15 +220,14 @@ def publish(serialized: Serialized, arena: Arena) -> Published:
     ordered = tuple(parts[number] for number in range(len(flat)))
     in_band = sum(len(frame) for frame in serialized.frames if isinstance(frame, (bytes, bytearray)))
     handle = Handle.of(arena.arena_id, header, ordered, serialized.size, in_band)
-    return Published(handle, list(blocks.values()), copied)
+    return Published(handle, list(blocks.values()), copied, has_overlaps=_have_overlaps(flat))
 
 
-def still_holds(published: Published, value: object, arena: Arena) -> bool:
+def still_holds(published: Published, serialized: Serialized, arena: Arena) -> bool:
     """Tell whether what was published is what Dask would send now: a task may have changed its input in place.
 
     A frame that lies in the arena must be unwritten; any other is compared with the shared copy, byte by byte.
     """
-    serialized = Serialized.of(value)
     handle = published.handle
     if len(serialized.frames) != len(handle.parts) or packed(serialized.header) != handle.header:
         return False
@@ -210,14 +300,12 @@ def is_shared(value: object) -> bool:
     """Tell whether all buffers of a value, at least one, are mapped from an arena; small ones do not count."""
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         return _is_mapped(*bounds(value))
-    frames = [ensure_memoryview(frame) for frame in Serialized.of(value).frames if not isinstance(frame, bytes)]
+    frames = [ensure_memoryview(frame) for frame in Serialized.of(value, {}).frames if not isinstance(frame, bytes)]
     large = [frame for frame in frames if frame.nbytes > _INLINE_FRAME]
     return bool(large) and all(_is_mapped(address_of(frame), frame.nbytes) for frame in large)
 
 
-def has_overlaps(value: object) -> bool:
-    """Tell whether parts of a value share memory, which those of a rebuilt value would not."""
-    frames = [ensure_memoryview(frame) for frame in Serialized.of(value).frames]
+def _have_overlaps(frames: list[memoryview]) -> bool:
     places = sorted((address_of(frame), frame.nbytes) for frame in frames if frame.nbytes)
     return any(start + length > following for (start, length), (following, _) in itertools.pairwise(places))
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import distributed.worker
+from distributed.utils import offload
 
 from dask_shm_plugin import handles, listings, membership, seams
 from dask_shm_plugin.arena import Arena
@@ -80,11 +81,11 @@ def is_member(arena: Arena, asked_by: list[str]) -> bool:
 
 
 async def finish(data: dict[Any, Any]) -> dict[Any, Any]:
-    """Rebuild in a thread what could not be rebuilt on the event loop, and return the data with it."""
+    """Rebuild in Dask's thread what could not be rebuilt on the event loop, and return the data with it."""
     later = [key for key, value in data.items() if type(value) is Deferred]
     if not later:
         return data
-    values = await asyncio.gather(*(asyncio.to_thread(handles.become, data[key].handle) for key in later))
+    values = await asyncio.gather(*(offload(handles.become, data[key].handle) for key in later))
     return {**data, **dict(zip(later, values, strict=True))}
 
 

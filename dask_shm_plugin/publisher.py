@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from distributed.protocol.serialize import Serialized as DaskSerialized
+from distributed.utils import run_in_executor_with_context
 
-from dask_shm_plugin import adoption, codec, handles, notices, seams
+from dask_shm_plugin import adoption, codec, handles, notices, writers
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.codec import Published, Serialized
 from dask_shm_plugin.crashpoints import step
@@ -18,27 +20,113 @@ from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.handles import Handle
 from dask_shm_plugin.listings import Listings
 from dask_shm_plugin.metrics import COUNTERS
-from dask_shm_plugin.uses import Uses, Watch
+from dask_shm_plugin.worker_data import WorkerData
 
 logger = logging.getLogger("dask_shm_plugin")
 
+Serialize = Callable[[], Awaitable[Serialized]]
+"""Serializes a value, once, where Dask would."""
 
-class _Record(NamedTuple):
-    """What was published under a key; good for exactly this value, which it keeps alive, and no other."""
+_PAUSES = (0.0, 1e-3, 1e-2)
+"""Seconds after which a value is looked at again: threads that have ended may have a reference for a moment longer."""
 
-    value: object
-    published: Published
-    is_adopted: bool = False
-    is_settled: bool = False
-    """Whether it is decided if it is adopted."""
-    is_idle: bool = False
+
+class _Entry:
+    """What is known of the value under a key: what was published of it, and who has had it since.
+
+    A value that nothing else reached at some moment, and that was not handed out since, is what it was then. What was
+    handed out for answers of this worker does not count, if all of these are over.
+
+    Notes
+    -----
+    ``handed_out`` may be called by any thread at any moment. There must never be a moment when the value is listed and
+    a reader has it: the listing is made, and withdrawn, under one lock.
+    """
+
+    def __init__(self, value: object, cross_out: Callable[[], None]) -> None:
+        self.value = value
+        self.published: Published | None = None
+        self.asks = 0
+        """Answers under way that read the value."""
+        self.run = 0
+        """How often it was seen to be alone after it had not been."""
+        self.is_verified = False
+        """Whether what is published is the value as it is now, as long as :attr:`is_intact`."""
+        self.is_adopted = self.is_private = self.is_listed = self.is_idle = self.is_settling = False
+        self._lock = threading.Lock()
+        self._cross_out = cross_out
+        self.reads = 0
+        """How often the value was handed out."""
+        self._safe_at: int | None = None
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether nobody but answers of this worker has had the value since it was alone."""
+        return self._safe_at == self.reads
+
+    def handed_out(self) -> None:
+        """Take note that somebody gets the value."""
+        with self._lock:
+            self.reads += 1
+            self._withdraw()
+
+    def begin(self, reads: int, *, is_verified: bool = False) -> None:
+        """Take note that the value was alone after so many hand-outs; they are counted before it is looked at."""
+        self.run += 1
+        self.is_verified, self._safe_at = is_verified, reads
+
+    def was_read_once_since(self, reads: int) -> None:
+        """Let the one hand-out since then not count, for it was an answer's."""
+        with self._lock:
+            if self._safe_at == reads == self.reads - 1:
+                self._safe_at = self.reads
+
+    def list(self, enter: Callable[[], None]) -> None:
+        """List the value if it is intact, and published as it is now."""
+        with self._lock:
+            if self.is_intact and self.is_verified and not self.is_listed:
+                enter()
+                self.is_listed = True
+
+    def close(self) -> None:
+        """List nothing any more."""
+        with self._lock:
+            self._withdraw()
+            self._safe_at = None
+
+    def _withdraw(self) -> None:
+        if self.is_listed:
+            self.is_listed = False
+            self._cross_out()
+
+
+class Ask:
+    """One answer that is about to be made of some values: it reads each of them once.
+
+    Parameters
+    ----------
+    entries
+        Of the values that are large.
+    """
+
+    def __init__(self, entries: dict[Any, _Entry]) -> None:
+        self.entries = entries
+        self._reads = {key: entry.reads for key, entry in entries.items()}
+        for entry in entries.values():
+            entry.asks += 1
+
+    def has_read(self) -> None:
+        """Take note that the values were read for this answer."""
+        for key, reads in self._reads.items():
+            self.entries[key].was_read_once_since(reads)
+        self._reads.clear()
 
 
 class _Flight(NamedTuple):
     """A publication under way, for exactly this value."""
 
     value: object
-    task: asyncio.Task[Published | DaskSerialized | None]
+    task: asyncio.Task[Published | Serialized]
 
 
 class Publisher:
@@ -51,225 +139,311 @@ class Publisher:
     threshold
         Bytes of serialized frames from which a value is shared.
     data
-        The worker's mapping from keys to values.
+        The worker's values.
     address
         Where others ask for them.
-    inputs
-        Returns the keys that the worker's running tasks have as their inputs.
-    is_alone
-        Tells of keys, the value that they have, and whether that lies apart from what it was made of, if no other key
-        leads to it.
 
     Notes
     -----
-    Lives on the worker's event loop; copying happens in threads. A record is dropped in the same moment in which the
-    worker lets the key go or spills its value. There must never be a moment when a record answers for another value:
-    it holds the value itself and compares identity. Nor may there be one when a copy stands for a value that a task has
-    had the chance to change since: it is adopted and listed only while it is watched that none has.
+    Lives on the worker's event loop; copying happens in threads. An entry goes in the same moment in which the worker
+    lets the key go, replaces or spills its value. There must never be a moment when an entry answers for another value:
+    it holds the value itself and compares identity. Nor may there be one when a copy stands for a value that somebody
+    has had the chance to change since: it is adopted and listed only while nothing else reaches the value, from before
+    it was serialized until after it was copied (`writers`, `worker_data`).
     """
 
-    def __init__(
-        self,
-        arena: Arena,
-        threshold: int,
-        data: Any,
-        address: str,
-        inputs: Callable[[], set[Any]] = set,
-        is_alone: Callable[[frozenset[Any], object, bool], bool] = lambda *_: True,
-    ) -> None:
+    def __init__(self, arena: Arena, threshold: int, data: WorkerData, address: str) -> None:
         self._arena, self._threshold, self._data = arena, threshold, data
-        self._is_alone = is_alone
         self._listings = Listings(arena, address)
-        self._uses = Uses(inputs, self._listings.cross_out)
-        self._watches: dict[Any, Watch] = {}
-        self._is_closed = False
-        self._records: dict[Any, _Record] = {}
+        self._entries: dict[Any, _Entry] = {}
+        self._adopting: dict[Any, _Entry] = {}
         self._flights: dict[Any, _Flight] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._is_closed = False
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="dask-shm-copy")
-        self._stop_listening = seams.on_spill(data, lambda key, value: self.forget(key))
+        data.watch(self._entries, self._changed)
 
-    async def publish(self, key: Any, value: object, size: int) -> Published | DaskSerialized | None:
+    # -- answers
+
+    def ask(self, keys: Collection[Any]) -> Ask:
+        """Take note that an answer is about to read some large values, and whether anything else reaches them now."""
+        found = {key: entry for key in keys if (entry := self._entry(key)) is not None}
+        for entry in found.values():
+            self._look(entry)
+        return Ask(found)
+
+    async def publish(self, key: Any, value: object, serialize: Serialize) -> Published | Serialized:
         """Publish the value of a key, unless that was done.
 
         Parameters
         ----------
         key, value
             As they are in the worker's data.
-        size
-            Dask's estimate of the value's bytes.
+        serialize
+            Called at most once.
 
         Returns
         -------
         Published
             Whose handle others can resolve, as long as the caller keeps it.
         Serialized
-            The value is too small to be shared, and was serialized to find that out.
-        None
-            It is to be sent as usual.
+            It is to be sent as bytes, to this asker alone.
+
+        Raises
+        ------
+        Exception
+            It cannot be serialized.
         """
+        flight = self._flights.get(key)
+        if flight is None or flight.value is not value:
+            flight = _Flight(value, asyncio.create_task(self._publish(key, value, serialize)))
+            self._flights[key] = flight
+            flight.task.add_done_callback(functools.partial(self._land, key, flight))
+            is_own = True
+        else:
+            is_own = False
         # One asker that goes away must not take the others' publication along.
-        outcome: Published | DaskSerialized | None = await asyncio.shield(self._take_off(key, value, size).task)
+        outcome = await asyncio.shield(flight.task)
+        if isinstance(outcome, Serialized) and outcome.is_personal and not is_own:
+            return await serialize()
         return outcome
 
-    def small(self, key: Any, value: object, size: int) -> DaskSerialized | None:
-        """Return, serialized, a value that is estimated to be too small to be shared, and is; takes no detour.
+    def answered(self, ask: Ask) -> None:
+        """Take note that an answer is over: what nothing else reaches is listed, and given up for the shared copy."""
+        for key, entry in ask.entries.items():
+            entry.asks -= 1
+            if entry.published is not None:
+                self._soon(self._settle(key, entry))
+            elif not entry.asks and self._entries.get(key) is entry and key not in self._flights:
+                self.forget(key)
 
-        The same for each of the thousands of small values in one answer would cost more than all the rest
-        (25 of 90 microseconds for each, 2 cores, November 2026).
+    # -- without being asked
+
+    def offer(
+        self, key: Any, serialize: Callable[[object], Awaitable[Serialized]], known: int = 0
+    ) -> asyncio.Task[None]:
+        """Publish and list the value of a key, soon, if nothing else reaches it.
+
+        Parameters
+        ----------
+        key
+            In the worker's data.
+        serialize
+            Serializes the value that it is given, where Dask would.
+        known
+            References to the value that the caller keeps until the task that is returned is done.
         """
-        if size >= self._threshold or key in self._records or key in self._flights:
-            return None
-        serialized = Serialized.of(value)
-        return DaskSerialized(serialized.header, serialized.frames) if serialized.size < self._threshold else None
+        return self._soon(self._offer(key, serialize, known))
 
     def forget(self, key: Any) -> None:
-        """Drop the record of a key that the worker holds no longer in memory."""
-        self._records.pop(key, None)
-        self._take_back(key)
+        """Drop what was published of a key. Any thread may call this."""
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            entry.close()
 
-    def task_begins(self, keys: Iterable[Any]) -> None:
-        """Take note that a task begins, which has some keys as its inputs."""
-        self._uses.begin(keys)
-
-    def prune(self) -> None:
-        """Let no value keep two copies for ever; lives on the event loop.
+    def prune(self, serialize: Callable[[object], Awaitable[Serialized]]) -> None:
+        """Let no value keep two copies for ever.
 
         A shared copy beside a private one goes where nobody else has referred to it since the last call. The private one
-        goes where it could not be adopted yet, and no task uses it now: nobody may ask for it any more.
+        goes where it could not be adopted yet, and nothing else reaches it now: nobody may ask for it any more.
         """
-        for key, record in list(self._records.items()):
-            is_idle = not record.is_adopted and not record.published.is_used_elsewhere
-            if is_idle and record.is_idle:
+        for key, entry in list(self._entries.items()):
+            if entry.published is None or entry.asks or entry.is_settling:
+                continue
+            is_idle = not entry.is_adopted and not entry.published.is_used_elsewhere
+            if is_idle and entry.is_idle:
                 self.forget(key)
-            elif is_idle != record.is_idle:
-                self._records[key] = record._replace(is_idle=is_idle)
-            elif not record.is_settled and not self._uses.are_running(seams.keys_of(self._data, record.value)):
-                self._take_off(key, record.value, record.published.handle.size)
+            elif is_idle != entry.is_idle:
+                entry.is_idle = is_idle
+            elif entry.published.copied and not entry.is_adopted and not entry.is_private:
+                self.offer(key, serialize)
 
     def close(self) -> None:
         """Drop everything; views stay valid. What is under way is answered, but neither remembered nor listed."""
         self._is_closed = True
-        self._stop_listening()
-        for key in list(self._records):
+        self._data.stop()
+        for key in list(self._entries):
             self.forget(key)
         self._listings.clear()
         self._threads.shutdown(wait=False)
 
     def __repr__(self) -> str:
-        return f"<Publisher {len(self._records)} published, {len(self._flights)} under way>"
+        published = sum(entry.published is not None for entry in self._entries.values())
+        return f"<Publisher {published} published, {len(self._flights)} under way>"
 
-    def _take_off(self, key: Any, value: object, size: int) -> _Flight:
-        flight = self._flights.get(key)
-        if flight is None or flight.value is not value:
-            flight = _Flight(value, asyncio.create_task(self._publish(key, value, size)))
-            self._flights[key] = flight
-            flight.task.add_done_callback(lambda _: self._land(key, flight))
-        return flight
+    # -- entries
 
-    async def _publish(self, key: Any, value: object, size: int) -> Published | DaskSerialized | None:
-        watch = self._uses.watch({key, *seams.keys_of(self._data, value)})
-        try:
-            record = self._records.get(key)
-            if record is None or record.value is not value or not await self._still_holds(record):
-                outcome = await self._copy(value, size)
-                if not isinstance(outcome, Published) or self._is_closed or not self._has(key, value):
-                    return outcome
-                record = self._records[key] = _Record(value, outcome)
-            if not record.is_settled:
-                record = await self._adopt(key, record, watch)
-            self._list(key, record, watch)
-            return record.published
-        finally:
-            if self._watches.get(key) is not watch:
-                self._uses.end(watch)
+    def _entry(self, key: Any) -> _Entry | None:
+        """Return what is known of a value that is in memory."""
+        entry = self._entries.get(key)
+        if entry is None and not self._is_closed and self._data.in_memory(key) is not None:
+            # Readers are counted from here on, and references later.
+            entry = self._entries[key] = _Entry(
+                self._data.in_memory(key), functools.partial(self._listings.cross_out, key)
+            )
+        return entry
 
-    async def _copy(self, value: object, size: int) -> Published | DaskSerialized | None:
-        if size < self._threshold:
-            serialized = Serialized.of(value)
-        else:
-            serialized = await self._in_thread(Serialized.of, value)
-        if serialized.size < self._threshold:
-            return DaskSerialized(serialized.header, serialized.frames)
-        try:
-            published: Published = await self._in_thread(codec.publish, serialized, self._arena)
-        except SharedMemoryError as error:
-            notices.refused(error, serialized.size)
-            return None
-        if published.copied:
-            COUNTERS.count("published", published.copied)
+    def _changed(self, key: Any, *value: object) -> None:
+        """Take note that a key is about to get a value, or to be dropped. Any thread may call this."""
+        self.forget(key)
+        adopted = self._adopting.get(key)
+        if value and adopted is not None and adopted.value is value[0]:
+            self._entries[key] = adopted
+
+    def _look(self, entry: _Entry, known: int = 0) -> bool:
+        """Tell whether a value is alone, and take note if it has not been."""
+        if entry.is_listed:
+            return True
+        reads = entry.reads
+        # Known are the reference of the worker's data, and that of the entry.
+        is_alone = writers.is_alone([entry.value], 2 + known)
+        if is_alone and not entry.is_intact:
+            entry.begin(reads)
+        return is_alone
+
+    # -- publishing
+
+    async def _publish(self, key: Any, value: object, serialize: Serialize) -> Published | Serialized:
+        entry = self._entries.get(key)
+        entry = entry if entry is not None and entry.value is value else None
+        published, run = (entry.published, entry.run) if entry is not None else (None, None)
+        if entry is not None and published is not None and entry.is_intact and entry.is_verified:
+            return published
+        serialized = await serialize()
+        if serialized.size < self._threshold or serialized.is_personal:
+            return serialized
+        if published is None or not await self._still_holds(published, serialized):
+            try:
+                published = await self._in_thread(codec.publish, serialized, self._arena)
+            except SharedMemoryError as error:
+                notices.refused(error, serialized.size)
+                return serialized
+            if published.copied:
+                COUNTERS.count("published", published.copied)
+        self._remember(key, value, published, run)
         return published
 
-    async def _still_holds(self, record: _Record) -> bool:
+    def _remember(self, key: Any, value: object, published: Published, run: int | None) -> None:
+        if self._is_closed or self._data.in_memory(key) is not value:
+            return
+        entry = self._entry(key)
+        if entry is not None and entry.value is value:
+            if published is not entry.published:
+                entry.published, entry.is_adopted = published, False
+                entry.is_private |= published.has_overlaps
+            entry.is_verified = entry.run == run
+
+    async def _still_holds(self, published: Published, serialized: Serialized) -> bool:
         try:
-            return bool(await self._in_thread(codec.still_holds, record.published, record.value, self._arena))
+            return bool(await self._in_thread(codec.still_holds, published, serialized, self._arena))
         except SharedMemoryError:
             # It cannot be looked at: published anew it is right in any case, and costs nothing where it lies in the arena.
             return False
 
+    async def _offer(self, key: Any, serialize: Callable[[object], Awaitable[Serialized]], known: int) -> None:
+        entry = self._entry(key)
+        if entry is None:
+            return
+        # What something else reaches would have to be serialized again for each answer.
+        if not await self._is_alone_soon(entry, known):
+            if entry.published is None and not entry.asks and self._entries.get(key) is entry:
+                self.forget(key)
+            return
+        await self.publish(key, entry.value, functools.partial(serialize, entry.value))
+        if entry.published is not None:
+            await self._settle(key, entry, known)
+
+    async def _settle(self, key: Any, entry: _Entry, known: int = 0) -> None:
+        """Adopt and list a value, if nothing else reaches it and what was published is what it is now."""
+        if entry.is_settling:
+            return
+        entry.is_settling = True
+        try:
+            if await self._is_settled(key, entry, known):
+                if not (entry.is_adopted or entry.is_private) and entry.published and entry.published.copied:
+                    entry = await self._adopt(key, entry, known)
+                self._list(key, entry)
+        finally:
+            entry.is_settling = False
+
+    async def _is_settled(self, key: Any, entry: _Entry, known: int) -> bool:
+        return (
+            await self._is_alone_soon(entry, known)
+            and entry.is_intact
+            and entry.is_verified
+            and self._entries.get(key) is entry
+            and self._data.in_memory(key) is entry.value
+        )
+
+    async def _is_alone_soon(self, entry: _Entry, known: int) -> bool:
+        for pause in _PAUSES:
+            if self._look(entry, known):
+                return True
+            if entry.asks:
+                return False
+            await asyncio.sleep(pause)
+        return False
+
     @step("adopt")
-    async def _adopt(self, key: Any, record: _Record, watch: Watch) -> _Record:
-        """Give the private copy up for the shared one, if nobody can tell the difference; return the record."""
-        value, published = record.value, record.published
-        shared = None
-        if published.copied and adoption.may_adopt(value):
-            if not watch.is_quiet:
-                return record
-            shared = await self._in_thread(_rebuild, published.handle, value)
-        # While the thread was at work the key may have been released, replaced, spilled, or used by a task.
-        is_same = self._records.get(key) is record and self._has(key, value)
-        if not is_same or not (shared is None or watch.is_quiet):
-            return record
-        if shared is not None:
-            # What a task has returned as it came is one object under several keys, and stays one. A key that was not
-            # watched has come by it in another way than by a watched one (a global, ``future.result()`` in a task): who
-            # put it there may have changed it.
-            keys = seams.keys_of(self._data, value)
-            if not watch.keys.issuperset(keys):
-                return record
-            for also in keys:
-                if self._has(also, value):  # storing one may spill another
-                    self.forget(also)
-                    self._data[also] = shared
-            if not self._has(key, shared):  # spilled at once
-                return record
+    async def _adopt(self, key: Any, entry: _Entry, known: int) -> _Entry:
+        """Give the private copy up for the shared one, if nobody can tell the difference; return the entry."""
+        if not adoption.may_adopt(entry.value) or entry.published is None:
+            entry.is_private = True
+            return entry
+        shared = await self._in_thread(_rebuild, entry.published.handle)
+        # While the thread was at work the key may have been released, replaced, spilled or read.
+        if not await self._is_settled(key, entry, known):
+            return entry
+        if shared is None or not adoption.is_faithful(shared, entry.value):
+            entry.is_private = True
+            return entry
+        published = entry.published
+        adopted = self._adopting[key] = _Entry(shared, functools.partial(self._listings.cross_out, key))
+        adopted.published, adopted.is_adopted = published, True
+        adopted.begin(0, is_verified=True)
+        try:
+            self._data.replace(key, shared)
+        finally:
+            del self._adopting[key]
+        if self._data.in_memory(key) is shared:  # and not spilled at once
             COUNTERS.count("adopted", published.handle.size)
-        record = _Record(value if shared is None else shared, published, is_adopted=shared is not None, is_settled=True)
-        self._records[key] = record
-        return record
+        return adopted
 
-    def _list(self, key: Any, record: _Record, watch: Watch) -> None:
-        is_same = self._records.get(key) is record and self._has(key, record.value)
-        if is_same and watch.is_quiet and self._is_alone(watch.keys, record.value, record.is_adopted):
-            self._take_back(key)
-            self._watches[key] = watch
-            self._listings.enter(key, record.published.handle)
+    def _list(self, key: Any, entry: _Entry) -> None:
+        if self._entries.get(key) is entry and entry.published is not None and not self._is_closed:
+            entry.list(functools.partial(self._listings.enter, key, entry.published.handle))
 
-    def _take_back(self, key: Any) -> None:
-        self._listings.cross_out(key)
-        watch = self._watches.pop(key, None)
-        if watch is not None:
-            self._uses.end(watch)
+    # -- threads and tasks
 
-    def _has(self, key: Any, value: object) -> bool:
-        return seams.in_memory(self._data, key) is value
-
-    def _land(self, key: Any, flight: _Flight) -> None:
+    def _land(self, key: Any, flight: _Flight, task: asyncio.Task[Any]) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
-        if not flight.task.cancelled():
-            flight.task.exception()
+        if not task.cancelled():
+            task.exception()
+
+    def _soon(self, work: Any) -> asyncio.Task[None]:
+        task = asyncio.create_task(_logged(work))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
 
     async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+        return await run_in_executor_with_context(self._threads, function, *args)
 
 
-def _rebuild(handle: Handle, value: object) -> object | None:
+async def _logged(work: Awaitable[None]) -> None:
+    try:
+        await work
+    except Exception:
+        logger.debug("a value is not published, or keeps its private copy", exc_info=True)
+
+
+def _rebuild(handle: Handle) -> object | None:
+    shared: object | None = None
     try:
         shared = handles.resolve(handle)
-        return shared if adoption.is_faithful(shared, value) else None
     except SharedMemoryError as error:
         notices.kept_private(error)
-        return None
     except Exception:
         logger.debug("a published value keeps its private copy", exc_info=True)
-        return None
+    return shared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -42,14 +43,16 @@ class ScatterGuard:
         self._before = seams.Replacement(handlers, "update_data", self)
         self.undo = self._before.undo
 
-    async def __call__(self, data: dict[Any, Any], stimulus_id: str | None = None) -> Any:
+    async def __call__(self, data: dict[Any, Any], **options: Any) -> Any:
         """Take what a scatter brings, or refuse all of it where a handle is of no use here."""
         data = await fetch.finish(data)
         keys = fetch.unusable(data)
         if keys:
             # An answer, not an exception: the sender repeats with bytes, and nobody's log needs a traceback.
             return error_message(StaleBlock(f"{keys} cannot be mapped here"), status="uncaught-error")
-        answer = self._before.old(data, stimulus_id=stimulus_id)
+        # A dict of its own: a worker that keeps it has a reference to each value, which counts.
+        answer = self._before.old(data=dict(data), **options)
+        answer = await answer if inspect.isawaitable(answer) else answer
         # The values are stored by now: whatever goes wrong here must not make the scatter fail.
         with contextlib.suppress(Exception):
             await self.received(data)

@@ -15,6 +15,9 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import distributed.client
+import distributed.comm.core
+import distributed.comm.tcp
+import distributed.comm.utils
 import distributed.core
 import distributed.nanny
 import distributed.protocol.core
@@ -27,6 +30,7 @@ import distributed.worker_memory
 import distributed.worker_state_machine
 import zict
 from distributed.protocol.serialize import families
+from distributed.sizeof import safe_sizeof
 
 
 class Seam(NamedTuple):
@@ -81,11 +85,16 @@ SEAMS = (
         lambda: _takes(distributed.worker.Worker.update_data, "data", "stimulus_id"),
     ),
     Seam(
-        "WorkerState.all_running_tasks, TaskState.dependencies, .dependents",
-        "what a running task has as its input may change, and what was made of a value may look into it",
+        "Comm.local_info, .remote_info, .handshake_options, .allow_offload, comm.utils.OFFLOAD_THRESHOLD",
+        "a value is serialized with what its connection would have told, and in the thread in which Dask would do it",
         lambda: (
-            isinstance(distributed.worker_state_machine.WorkerState.all_running_tasks, property)
-            and {"dependencies", "dependents"} <= set(distributed.worker_state_machine.TaskState.__annotations__)
+            _names(
+                distributed.comm.core.Comm.__init__, "local_info", "remote_info", "handshake_options", "allow_offload"
+            )
+            and _packs(
+                distributed.comm.tcp.TCP.write, "to_frames", '"sender": self.local_info', "**self.handshake_options"
+            )
+            and _packs(distributed.comm.utils.to_frames, "OFFLOAD_THRESHOLD", "safe_sizeof", "offload")
         ),
     ),
     Seam(
@@ -122,12 +131,15 @@ SEAMS = (
         lambda: hasattr(vars(distributed.client.Client).get("_register_plugin"), "register"),
     ),
     Seam(
-        "SpillBuffer.fast, .fast_to_slow_callbacks",
-        "looking at a value in memory without unspilling another, and learning of a spill",
+        "SpillBuffer.fast, LRU.d, WorkerMemoryManager.data, WorkerState.data",
+        "whoever reads, writes or drops a value of a worker is noticed",
         lambda: (
             issubclass(distributed.spill.SpillBuffer, zict.Buffer)
-            and _takes(zict.Buffer, "fast", "fast_to_slow_callbacks")
+            and _takes(zict.Buffer, "fast")
             and _takes(zict.LRU, "d")
+            and _packs(zict.LRU, "self.d[key]", "del self.d[key]", "self.d.values()")
+            and _packs(distributed.worker.Worker, "data=self.memory_manager.data", "return self.memory_manager.data")
+            and "data" in distributed.worker_state_machine.WorkerState.__annotations__
         ),
     ),
     Seam(
@@ -199,9 +211,10 @@ class Replacement:
     def __init__(self, owner: Any, name: str, new: Any) -> None:
         self._owner, self._name, self._new = owner, name, new
         self._is_item = isinstance(owner, dict)
-        held = owner if self._is_item else vars(owner)
-        self._was_there = name in held
-        self.old = held[name] if self._was_there else getattr(owner, name)
+        held = owner if self._is_item else getattr(owner, "__dict__", None)
+        # Objects without a ``__dict__`` have their attributes in slots.
+        self._was_there = held is None or name in held
+        self.old = held[name] if held is not None and self._was_there else getattr(owner, name)
         self._put(new)
 
     def undo(self) -> None:
@@ -222,7 +235,10 @@ class Replacement:
             setattr(self._owner, self._name, value)
 
     def _present(self) -> Any:
-        return self._owner.get(self._name) if self._is_item else vars(self._owner).get(self._name)
+        if self._is_item:
+            return self._owner.get(self._name)
+        held = getattr(self._owner, "__dict__", None)
+        return getattr(self._owner, self._name) if held is None else held.get(self._name)
 
 
 class SharedReplacement:
@@ -277,35 +293,21 @@ def untag(serializers: list[str] | None) -> tuple[list[str], list[str] | None]:
     return askers, None if askers else serializers
 
 
-# -- looking at the data of a worker
+# -- serializing
 
 
-def in_memory(data: Any, key: Any) -> Any:
-    """Return the value that a worker has under a key in memory, or None; reads nothing from disk."""
-    if isinstance(data, distributed.spill.SpillBuffer):
-        return data.fast.d.get(key)
-    return data.get(key) if type(data) is dict else None
+def context_of(comm: Any) -> dict[str, Any]:
+    """Return what a connection tells serializers, as its ``write`` makes it."""
+    return {"sender": comm.local_info, "recipient": comm.remote_info, **comm.handshake_options}
 
 
-def keys_of(data: Any, value: object) -> list[Any]:
-    """Return the keys under which a worker has this very object in memory, as far as its mapping keeps values."""
-    if not keeps_values(data):
-        return []
-    held = data.fast.d if isinstance(data, distributed.spill.SpillBuffer) else data
-    return [key for key, item in held.items() if item is value]
-
-
-def on_spill(data: Any, callback: Callable[[Any, Any], None]) -> Callable[[], None]:
-    """Call back with key and value whenever a value has gone to disk; return how to stop that."""
-    if not isinstance(data, distributed.spill.SpillBuffer):
-        return lambda: None
-    data.fast_to_slow_callbacks.append(callback)
-    return lambda: data.fast_to_slow_callbacks.remove(callback)
-
-
-def keeps_values(data: Any) -> bool:
-    """Tell whether a worker's mapping hands out the same object each time, as long as we hear of no spill."""
-    return type(data) is dict or isinstance(data, distributed.spill.SpillBuffer)
+def is_offloaded(comm: Any, message: Any) -> bool:
+    """Tell whether a connection would serialize a message in a thread."""
+    limit = distributed.comm.utils.OFFLOAD_THRESHOLD
+    if not limit or not comm.allow_offload:
+        return False
+    size = safe_sizeof(message, default_size=-1)
+    return bool(size == -1 or size > limit)
 
 
 async def cluster_of(scheduler: Any) -> str:

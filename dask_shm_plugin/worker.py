@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import inspect
 import logging
 import traceback
 from typing import Any
 
+from dask.utils import has_keyword
 from distributed.diagnostics.plugin import WorkerPlugin
 from tornado.ioloop import PeriodicCallback
 
-from dask_shm_plugin import codec, config, fetch, lineage, metrics, reach, seams
+from dask_shm_plugin import codec, config, fetch, metrics, reach, seams
 from dask_shm_plugin.arena import Arena
-from dask_shm_plugin.codec import Published
+from dask_shm_plugin.codec import Published, Serialized
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.joining import Joining
 from dask_shm_plugin.meters import WorkerMeter
 from dask_shm_plugin.metrics import COUNTERS
-from dask_shm_plugin.publisher import Publisher
+from dask_shm_plugin.publisher import Ask, Publisher, Serialize
 from dask_shm_plugin.role import Role
 from dask_shm_plugin.scatterguard import ScatterGuard, ignore
 from dask_shm_plugin.seats import switch_off, switch_on
+from dask_shm_plugin.worker_data import WorkerData
 
 _PRUNE_EVERY = 5.0
 _PATIENCE = 0.1
@@ -85,14 +89,8 @@ class SharedMemoryWorker(WorkerPlugin):
 
     def transition(self, key: Any, start: str, finish: str, **kwargs: Any) -> None:
         """Follow what the worker holds; called by Dask in the same moment."""
-        if self._running is None:
-            return
-        if start == "memory":
-            self._running.publisher.forget(key)
-        elif finish == "memory" and start in ("executing", "long-running"):
+        if self._running is not None and finish == "memory" and start in ("executing", "long-running"):
             self._running.completed(key)
-        elif finish == "executing":
-            self._running.begins(key)
 
     def report(self) -> dict[str, Any] | None:
         """Return what the arena holds and what this process did, or None where sharing is off."""
@@ -104,14 +102,12 @@ class _Running:
 
     def __init__(self, worker: Any, role: Role, arena: Arena) -> None:
         self._worker, self._role, self._arena = worker, role, arena
-        self.publisher = Publisher(
-            arena, role.options.threshold, worker.data, role.address, self._inputs, self._is_alone
-        )
-        self._background: set[asyncio.Task[Any]] = set()
+        self._data = WorkerData.of(worker)
+        self.publisher = Publisher(arena, role.options.threshold, self._data, role.address)
         self._get_data_before = seams.Replacement(worker.handlers, "get_data", self._get_data)
         self._meter = WorkerMeter(worker, arena)
         self._scatter_guard = ScatterGuard.around(worker.handlers, arena, self._received)
-        self._pruning = PeriodicCallback(self.publisher.prune, _PRUNE_EVERY * 1000)
+        self._pruning = PeriodicCallback(self.prune, _PRUNE_EVERY * 1000)
         self._pruning.start()
         before = COUNTERS.snapshot()
         self._counted = lambda: metrics.since(before)
@@ -119,8 +115,6 @@ class _Running:
         fetch.REQUESTS.begin()
 
     async def stop(self) -> None:
-        # Dask (2026.8.0) tells a plugin that it removes nothing more: there must never be a moment when tasks begin that
-        # the publisher does not hear of. So it closes before anything is awaited.
         self._get_data_before.undo()
         self._scatter_guard.received = ignore
         self._pruning.stop()
@@ -141,106 +135,100 @@ class _Running:
 
     def completed(self, key: Any) -> None:
         """Publish the result of a task, if that is wanted at this moment."""
-        if self._role.options.publish == "on-completion":
-            value = seams.in_memory(self._worker.data, key)
-            # What is not known to be large waits for a request: it might not even be possible to serialize it.
-            if value is not None and self._size(key) >= self._role.options.threshold:
-                self._publish_soon(key, value)
+        # What is not known to be large waits for a request: it might not even be possible to serialize it.
+        if self._role.options.publish == "on-completion" and self._is_large(key):
+            self.publisher.offer(key, _serialize_unasked)
 
     async def _received(self, data: dict[Any, Any]) -> None:
         """List what was scattered and lies in the arena, so that nobody need ask for it."""
-        shared = {
-            key: value
-            for key, value in data.items()
-            if self._size(key) >= self._role.options.threshold and reach.rows_of(value, self._arena.arena_id)
-        }
+        shared = [key for key in data if self._is_large(key) and reach.rows_of(data[key], self._arena.arena_id)]
         # All other workers may be about to look for it: they are told as soon as this is done.
         if shared:
-            await asyncio.wait([self._publish_soon(*item) for item in shared.items()], timeout=_PATIENCE)
+            # The message that brought a value has a reference to it.
+            offers = [self.publisher.offer(key, _serialize_unasked, known=1) for key in shared]
+            await asyncio.wait(offers, timeout=_PATIENCE)
 
-    def _publish_soon(self, key: Any, value: object) -> asyncio.Task[None]:
-        task = asyncio.create_task(self._publish_unasked(key, value))
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-        return task
+    def prune(self) -> None:
+        """Let no value keep two copies for ever."""
+        self.publisher.prune(_serialize_unasked)
 
-    def begins(self, key: Any) -> None:
-        """Let nobody rely on the inputs of a task that begins: it may change them in place."""
-        task = self._worker.state.tasks.get(key)
-        if task is not None:
-            self.publisher.task_begins(dependency.key for dependency in task.dependencies)
-
-    def _inputs(self) -> set[Any]:
-        inputs = [one for task in self._worker.state.all_running_tasks for one in task.dependencies]
-        # A cancelled task runs on with what was released since, and which other keys have that object nobody knows.
-        is_unknown = any(one.state != "memory" for one in inputs)
-        return {one.key for one in inputs} | (set(self._worker.state.tasks) if is_unknown else set())
-
-    def _is_alone(self, keys: frozenset[Any], value: object, is_apart: bool) -> bool:
-        state, data = self._worker.state, self._worker.data
-        tasks = [state.tasks[key] for key in keys if key in state.tasks]
-        if not is_apart and any(task.dependencies for task in tasks):
-            return False
-        return lineage.is_alone(
-            tasks, value, lambda key: state.actors[key] if key in state.actors else seams.in_memory(data, key)
-        )
-
-    async def _publish_unasked(self, key: Any, value: object) -> None:
-        try:
-            await self.publisher.publish(key, value, self._size(key))
-        except Exception:
-            logger.debug("%r is not published", key, exc_info=True)
-
-    async def _get_data(
-        self, comm: Any, keys: Any, who: str | None = None, serializers: list[str] | None = None
-    ) -> Any:
+    async def _get_data(self, comm: Any, keys: Any, serializers: list[str] | None = None, **options: Any) -> Any:
         asked_by, serializers = seams.untag(serializers)
+        if serializers is not None and has_keyword(self._get_data_before.old, "serializers"):
+            options["serializers"] = serializers  # as Dask hands it to those who take it
+        if not fetch.is_member(self._arena, asked_by) or comm.peer_address.startswith("inproc://"):
+            if fetch.BYTES_PLEASE not in asked_by:
+                self._count_as_sent(keys, fetch.why_no_member(asked_by))
+            return await self._answer(comm, keys, options)
+        ask = self.publisher.ask(list(filter(self._is_large, keys)))
         kept: list[Published] = []
-        if fetch.is_member(self._arena, asked_by) and not comm.peer_address.startswith("inproc://"):
-            comm = _HandingOver(comm, self, kept)
-        elif fetch.BYTES_PLEASE not in asked_by:
-            self._count_as_sent(keys, fetch.why_no_member(asked_by))
         try:
-            return await self._get_data_before.old(comm, keys, who=who, serializers=serializers)
+            return await self._answer(_HandingOver(comm, self, ask, kept), keys, options)
+        finally:
+            kept.clear()
+            self.publisher.answered(ask)
+
+    async def _answer(self, comm: Any, keys: Any, options: dict[str, Any]) -> Any:
+        """Let Dask, or whoever has replaced its handler, answer."""
+        try:
+            answer = self._get_data_before.old(comm, keys=keys, **options)
+            return await answer if inspect.isawaitable(answer) else answer
         except Exception as error:
             _let_go_of_values(error)
             raise
-        finally:
-            kept.clear()
 
     def _count_as_sent(self, keys: Any, reason: str) -> None:
         for key in keys:
-            size = self._size(key)
-            if size >= self._role.options.threshold:
-                COUNTERS.count_sent(reason, size)
+            if self._is_large(key):
+                COUNTERS.count_sent(reason, self._size(key))
 
-    async def share(self, data: dict[Any, Any], keep: list[Published]) -> dict[Any, Any]:
-        """Return the data of an answer with handles in the place of what is shared."""
+    async def share(self, comm: Any, data: dict[Any, Any], keep: list[Published]) -> dict[Any, Any]:
+        """Return the data of an answer with handles in the place of what is shared.
+
+        Parameters
+        ----------
+        comm
+            The connection.
+        data
+            The values, as Dask would write them to it.
+        keep
+            Gets what is published: to be kept until the asker has resolved the handles.
+        """
         unknown = [key for key, wrapped in data.items() if self._may_be_large(key, wrapped.data)]
         if not unknown:
             return data
-        small = {key: self.publisher.small(key, data[key].data, self._size(key)) for key in unknown}
-        large = [key for key, serialized in small.items() if serialized is None]
-        shared = await asyncio.gather(*(self._share(key, data[key], keep) for key in large))
-        return {**data, **small, **dict(zip(large, shared, strict=True))}
+        context, is_offloaded = seams.context_of(comm), seams.is_offloaded(comm, data)
+        serialize = functools.partial(codec.where_dask_would, is_offloaded)
+        # Most of these are small. A task for each of thousands would cost more than all the rest (25 of 90 us for each,
+        # 2 cores, November 2026).
+        unmeasured = {key: data[key].data for key in unknown if not self._is_large(key)}
+        serialized = await serialize(codec.serialize_each, unmeasured, context)
+        sent = {key: one.message for key, one in serialized.items() if one.size < self._role.options.threshold}
+        ways: dict[Any, Serialize] = {key: _as_it_is(one) for key, one in serialized.items() if key not in sent}
+        for key in unknown:
+            if key not in unmeasured:
+                ways[key] = functools.partial(serialize, Serialized.of, data[key].data, context)
+        shared = await asyncio.gather(*(self._share(key, data[key], way, keep) for key, way in ways.items()))
+        return {**data, **sent, **dict(zip(ways, shared, strict=True))}
 
     def _may_be_large(self, key: Any, value: object) -> bool:
         is_actor = key in self._worker.state.actors
         return not is_actor and codec.may_be_large(value, self._size(key), self._role.options.threshold)
 
-    async def _share(self, key: Any, wrapped: Any, keep: list[Published]) -> Any:
+    async def _share(self, key: Any, wrapped: Any, serialize: Serialize, keep: list[Published]) -> Any:
         try:
-            published = await self.publisher.publish(key, wrapped.data, self._size(key))
+            published = await self.publisher.publish(key, wrapped.data, serialize)
         except Exception:
-            logger.debug("%r goes as bytes", key, exc_info=True)
+            logger.debug("%r goes as Dask sends it", key, exc_info=True)
             COUNTERS.count_sent(SharedMemoryError.reason, self._size(key))
             return wrapped
-        if published is None:
-            return wrapped
-        if not isinstance(published, Published):
-            return published
-        keep.append(published)
+        if isinstance(published, Published):
+            keep.append(published)
         return published.message
+
+    def _is_large(self, key: Any) -> bool:
+        """Tell whether Dask has measured a value as large enough to be shared, and it is no actor."""
+        return self._size(key) >= self._role.options.threshold and key not in self._worker.state.actors
 
     def _size(self, key: Any) -> int:
         task = self._worker.state.tasks.get(key)
@@ -266,20 +254,36 @@ def _let_go_of_values(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
+def _as_it_is(serialized: Serialized) -> Serialize:
+    async def given() -> Serialized:
+        return serialized
+
+    return given
+
+
+async def _serialize_unasked(value: object) -> Serialized:
+    """Serialize a value before there is a connection to somebody who wants it."""
+    return await codec.where_dask_would(True, Serialized.of, value, {})
+
+
 class _HandingOver:
     """The connection of one request: what is written to it goes as handles, and is kept until the asker has it."""
 
-    def __init__(self, comm: Any, running: _Running, kept: list[Published]) -> None:
-        self._comm, self._running, self._kept = comm, running, kept
+    def __init__(self, comm: Any, running: _Running, ask: Ask, kept: list[Published]) -> None:
+        self._comm, self._running, self._ask, self._kept = comm, running, ask, kept
 
     @step("answer")
-    async def write(self, message: Any, serializers: list[str] | None = None) -> Any:
+    async def write(self, message: Any, *args: Any, **kwargs: Any) -> Any:
+        # Nothing was awaited since the request came: the values were read for this answer, and once.
+        self._ask.has_read()
         if message.get("status") == "OK":
             try:
-                message = {**message, "data": await self._running.share(message["data"], self._kept)}
+                data = await self._running.share(self._comm, message["data"], self._kept)
             except Exception:
-                logger.debug("an answer goes as bytes", exc_info=True)
-        return await self._comm.write(message, serializers=serializers)
+                logger.debug("an answer goes as Dask sends it", exc_info=True)
+            else:
+                message = {**message, "data": data}
+        return await self._comm.write(message, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._comm, name)
