@@ -13,7 +13,6 @@ from typing import Any
 import distributed.client
 from dask.sizeof import sizeof
 from distributed import Client
-from distributed.utils import run_in_executor_with_context
 
 from dask_shm_plugin import codec, fetch, membership, metrics, notices, rendezvous, seams
 from dask_shm_plugin.arena import Arena
@@ -23,6 +22,7 @@ from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.handover import Courier, Data, DirectRpc, HandOver, Targets, consume
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.role import Role
+from dask_shm_plugin.threads import call_in
 
 logger = logging.getLogger("dask_shm_plugin")
 
@@ -194,7 +194,7 @@ class SharedMemoryClient:
                 if one.size >= self._options.threshold and not one.is_personal
             }
             if wanted and self._arena is not None:
-                published = await run_in_executor_with_context(self._threads, _publish_each, wanted, self._arena)
+                published = await call_in(self._threads, _publish_each, wanted, self._arena)
         except Exception:
             # Whatever is wrong with the data shall be said where Dask says it.
             logger.debug("a scatter goes as bytes", exc_info=True)

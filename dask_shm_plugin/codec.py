@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from distributed.protocol.serialize import Serialize, serialize, to_serialize
 from distributed.protocol.serialize import Serialized as DaskSerialized
-from distributed.utils import ensure_memoryview, offload
+from distributed.utils import ensure_memoryview
 
 from dask_shm_plugin import arrow, views
 from dask_shm_plugin.arena import Arena
@@ -26,6 +26,7 @@ from dask_shm_plugin.handles import Handle, Span, map_spans, packed
 from dask_shm_plugin.layout import Row
 from dask_shm_plugin.reach import address_of, bounds
 from dask_shm_plugin.segment import round_up
+from dask_shm_plugin.threads import call_in
 
 _ALIGNMENT = 64
 _INLINE_FRAME = arrow.SMALL
@@ -173,7 +174,7 @@ async def where_dask_would(is_offloaded: bool, function: Callable[..., _T], *arg
     function, args
         What to call.
     """
-    return await offload(function, *args) if is_offloaded else function(*args)
+    return await call_in(None, function, *args) if is_offloaded else function(*args)
 
 
 _WELL_MEASURED = (int, float, complex, bool, str, bytes, bytearray, type(None))

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import distributed.worker
-from distributed.utils import offload
 
 from dask_shm_plugin import handles, listings, membership, seams
 from dask_shm_plugin.arena import Arena
@@ -20,6 +19,7 @@ from dask_shm_plugin.exceptions import REASONS
 from dask_shm_plugin.handles import Deferred, Unresolved
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.metrics import COUNTERS
+from dask_shm_plugin.threads import call_in
 
 BYTES_PLEASE = "bytes"
 """Stands in the place of a membership in a request for what was answered before, in a way that was of no use."""
@@ -85,7 +85,7 @@ async def finish(data: dict[Any, Any]) -> dict[Any, Any]:
     later = [key for key, value in data.items() if type(value) is Deferred]
     if not later:
         return data
-    values = await asyncio.gather(*(offload(handles.become, data[key].handle) for key in later))
+    values = await asyncio.gather(*(call_in(None, handles.become, data[key].handle) for key in later))
     return {**data, **dict(zip(later, values, strict=True))}
 
 

@@ -10,8 +10,6 @@ from collections.abc import Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from distributed.utils import run_in_executor_with_context
-
 from dask_shm_plugin import adoption, codec, handles, notices, writers
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.codec import Published, Serialized
@@ -20,6 +18,7 @@ from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.handles import Handle
 from dask_shm_plugin.listings import Listings
 from dask_shm_plugin.metrics import COUNTERS
+from dask_shm_plugin.threads import call_in
 from dask_shm_plugin.worker_data import WorkerData
 
 logger = logging.getLogger("dask_shm_plugin")
@@ -210,9 +209,13 @@ class Publisher:
 
     def answered(self, ask: Ask) -> None:
         """Take note that an answer is over: what nothing else reaches is listed, and given up for the shared copy."""
-        for key, entry in ask.entries.items():
+        while ask.entries:  # what failed may be kept by a log, and would keep the values
+            key, entry = ask.entries.popitem()
             entry.asks -= 1
             if entry.published is not None:
+                # Others may look for it at once: they need not wait until it is adopted.
+                if self._look(entry):
+                    self._list(key, entry)
                 self._soon(self._settle(key, entry))
             elif not entry.asks and self._entries.get(key) is entry and key not in self._flights:
                 self.forget(key)
@@ -248,7 +251,10 @@ class Publisher:
         goes where it could not be adopted yet, and nothing else reaches it now: nobody may ask for it any more.
         """
         for key, entry in list(self._entries.items()):
-            if entry.published is None or entry.asks or entry.is_settling:
+            if entry.asks or entry.is_settling:
+                continue
+            if entry.published is None:
+                self.offer(key, serialize)
                 continue
             is_idle = not entry.is_adopted and not entry.published.is_used_elsewhere
             if is_idle and entry.is_idle:
@@ -344,14 +350,15 @@ class Publisher:
         entry = self._entry(key)
         if entry is None:
             return
-        # What something else reaches would have to be serialized again for each answer.
-        if not await self._is_alone_soon(entry, known):
-            if entry.published is None and not entry.asks and self._entries.get(key) is entry:
-                self.forget(key)
-            return
-        await self.publish(key, entry.value, functools.partial(serialize, entry.value))
-        if entry.published is not None:
-            await self._settle(key, entry, known)
+        for _ in _PAUSES:
+            # What something else reaches would have to be serialized again for each answer.
+            if not await self._is_alone_soon(entry, known):
+                return
+            await self.publish(key, entry.value, functools.partial(serialize, entry.value))
+            if entry.published is not None:
+                await self._settle(key, entry, known)
+            if entry.is_listed or self._entries.get(key) is not entry:
+                return
 
     async def _settle(self, key: Any, entry: _Entry, known: int = 0) -> None:
         """Adopt and list a value, if nothing else reaches it and what was published is what it is now."""
@@ -410,7 +417,8 @@ class Publisher:
         return adopted
 
     def _list(self, key: Any, entry: _Entry) -> None:
-        if self._entries.get(key) is entry and entry.published is not None and not self._is_closed:
+        is_same = self._entries.get(key) is entry and self._data.in_memory(key) is entry.value
+        if is_same and entry.published is not None and not self._is_closed:
             entry.list(functools.partial(self._listings.enter, key, entry.published.handle))
 
     # -- threads and tasks
@@ -428,7 +436,7 @@ class Publisher:
         return task
 
     async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await run_in_executor_with_context(self._threads, function, *args)
+        return await call_in(self._threads, function, *args)
 
 
 async def _logged(work: Awaitable[None]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -297,8 +298,13 @@ def untag(serializers: list[str] | None) -> tuple[list[str], list[str] | None]:
 
 
 def context_of(comm: Any) -> dict[str, Any]:
-    """Return what a connection tells serializers, as its ``write`` makes it."""
-    return {"sender": comm.local_info, "recipient": comm.remote_info, **comm.handshake_options}
+    """Return what a connection tells serializers, as its ``write`` makes it.
+
+    The scheduler asks for version 4 of pickle, for it may hand on to anybody; that has no buffers outside of the stream.
+    Every version of Python that distributed (2026.1.1 and later) runs on reads version 5.
+    """
+    told = {"sender": comm.local_info, "recipient": comm.remote_info, **comm.handshake_options}
+    return {**told, "pickle-protocol": pickle.HIGHEST_PROTOCOL}
 
 
 def is_offloaded(comm: Any, message: Any) -> bool:

@@ -7,16 +7,17 @@ import functools
 import gc
 import os
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from distributed.protocol.serialize import deserialize
 from distributed.spill import SpillBuffer
 from observing import wait_until
 
 from dask_shm_plugin import codec, handles, membership, publisher
-from dask_shm_plugin.codec import Published
+from dask_shm_plugin.codec import Published, Serialized
 from dask_shm_plugin.publisher import Publisher
+from dask_shm_plugin.worker_data import WorkerData
 
 THRESHOLD = 1 << 16
 
@@ -76,9 +77,53 @@ class Gate:
         self._open.set()
 
 
-def publisher_of(arena, data, inputs=set):
-    """Return the publisher of a worker whose running tasks have these inputs."""
-    return Publisher(arena, THRESHOLD, data, "tcp://here", inputs)
+@pytest.fixture(params=["dict", "spilling"])
+def data(request, tmp_path):
+    """The data of a worker: Dask's own dict, or one that spills."""
+    return {} if request.param == "dict" else SpillBuffer(str(tmp_path), target=1 << 24)
+
+
+class Worker:
+    """The data of one worker, and what it publishes of them."""
+
+    def __init__(self, arena, data, **values):
+        owners = (SimpleNamespace(data=data), SimpleNamespace(data=data))
+        watched = WorkerData(data, owners)
+        self.data = owners[0].data
+        for key, value in values.items():
+            self.data[key] = value
+        self.publisher = Publisher(arena, THRESHOLD, watched, "tcp://here")
+
+    async def answer(self, key):
+        """Answer a request, and wait until what may follow has followed."""
+        ask = self.publisher.ask([key])
+        value = self.data[key]
+        ask.has_read()
+        try:
+            published = await self.publisher.publish(key, value, functools.partial(serialize, value))
+        finally:
+            del value
+            self.publisher.answered(ask)
+        await self.settled()
+        return published
+
+    async def settled(self):
+        """Wait until nothing is under way."""
+        while self.publisher._background:
+            await asyncio.wait(self.publisher._background)
+
+    def is_shared(self, key):
+        """Tell whether the value of a key lies in the arena; reads nothing that counts."""
+        return codec.is_shared(self.publisher._data.in_memory(key))
+
+    def close(self):
+        """Drop everything."""
+        self.publisher.close()
+
+
+async def serialize(value):
+    """Serialize a value as for nobody in particular."""
+    return Serialized.of(value, {})
 
 
 def big(seed=0):
@@ -86,68 +131,74 @@ def big(seed=0):
     return np.random.default_rng(seed).random(THRESHOLD // 4)
 
 
+def listed(arena):
+    """Return how many values are listed."""
+    return len(arena.directory._names)
+
+
 @in_loop
-async def test_a_result_is_published_once_and_adopted(arena):
+async def test_a_result_is_published_once_adopted_and_listed(arena, data):
     """The private copy gives way to the shared one, and the next asker gets the same handle."""
-    data = {"x": big()}
-    expected = data["x"].copy()
-    ours = publisher_of(arena, data)
-    first = await ours.publish("x", data["x"], expected.nbytes)
-    assert codec.is_shared(data["x"])
-    np.testing.assert_array_equal(data["x"], expected)
-    assert await ours.publish("x", data["x"], expected.nbytes) is first
+    ours = Worker(arena, data, x=big())
+    first = await ours.answer("x")
+    assert ours.is_shared("x")
+    np.testing.assert_array_equal(ours.data["x"], big())
+    assert listed(arena) == 0, "it was just read"
+    assert await ours.answer("x") is first
+    assert listed(arena) == 1
     ours.close()
 
 
-@pytest.mark.parametrize("spills", [False, True])
 @in_loop
-async def test_one_object_under_two_keys_is_copied_once_and_stays_one(arena, tmp_path, spills):
+async def test_one_object_under_two_keys_stays_private_and_one(arena, data):
     """A task that returns its input as it came makes no second value, here as in stock Dask."""
-    data = SpillBuffer(str(tmp_path), target=1 << 24) if spills else {}
-    data["x"] = data["y"] = value = big()
-    ours = publisher_of(arena, data)
-    await ours.publish("x", value, value.nbytes)
-    assert data["y"] is data["x"]
-    published = await ours.publish("y", data["y"], value.nbytes)
-    assert published.copied == 0
-    np.testing.assert_array_equal(handles.resolve(published.handle), big())
-    assert arena.stats().blocks == 1
+    value = big()
+    ours = Worker(arena, data, x=value, y=value)
+    del value
+    published = await ours.answer("x")
+    assert ours.data["y"] is ours.data["x"]
+    assert not ours.is_shared("x")
+    assert listed(arena) == 0
+    ours.data["y"][0] = 7
+    again = await ours.answer("x")
+    assert again is not published
+    assert handles.resolve(again.handle)[0] == 7
     ours.close()
 
 
 @in_loop
-async def test_a_small_value_takes_no_detour(arena):
-    """It is serialized where the answer is made; what only looked small is published."""
-    ours = publisher_of(arena, {})
-    serialized = ours.small("x", (1, [2, 3]), 100)
-    assert deserialize(serialized.header, serialized.frames) == (1, [2, 3])
-    assert ours.small("x", Model(), 100) is None
-    assert ours.small("x", (1, 2), THRESHOLD) is None
+async def test_what_is_too_small_is_serialized_once(arena, data):
+    """To find out that it is small, and for the answer."""
+    ours = Worker(arena, data, x=(1, [2, 3]))
+    serialized = await ours.answer("x")
+    assert isinstance(serialized, Serialized)
+    assert serialized.size < THRESHOLD
+    assert not ours.publisher._entries
     ours.close()
 
 
 @in_loop
-async def test_many_askers_make_one_copy(arena, monkeypatch):
-    """All that come while a publication is under way await that one."""
+async def test_many_askers_make_one_copy(arena, monkeypatch, data):
+    """All that come while a publication is under way await that one, and the last one leaves the value alone."""
     gate = Gate(monkeypatch, codec, "publish", "before")
-    data = {"x": big()}
-    ours = publisher_of(arena, data)
-    askers = [asyncio.create_task(ours.publish("x", data["x"], data["x"].nbytes)) for _ in range(20)]
+    ours = Worker(arena, data, x=big())
+    askers = [asyncio.create_task(ours.answer("x")) for _ in range(20)]
     await gate.wait()
     gate.open()
     answers = await asyncio.gather(*askers)
     assert gate.calls == 1
     assert len({id(answer) for answer in answers}) == 1
+    assert ours.is_shared("x")
+    assert listed(arena) == 1
     ours.close()
 
 
 @in_loop
-async def test_an_asker_that_goes_away_takes_nobody_along(arena, monkeypatch):
+async def test_an_asker_that_goes_away_takes_nobody_along(arena, monkeypatch, data):
     """Cancelling the one that began a publication leaves the others theirs."""
     gate = Gate(monkeypatch, codec, "publish", "before")
-    data = {"x": big()}
-    ours = publisher_of(arena, data)
-    first, second = (asyncio.create_task(ours.publish("x", data["x"], data["x"].nbytes)) for _ in range(2))
+    ours = Worker(arena, data, x=big())
+    first, second = (asyncio.create_task(ours.answer("x")) for _ in range(2))
     await gate.wait()
     first.cancel()
     gate.open()
@@ -157,79 +208,75 @@ async def test_an_asker_that_goes_away_takes_nobody_along(arena, monkeypatch):
     ours.close()
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("step", ["publish", "rebuild"])
+STEPS = {"publish": (codec, "publish"), "rebuild": (publisher, "_rebuild")}
+at_each_step = pytest.mark.parametrize("step", STEPS)
+before_and_after = pytest.mark.parametrize("when", ["before", "after"])
+
+
+@before_and_after
+@at_each_step
 @in_loop
-async def test_a_key_released_meanwhile_stays_released(arena, monkeypatch, step, when):
+async def test_a_key_released_meanwhile_stays_released(arena, monkeypatch, data, step, when):
     """Neither value nor record comes back, whichever step the release met."""
-    gate = Gate(monkeypatch, *{"publish": (codec, "publish"), "rebuild": (publisher, "_rebuild")}[step], when)
-    data = {"x": big()}
-    ours = publisher_of(arena, data)
-    asker = asyncio.create_task(ours.publish("x", data["x"], data["x"].nbytes))
+    gate = Gate(monkeypatch, *STEPS[step], when)
+    ours = Worker(arena, data, x=big())
+    asker = asyncio.create_task(ours.answer("x"))
     await gate.wait()
-    del data["x"]
-    ours.forget("x")
+    del ours.data["x"]
     gate.open()
-    published = await asker
-    assert isinstance(published, Published)
-    assert data == {}
-    assert "0 published, 0 under way" in repr(ours)
+    assert isinstance(await asker, Published)
+    assert not ours.data
+    assert "0 published, 0 under way" in repr(ours.publisher)
     ours.close()
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("step", ["publish", "rebuild"])
+@before_and_after
+@at_each_step
 @in_loop
-async def test_a_key_used_again_meanwhile_keeps_its_new_value(arena, monkeypatch, step, when):
+async def test_a_key_used_again_meanwhile_keeps_its_new_value(arena, monkeypatch, data, step, when):
     """An old publication answers for nothing but the object that it was made from."""
-    gate = Gate(monkeypatch, *{"publish": (codec, "publish"), "rebuild": (publisher, "_rebuild")}[step], when)
-    old, new = big(1), big(2)
-    data = {"x": old}
-    ours = publisher_of(arena, data)
-    asker = asyncio.create_task(ours.publish("x", old, old.nbytes))
+    gate = Gate(monkeypatch, *STEPS[step], when)
+    ours = Worker(arena, data, x=big(1))
+    asker = asyncio.create_task(ours.answer("x"))
     await gate.wait()
-    ours.forget("x")
-    data["x"] = new
+    ours.data["x"] = new = big(2)
     gate.open()
     await asker
-    assert data["x"] is new
-    published = await ours.publish("x", new, new.nbytes)
+    assert ours.data["x"] is new
+    del new
+    published = await ours.answer("x")
     np.testing.assert_array_equal(handles.resolve(published.handle), big(2))
     ours.close()
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("step", ["publish", "rebuild"])
+@before_and_after
+@at_each_step
 @in_loop
 async def test_a_value_spilled_meanwhile_stays_on_disk(arena, monkeypatch, tmp_path, step, when):
     """Adoption does not bring it back, and its record does not keep its block."""
-    gate = Gate(monkeypatch, *{"publish": (codec, "publish"), "rebuild": (publisher, "_rebuild")}[step], when)
-    data = SpillBuffer(str(tmp_path), target=1 << 24)
-    data["x"] = big()
-    ours = publisher_of(arena, data)
-    asker = asyncio.create_task(ours.publish("x", data["x"], data["x"].nbytes))
+    gate = Gate(monkeypatch, *STEPS[step], when)
+    ours = Worker(arena, SpillBuffer(str(tmp_path), target=1 << 24), x=big())
+    asker = asyncio.create_task(ours.answer("x"))
     await gate.wait()
-    assert data.evict() > 0
+    assert ours.data.evict() > 0
     gate.open()
     await asker
-    assert "x" not in data.fast
-    np.testing.assert_array_equal(data["x"], big())
-    assert "0 published, 0 under way" in repr(ours)
+    assert "x" not in ours.data.fast
+    np.testing.assert_array_equal(ours.data["x"], big())
+    assert "0 published, 0 under way" in repr(ours.publisher)
     ours.close()
 
 
 @in_loop
 async def test_a_value_that_is_spilled_gives_its_block_back(arena, tmp_path):
     """What only this worker holds is an ordinary value: on disk, it takes no shared memory."""
-    data = SpillBuffer(str(tmp_path), target=1 << 24)
-    data["x"] = big()
-    ours = publisher_of(arena, data)
-    await ours.publish("x", data["x"], data["x"].nbytes)
-    assert codec.is_shared(data["x"])
+    ours = Worker(arena, SpillBuffer(str(tmp_path), target=1 << 24), x=big())
+    await ours.answer("x")
+    assert ours.is_shared("x")
     await asyncio.sleep(0)  # the loop itself still has the answer in its hand
-    data.evict()
+    ours.data.evict()
     wait_until_empty(arena)
-    np.testing.assert_array_equal(data["x"], big())
+    np.testing.assert_array_equal(ours.data["x"], big())
     ours.close()
 
 
@@ -244,137 +291,182 @@ class Model:
 
 
 @in_loop
-async def test_a_class_of_the_users_is_shared_for_the_transport_only(arena):
-    """Its owner keeps the object, cache and all; its readers get what Dask would have sent."""
-    data = {"m": Model()}
-    ours = publisher_of(arena, data)
-    model = data["m"]
-    published = await ours.publish("m", model, 100)
-    assert data["m"] is model
+async def test_a_class_of_the_users_is_shared_for_the_transport_only(arena, data):
+    """Its owner keeps the object, cache and all; its readers get what Dask would have sent, and ask for it."""
+    ours = Worker(arena, data, m=Model())
+    model = ours.data["m"]
+    published = await ours.answer("m")
+    assert ours.data["m"] is model
     assert handles.resolve(published.handle).cache is None
-    assert await ours.publish("m", model, 100) is published
+    assert await ours.answer("m") is published
+    assert listed(arena) == 0
+    model.weights[0] = 7
+    assert handles.resolve((await ours.answer("m")).handle).weights[0] == 7
     ours.close()
 
 
+class Fresh(dict):
+    """A mapping that makes a new object each time."""
+
+    def __getitem__(self, key):
+        return super().__getitem__(key).copy()
+
+
+@pytest.mark.parametrize("kind", [dict, Fresh])
 @in_loop
-async def test_a_mapping_that_makes_a_new_object_each_time_is_not_remembered(arena):
-    """With ``data=`` of the user's own, nothing can be told by identity."""
-
-    class Fresh(dict):
-        def __getitem__(self, key):
-            return super().__getitem__(key).copy()
-
-    data = Fresh(x=big())
-    ours = publisher_of(arena, data)
-    assert isinstance(await ours.publish("x", data["x"], data["x"].nbytes), Published)
+async def test_of_a_mapping_of_the_users_nothing_is_remembered(arena, kind):
+    """Nobody is told who reads it, and it may make a new object each time."""
+    data = kind(x=big())
+    ours = Publisher(arena, THRESHOLD, WorkerData(data), "tcp://here")
+    ask, value = ours.ask(["x"]), data["x"]
+    ask.has_read()
+    assert isinstance(await ours.publish("x", value, functools.partial(serialize, value)), Published)
+    ours.answered(ask)
     assert "0 published" in repr(ours)
+    assert listed(arena) == 0
     ours.close()
 
 
-def listed(arena):
-    """Return how many values are listed."""
-    return len(arena.directory._names)
-
-
-@pytest.mark.parametrize(("module", "step"), [(codec, "publish"), (publisher, "_rebuild")])
-@pytest.mark.parametrize("when", ["before", "after"])
+@before_and_after
+@at_each_step
 @in_loop
-async def test_what_is_under_way_when_the_plugin_leaves_is_not_kept(arena, monkeypatch, module, step, when):
+async def test_what_is_under_way_when_the_plugin_leaves_is_not_kept(arena, monkeypatch, data, step, when):
     """Nobody would take it back."""
-    gate = Gate(monkeypatch, module, step, when)
-    data = {"x": big()}
-    ours = publisher_of(arena, data)
-    asking = asyncio.create_task(ours.publish("x", data["x"], data["x"].nbytes))
+    gate = Gate(monkeypatch, *STEPS[step], when)
+    ours = Worker(arena, data, x=big())
+    asking = asyncio.create_task(ours.answer("x"))
     await gate.wait()
     ours.close()
     gate.open()
     await asyncio.wait([asking])
     assert asking.exception() is None or isinstance(asking.exception(), RuntimeError)
-    assert not ours._records
+    assert not ours.publisher._entries
     assert listed(arena) == 0
 
 
-@in_loop
-async def test_what_is_published_is_listed_until_it_goes(arena, tmp_path):
-    """Released, spilled, in use by a task, or with the plugin."""
-    data = SpillBuffer(str(tmp_path), target=1 << 24)
-    ours = publisher_of(arena, data)
+def read(data):
+    """Read as a task does, or whoever knows the worker."""
+    assert len(data["x"])
 
-    async def publish():
-        data["x"] = big()
-        await ours.publish("x", data["x"], data["x"].nbytes)
-        assert listed(arena) == 1
 
-    await publish()
+def read_all(data):
+    """Read all values, whatever their keys."""
+    assert all(len(value) for value in data.values())
+
+
+def read_memory(data):
+    """Read what is in memory."""
+    memory = data.memory if hasattr(data, "memory") else data
+    assert all(len(value) for _, value in memory.items())
+
+
+def drop(data):
+    """Release."""
     del data["x"]
-    ours.forget("x")
-    assert listed(arena) == 0
-    await publish()
-    data.evict()
-    assert listed(arena) == 0
-    await publish()
-    ours.task_begins(["y", "z"])
+
+
+def replace(data):
+    """Put another value in its place."""
+    data["x"] = big(3)
+
+
+@pytest.mark.parametrize("how", [read, read_all, read_memory, drop, replace])
+@in_loop
+async def test_what_is_published_is_listed_until_somebody_comes_by_it(arena, data, how):
+    """Whoever reads, replaces or drops a value withdraws its listing before anything else happens."""
+    ours = Worker(arena, data, x=big())
+    await ours.answer("x")
     assert listed(arena) == 1
-    ours.task_begins(["y", "x"])
+    how(ours.data)
     assert listed(arena) == 0
-    await ours.publish("x", data["x"], data["x"].nbytes)
+    ours.close()
+
+
+@in_loop
+async def test_what_somebody_still_holds_is_not_listed_again(arena, data):
+    """Only when nothing else reaches it."""
+    ours = Worker(arena, data, x=big())
+    await ours.answer("x")
+    held = ours.data["x"][:5]
+    await ours.answer("x")
+    assert listed(arena) == 0
+    held[0] = 42
+    assert handles.resolve((await ours.answer("x")).handle)[0] == 42
+    del held
+    await ours.answer("x")
     assert listed(arena) == 1
     ours.close()
-    assert listed(arena) == 0
-    assert not ours._uses._watches
 
 
-@pytest.mark.parametrize("running", [{"x"}, {"alias"}])
+@before_and_after
+@at_each_step
 @in_loop
-async def test_what_a_task_is_using_is_neither_adopted_nor_listed(arena, running):
-    """Under whichever of its keys; it is made up for when the task has ended."""
-    data = {"x": big()}
-    data["alias"] = value = data["x"]
-    ours = publisher_of(arena, data, lambda: running)
-    first = await ours.publish("x", value, value.nbytes)
-    assert data["x"] is value
-    assert listed(arena) == 0
-    running.clear()
-    assert await ours.publish("x", value, value.nbytes) is first
-    assert data["x"] is data["alias"] is not value
-    assert listed(arena) == 1
-    ours.close()
-    assert not ours._uses._watches
-
-
-@pytest.mark.parametrize(("module", "step"), [(codec, "publish"), (publisher, "_rebuild")])
-@pytest.mark.parametrize("when", ["before", "after"])
-@in_loop
-async def test_what_a_task_has_had_meanwhile_stays_as_the_task_leaves_it(arena, monkeypatch, module, step, when):
-    """It writes in place, and what it returns is the same object."""
-    gate = Gate(monkeypatch, module, step, when)
-    data = {"x": big()}
-    value = data["x"]
-    ours = publisher_of(arena, data)
-    asking = asyncio.create_task(ours.publish("x", value, value.nbytes))
+async def test_what_somebody_has_had_meanwhile_stays_as_it_is_left(arena, monkeypatch, data, step, when):
+    """It writes in place and lets go before the copy is made, or the private value given up."""
+    gate = Gate(monkeypatch, *STEPS[step], when)
+    ours = Worker(arena, data, x=big())
+    asking = asyncio.create_task(ours.answer("x"))
     await gate.wait()
-    ours.task_begins(["x"])
-    data["y"] = value
-    value[:] = 7
+    ours.data["x"][:] = 7
     gate.open()
     await asking
-    assert data["x"] is data["y"] is value
-    assert value[0] == 7
+    assert ours.data["x"][0] == 7
     assert listed(arena) == 0
-    again = await ours.publish("y", value, value.nbytes)
-    np.testing.assert_array_equal(handles.resolve(again.handle), np.full_like(value, 7))
-    np.testing.assert_array_equal(data["x"], np.full_like(value, 7))
+    again = await ours.answer("x")
+    np.testing.assert_array_equal(handles.resolve(again.handle), np.full_like(big(), 7))
     ours.close()
 
 
 @in_loop
-async def test_keys_that_are_equal_are_one(arena):
+async def test_keys_that_are_equal_are_one(arena, data):
     """Dask finds under 1.0 what it has under 1."""
-    data = {("x", 1): big()}
-    ours = publisher_of(arena, data)
-    await ours.publish(("x", 1.0), data["x", 1], data["x", 1].nbytes)
+    ours = Worker(arena, data)
+    ours.data["x", 1] = big()
+    await ours.answer(("x", 1.0))
     assert listed(arena) == 1
-    del data["x", 1]
-    ours.forget(("x", 1))
+    del ours.data["x", 1]
     assert listed(arena) == 0
+    ours.close()
+
+
+class Once:
+    """A class whose instances pickle once only, at some size."""
+
+    def __init__(self, size):
+        self.data, self.pickles = np.ones(size), 0
+
+    def __getstate__(self):
+        self.pickles += 1
+        assert self.pickles == 1, "pickled twice"
+        return {"data": self.data, "pickles": 0}
+
+
+@pytest.mark.parametrize("size", [10, THRESHOLD])
+@in_loop
+async def test_a_value_is_pickled_once_for_an_answer(arena, data, size):
+    """Whether it turns out to be shared or not."""
+    ours = Worker(arena, data, x=Once(size))
+    await ours.answer("x")
+    assert ours.data["x"].pickles == 1
+    ours.close()
+
+
+class Personal:
+    """A value whose serializer asks for whom it is."""
+
+
+@in_loop
+async def test_what_is_meant_for_one_recipient_is_sent_to_no_other(arena, data):
+    """Each asker gets what was serialized for it."""
+    ours = Worker(arena, data, x=Personal())
+
+    async def serialize_for(recipient):
+        return Serialized({}, [recipient * THRESHOLD], THRESHOLD, True)
+
+    value = ours.data["x"]
+    answers = await asyncio.gather(
+        *(ours.publisher.publish("x", value, functools.partial(serialize_for, name)) for name in (b"a", b"b", b"c"))
+    )
+    assert [answer.frames[0][:1] for answer in answers] == [b"a", b"b", b"c"]
+    assert arena.stats().blocks == 0
     ours.close()
