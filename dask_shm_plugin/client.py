@@ -18,7 +18,7 @@ from dask_shm_plugin import codec, fetch, membership, metrics, notices, rendezvo
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.codec import Published, Serialized
 from dask_shm_plugin.config import Options
-from dask_shm_plugin.exceptions import SharedMemoryError
+from dask_shm_plugin.exceptions import NotRebuilt, SharedMemoryError
 from dask_shm_plugin.handover import Courier, Data, DirectRpc, HandOver, Targets, consume
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.role import Role
@@ -127,6 +127,7 @@ class SharedMemoryClient:
         if response["status"] != "OK":
             return response
         response = {**response, "data": await fetch.finish(response["data"])}
+        fetch.insist_rebuilt(response["data"])
         missing = fetch.unusable(response["data"])
         if missing:
             again = await gather(keys=missing, **{**kwargs, "serializers": seams.tagged([fetch.BYTES_PLEASE])})
@@ -150,7 +151,11 @@ class SharedMemoryClient:
                     # The scheduler goes on with a scatter whose client has lost patience: until it has answered, the
                     # blocks must stay, so the attempt, which holds them, is not cancelled.
                     return await asyncio.shield(attempt)
-                except Exception:
+                except Exception as error:
+                    # The scheduler hands on what an error of a worker says, as an error of no special kind.
+                    refused, _, said = str(error).partition(f"{NotRebuilt.__name__}(")
+                    if said and not refused:
+                        raise Exception(said[:-1]) from None
                     logger.debug("a scatter is repeated with bytes", exc_info=True)
         return await self._scatter_before.old(data=data, workers=workers, broadcast=broadcast, **kwargs)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from distributed.metrics import context_meter
 from distributed.protocol.serialize import Serialize, serialize, to_serialize
 from distributed.protocol.serialize import Serialized as DaskSerialized
 from distributed.utils import ensure_memoryview
@@ -145,7 +146,8 @@ class Serialized(NamedTuple):
         """
         noting = Context(context)
         in_place = arrow.keep_in_place(value, _is_mapped) if len(views.ATLAS) else value
-        header, frames = serialize(to_serialize(in_place), on_error="raise", context=noting)
+        with context_meter.meter("serialize"):
+            header, frames = serialize(to_serialize(in_place), on_error="raise", context=noting)
         size = sum(memoryview(frame).nbytes for frame in frames)
         return cls(header, list(frames), size, noting.is_personal)
 

@@ -6,6 +6,8 @@ callers of the pure layers and to the counters, which use ``reason`` as their ke
 
 from __future__ import annotations
 
+import traceback
+
 
 class SharedMemoryError(Exception):
     """Sharing was not possible; the remedy is in the message, the fall-back is to copy the bytes."""
@@ -107,6 +109,23 @@ class Unshareable(SharedMemoryError):
     """The value's own serializer does something that only a wire can undo."""
 
     reason = "unshareable"
+
+
+class NotRebuilt(Exception):
+    """A value's own deserializer has failed, as it would have without us; ``args[0]`` is what it has raised."""
+
+
+def forget_values(error: BaseException | None) -> None:
+    """Clear the local variables behind an error.
+
+    A worker's log keeps the records of its last 10,000 messages, with their tracebacks, and so the values that were at
+    hand (``DequeHandler`` in distributed/utils.py, 2026.8.0): their blocks would stay as long as the worker.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _reasons(kind: type[SharedMemoryError]) -> set[str]:

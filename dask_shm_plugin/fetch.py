@@ -16,7 +16,7 @@ import distributed.worker
 from dask_shm_plugin import handles, listings, membership, seams
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.exceptions import REASONS
-from dask_shm_plugin.handles import Deferred, Unresolved
+from dask_shm_plugin.handles import Deferred, Failed, Unresolved
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.threads import call_in
@@ -97,6 +97,13 @@ def unusable(data: Mapping[Any, Any]) -> list[Any]:
     return keys
 
 
+def insist_rebuilt(data: Mapping[Any, Any]) -> None:
+    """Raise what the deserializer of a value has raised, as Dask would have."""
+    for value in data.values():
+        if type(value) is Failed:
+            raise value.error
+
+
 async def _look_up(worker: str, keys: Collection[Any]) -> dict[Any, Any]:
     """Return what a worker need not be asked for."""
     listed = listings.find(worker, keys)
@@ -127,12 +134,14 @@ async def _get_data_from_worker(
     try:
         values |= await _look_up(worker, keys)
         rest = [key for key in keys if key not in values]
+        insist_rebuilt(values)
         if values and not rest:
             return {"status": "OK", "data": values}
         response = await ask(rpc, rest, worker, who=who, serializers=seams.tagged(names), deserializers=deserializers)
         if response["status"] != "OK":
             return response
         values |= await finish(response.pop("data"))
+        insist_rebuilt(values)
         missing = unusable(values)
         if missing:
             bytes_please = seams.tagged([BYTES_PLEASE])

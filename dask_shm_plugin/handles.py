@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgpack
+from distributed.metrics import context_meter
 from distributed.protocol.serialize import deserialize, msgpack_decode_default, msgpack_encode_default
 from distributed.protocol.utils import msgpack_opts
 
@@ -25,7 +26,13 @@ from dask_shm_plugin import membership, notices
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.block import Descriptor
 from dask_shm_plugin.crashpoints import step
-from dask_shm_plugin.exceptions import ArenaUnavailable, HandleDamaged, MappingRefused, SharedMemoryError
+from dask_shm_plugin.exceptions import (
+    ArenaUnavailable,
+    HandleDamaged,
+    MappingRefused,
+    SharedMemoryError,
+    forget_values,
+)
 from dask_shm_plugin.layout import Row
 from dask_shm_plugin.metrics import COUNTERS
 
@@ -137,6 +144,13 @@ class Deferred:
     handle: Handle
 
 
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """What a handle becomes when the value's own deserializer raises: the same that it would have raised without us."""
+
+    error: Exception
+
+
 def packed(header: dict[str, Any]) -> bytes:
     """Return a header as Dask sends it: the keys of a dict travel there, and msgpack makes an ``int`` of an ``IntEnum``."""
     return bytes(msgpack.dumps(header, default=msgpack_encode_default, use_bin_type=True))
@@ -242,14 +256,17 @@ def arrive(handle: Handle) -> Any:
 
 
 def become(handle: Handle) -> Any:
-    """Return the value of a handle, or an :class:`Unresolved`."""
+    """Return the value of a handle, or an :class:`Unresolved`, or a :class:`Failed`."""
+    is_writeable = _views.get(handle.arena_id) != "read-only"
     try:
-        return _mapped_or_copied(handle, writeable=_views.get(handle.arena_id) != "read-only")
+        with context_meter.meter("deserialize"):
+            return _mapped_or_copied(handle, writeable=is_writeable)
     except SharedMemoryError as error:
         return Unresolved(error.reason, handle.size)
-    except Exception:
-        # Whatever the value's own deserializer has against it, it shall say about the bytes, as without us.
-        return Unresolved("deserializer", handle.size)
+    except Exception as error:
+        forget_values(error)
+        # A deserializer that wants to write shall have bytes to which it may.
+        return Failed(error) if is_writeable else Unresolved("deserializer", handle.size)
 
 
 def _mapped_or_copied(handle: Handle, *, writeable: bool) -> Any:

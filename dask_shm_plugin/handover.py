@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from dask_shm_plugin.codec import Published
 from dask_shm_plugin.crashpoints import step
+from dask_shm_plugin.exceptions import NotRebuilt
 
 logger = logging.getLogger("dask_shm_plugin")
 
@@ -122,6 +123,8 @@ class _DirectCall:
     async def update_data(self, data: Data) -> Any:
         try:
             return await self._call.update_data(data=_with_handles(data, self._published))
+        except NotRebuilt as error:
+            raise error.args[0] from None
         except Exception:
             logger.debug("a direct scatter is repeated with bytes", exc_info=True)
         return await self._call.update_data(data=data)

@@ -11,7 +11,7 @@ from distributed.core import error_message
 
 from dask_shm_plugin import fetch, reach, seams
 from dask_shm_plugin.arena import Arena
-from dask_shm_plugin.exceptions import StaleBlock
+from dask_shm_plugin.exceptions import NotRebuilt, StaleBlock
 
 Received = Callable[[dict[Any, Any]], Awaitable[None]]
 """Called with what a scatter has brought."""
@@ -46,6 +46,10 @@ class ScatterGuard:
     async def __call__(self, data: dict[Any, Any], **options: Any) -> Any:
         """Take what a scatter brings, or refuse all of it where a handle is of no use here."""
         data = await fetch.finish(data)
+        try:
+            fetch.insist_rebuilt(data)
+        except Exception as error:
+            return error_message(NotRebuilt(error), status="uncaught-error")
         keys = fetch.unusable(data)
         if keys:
             # An answer, not an exception: the sender repeats with bytes, and nobody's log needs a traceback.

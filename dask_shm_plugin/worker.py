@@ -7,7 +7,6 @@ import contextlib
 import functools
 import inspect
 import logging
-import traceback
 from typing import Any
 
 from dask.utils import has_keyword
@@ -18,7 +17,7 @@ from dask_shm_plugin import codec, config, fetch, metrics, reach, seams
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.codec import Published, Serialized
 from dask_shm_plugin.crashpoints import step
-from dask_shm_plugin.exceptions import SharedMemoryError
+from dask_shm_plugin.exceptions import SharedMemoryError, forget_values
 from dask_shm_plugin.joining import Joining
 from dask_shm_plugin.meters import WorkerMeter
 from dask_shm_plugin.metrics import COUNTERS
@@ -174,7 +173,7 @@ class _Running:
             answer = self._get_data_before.old(comm, keys=keys, **options)
             return await answer if inspect.isawaitable(answer) else answer
         except Exception as error:
-            _let_go_of_values(error)
+            forget_values(error)
             raise
 
     def _count_as_sent(self, keys: Any, reason: str) -> None:
@@ -238,20 +237,6 @@ class _Running:
         """Return what the arena holds and what this process did."""
         said = self._role.report(self._arena, self._counted())
         return {"worker": self._worker.address, "host": self._worker.ip, **said}
-
-
-def _let_go_of_values(error: BaseException | None) -> None:
-    """Clear the local variables behind an error of a hand-over.
-
-    A worker's log keeps the records of its last 10,000 messages, this one with its traceback, and so the values that were
-    on their way when the asker died (``DequeHandler`` in distributed/utils.py, 2026.8.0): their blocks would stay as
-    long as the worker.
-    """
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def _as_it_is(serialized: Serialized) -> Serialize:

@@ -23,10 +23,9 @@ def local_cluster(
     with (
         LocalCluster(
             n_workers=n_workers,
-            threads_per_worker=1,
             memory_limit=memory_limit,
             dashboard_address=":0",
-            **{"processes": True} | arguments,
+            **{"processes": True, "threads_per_worker": 1} | arguments,
         ) as cluster,
         Client(cluster) as client,
     ):
