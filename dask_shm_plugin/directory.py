@@ -107,7 +107,9 @@ class Directory:
             for place in list(self._names):
                 self._unmark(place)
             self._marks = None
-        self._segment.give_back(directory_offset(self._member.slot), DIRECTORY_BYTES)
+        # Where the kernel takes no pages back, the next member of this slot writes them again.
+        with contextlib.suppress(OSError):
+            self._segment.give_back(directory_offset(self._member.slot), DIRECTORY_BYTES)
 
     def _read(self, member: Member, place: int, name: bytes) -> bytes | None:
         listing = self._segment.read(directory_offset(member.slot, place), PLACE_BYTES)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from dask_shm_plugin import liveness, syscalls
 from dask_shm_plugin.layout import Row
-from dask_shm_plugin.segment import NAME_PREFIX, PAGE
+from dask_shm_plugin.segment import PAGE, nameless_file
 
 _BYTE = 0
 
@@ -39,7 +39,7 @@ class Pins(NamedTuple):
     def take(cls, rows: list[Row]) -> Pins:
         """Take the lock, before the fork. Where no descriptor or mapping is left, all children are waited for."""
         with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
-            locked = os.memfd_create(f"{NAME_PREFIX}fork", os.MFD_CLOEXEC)
+            locked = nameless_file("fork", PAGE)
             undo.callback(os.close, locked)
             asking = os.open(f"/proc/self/fd/{locked}", os.O_RDWR | os.O_CLOEXEC)
             undo.callback(os.close, asking)

@@ -152,7 +152,7 @@ def are_served() -> bool:
 
 def _are_told_apart() -> bool:
     """Make a large page, and tell whether the page table says of a private view of it what was written."""
-    fd = os.memfd_create(f"{NAME_PREFIX}trial", os.MFD_CLOEXEC)
+    fd = syscalls.memory_file(f"{NAME_PREFIX}trial")
     try:
         os.ftruncate(fd, LARGE)
         os.pwrite(fd, b"1", 0)

@@ -25,7 +25,7 @@ from types import TracebackType
 
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import ArenaBusy, ArenaUnavailable
-from dask_shm_plugin.syscalls import RecordLock
+from dask_shm_plugin.syscalls import F_OFD_GETLK, F_OFD_SETLK, RecordLock
 
 _FLOCK = struct.Struct("hhxxxxqqixxxx")
 _BEHIND_THE_FILE = 1 << 60
@@ -42,24 +42,34 @@ def _description_lock(fd: int, command: int, kind: int, byte: int) -> int:
 
 
 def hold(fd: int, byte: int, *, shared: bool = False) -> bool:
-    """Take the lock on a byte for the open file description behind ``fd``; return whether it was free."""
+    """Take the lock on a byte for the open file description behind ``fd``; return whether it was free.
+
+    Raises
+    ------
+    ArenaUnavailable
+        The kernel has no such locks: without them, nobody could tell the living from the dead.
+    """
     try:
-        _description_lock(fd, fcntl.F_OFD_SETLK, fcntl.F_RDLCK if shared else fcntl.F_WRLCK, byte)
+        _description_lock(fd, F_OFD_SETLK, fcntl.F_RDLCK if shared else fcntl.F_WRLCK, byte)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             return False
+        if error.errno in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise ArenaUnavailable(
+                f"this kernel or sandbox refuses locks of open files ({error}); sharing needs F_OFD_SETLK, as Linux has it from 3.15"
+            ) from error
         raise
     return True
 
 
 def let_go(fd: int, byte: int) -> None:
     """Drop the lock on a byte."""
-    _description_lock(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, byte)
+    _description_lock(fd, F_OFD_SETLK, fcntl.F_UNLCK, byte)
 
 
 def is_held(fd: int, byte: int) -> bool:
     """Tell whether another open file description has a lock on a byte. Its own locks are not seen."""
-    return _description_lock(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, byte) != fcntl.F_UNLCK
+    return _description_lock(fd, F_OFD_GETLK, fcntl.F_WRLCK, byte) != fcntl.F_UNLCK
 
 
 def appear(fd: int, byte: int) -> bool:

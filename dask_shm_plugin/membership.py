@@ -120,6 +120,7 @@ def _meet(name: str, capacity: Callable[[], int] | None, warm: int) -> tuple[Are
     meeting = rendezvous.enter(name, create=capacity is not None)
     if meeting is None:
         return None
+    arena = None
     try:
         arena = _find_or_create(meeting, capacity, warm)
         if arena is None:
@@ -128,8 +129,11 @@ def _meet(name: str, capacity: Callable[[], int] | None, warm: int) -> tuple[Are
         meeting.attend()
         meeting.unlock()
     except BaseException:
-        if not meeting.is_attended:
-            meeting.remove()
+        if arena is not None:
+            arena.close()
+        with contextlib.suppress(SharedMemoryError, OSError):
+            if not meeting.is_attended:
+                meeting.remove()
         meeting.close()
         raise
     return arena, meeting

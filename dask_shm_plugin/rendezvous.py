@@ -183,7 +183,12 @@ def enter(name: str, *, create: bool) -> Rendezvous | None:
         fd = _open(name, create=create)
         if fd is None:
             return None
-        if _lock(fd, name):
+        try:
+            is_locked = _lock(fd, name)
+        except BaseException:
+            _close(fd)
+            raise
+        if is_locked:
             return Rendezvous(name, fd)
         _close(fd)
         if time.monotonic() > deadline:

@@ -88,6 +88,7 @@ class Roster:
         with self._access as table:
             freed = [extent for member in orphans for extent in table.reclaim_drafts(member)]
             for member in dead:
-                self._segment.give_back(directory_offset(member.slot), DIRECTORY_BYTES)
+                with contextlib.suppress(OSError):  # not every kernel takes pages back
+                    self._segment.give_back(directory_offset(member.slot), DIRECTORY_BYTES)
                 freed += table.reclaim(member)
         return bool(freed)

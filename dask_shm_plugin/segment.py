@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
 import stat
@@ -79,10 +78,16 @@ class Segment:
         filled
             How many of them will have pages at the same time; all, where it is not said.
         """
-        fits = _posix_memory_free() >= (size if filled is None else filled)
+        needed = size if filled is None else filled
+        fits = _posix_memory_free() >= needed
         try:
             return cls(_posix_segment(size) if fits else _memfd_segment(size))
         except (OSError, ValueError, OverflowError) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSYS:
+                raise ArenaUnavailable(
+                    f"{SHM_DIRECTORY} has no room for {needed} bytes, and this kernel or sandbox has no memfd_create; "
+                    f"lower shm.capacity or make {SHM_DIRECTORY} larger (docker run --shm-size)"
+                ) from error
             raise ArenaUnavailable(
                 f"cannot create {size} bytes of shared memory ({error}); lower shm.capacity or raise ulimit -f"
             ) from error
@@ -270,12 +275,28 @@ def _posix_segment(size: int) -> int:
 
 
 def _memfd_segment(size: int) -> int:
-    fd = os.memfd_create(f"{NAME_PREFIX}segment", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = syscalls.memory_file(f"{NAME_PREFIX}segment")
     try:
         os.ftruncate(fd, size)
         os.fchmod(fd, 0o600)
         # Files of a tmpfs know no seals. Those who have none are looked at again: see ``insist_whole``.
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        syscalls.seal_size(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def nameless_file(purpose: str, size: int) -> int:
+    """Return the descriptor of a new small file in memory: a memfd, or where the kernel has none, one of ``/dev/shm``."""
+    try:
+        fd = syscalls.memory_file(f"{NAME_PREFIX}{purpose}")
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        return _posix_segment(size)
+    try:
+        os.ftruncate(fd, size)
     except BaseException:
         os.close(fd)
         raise

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import functools
 import os
+import platform
 import resource
 import time
 from collections.abc import Callable
@@ -26,6 +28,12 @@ _UNMAP_STEP, _BREATHER = 64 << 20, 5e-5
 LARGE = 2 << 20
 """Bytes of a large page: what one entry of the second level of a page table maps, where pages have 4 KiB."""
 _F_SETLK = 6
+# What the kernel calls them. A Python that was built where the C library was older has no names for them: those that uv and
+# conda install had neither these nor ``os.memfd_create`` (python-build-standalone, until the middle of 2026).
+F_OFD_GETLK, F_OFD_SETLK = 36, 37
+_MFD_CLOEXEC, _MFD_ALLOW_SEALING = 0x01, 0x02
+_F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 0x01, 0x02, 0x04
+_MEMFD_CREATE = {"x86_64": 319, "aarch64": 279, "riscv64": 279, "ppc64le": 360, "s390x": 350}
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -133,6 +141,29 @@ def _map_at(where: int | None, length: int, access: int, flags: int, fd: int, of
     if address == _MAP_FAILED:
         raise _failure("mmap")
     return int(address)
+
+
+def memory_file(name: str) -> int:
+    """Return a new file in memory without a directory entry, which may be sealed; ``name`` shows in ``/proc`` only."""
+    flags = _MFD_CLOEXEC | _MFD_ALLOW_SEALING
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(name, flags)
+    libc, text = _libc(), name.encode()
+    number = _MEMFD_CREATE.get(platform.machine())
+    if hasattr(libc, "memfd_create"):
+        fd = libc.memfd_create(text, flags)
+    elif number is not None:
+        fd = libc.syscall(ctypes.c_long(number), text, flags)
+    else:
+        raise OSError(errno.ENOSYS, f"memfd_create: {os.strerror(errno.ENOSYS)}")
+    if fd < 0:
+        raise _failure("memfd_create")
+    return int(fd)
+
+
+def seal_size(fd: int) -> None:
+    """Let nobody change the size of a memory file any more."""
+    fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL)
 
 
 def map_shared(fd: int, offset: int, length: int) -> int:

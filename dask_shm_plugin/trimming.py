@@ -11,6 +11,7 @@ import numpy as np
 
 from dask_shm_plugin import placement
 from dask_shm_plugin.access import Access
+from dask_shm_plugin.exceptions import MemoryExhausted
 from dask_shm_plugin.layout import Extent, Row
 from dask_shm_plugin.segment import Segment, round_up
 from dask_shm_plugin.table import Table
@@ -54,6 +55,7 @@ class Trimmer:
     def __init__(self, arena: Trimmed, segment: Segment, access: Access, blocks_from: int, warm: int) -> None:
         self._arena, self._segment, self._access = arena, segment, access
         self._blocks_from, self.warm = blocks_from, warm
+        self._is_refused = False
 
     def trim(self) -> None:
         """Return freed memory beyond ``warm`` to the operating system, and what is beyond the capacity in any case."""
@@ -64,10 +66,21 @@ class Trimmer:
         self._trim_to(0)
 
     def make_room(self, missing: int) -> None:
-        """Return so much freed memory that with ``missing`` more bytes there are pages for the capacity, not more."""
+        """Return so much freed memory that with ``missing`` more bytes there are pages for the capacity, not more.
+
+        Raises
+        ------
+        MemoryExhausted
+            The kernel takes no pages back.
+        """
         table = self._access.table
         if self._segment.resident - table.reserved_bytes() + missing > table.capacity:
             self._trim_to(table.capacity - self._used() - missing)
+            if self._is_refused:
+                raise MemoryExhausted(
+                    "this kernel or sandbox takes no pages back (fallocate with FALLOC_FL_PUNCH_HOLE), and there are pages "
+                    "for the whole capacity; raise shm.capacity"
+                )
 
     def wait(self) -> None:
         """Wait, for a bounded time, until nobody gives pages back."""
@@ -80,7 +93,10 @@ class Trimmer:
 
     def _trim_to(self, warm: int) -> None:
         stuck: dict[int, int] = {}
-        while (extent := find(self._segment, self._access.table, self._blocks_from, warm, stuck)) is not None:
+        while (
+            not self._is_refused
+            and (extent := find(self._segment, self._access.table, self._blocks_from, warm, stuck)) is not None
+        ):
             row = self._arena.take_if_free(extent)
             if row is None:
                 return
@@ -91,6 +107,8 @@ class Trimmer:
                 first = self._segment.first_page(begin, length)
                 if first is not None:
                     stuck[first] = begin + length
+            except OSError:
+                self._is_refused = True
             finally:
                 self._arena.abandon(row)
 

@@ -101,7 +101,7 @@ class Window:
             if self._bytes is None and not self._is_refused:
                 try:
                     self._bytes = self._mapped()
-                except MappingRefused:
+                except (MappingRefused, OSError):
                     self._is_refused = True
             return None if self._bytes is None else self._bytes[offset : offset + length]
 
