@@ -124,11 +124,13 @@ class Directory:
         return (own or free or [place for place in self._names if place in places])[0]
 
     def _unmark(self, place: int) -> None:
-        if self._names.pop(place, None) is not None and self._marks is not None:
+        if place in self._names and self._marks is not None:
             # Nobody finds anything in memory that was cut short, and to store there would be the end of the process.
             with contextlib.suppress(TableCorrupt):
                 self._segment.insist_whole()
                 self._marks.unset(self._member.slot, place)
+        # Not before: what is interrupted in between must be done again.
+        self._names.pop(place, None)
 
     def __repr__(self) -> str:
         return f"<Directory of member {self._member.slot}, {len(self._names)} listings>"

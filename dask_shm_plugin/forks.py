@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dask_shm_plugin import liveness, syscalls
-from dask_shm_plugin.layout import Row
 from dask_shm_plugin.segment import PAGE, nameless_file
 
 _BYTE = 0
 
 
 class Pins(NamedTuple):
-    """References kept for a child: the blocks, and two open descriptions of one file, of which one has the lock.
+    """What is held for a child, and two open descriptions of one file, of which one has the lock.
 
     Attributes
     ----------
@@ -30,13 +29,13 @@ class Pins(NamedTuple):
         The child's, and its mapping.
     """
 
-    rows: list[Row]
+    holds: list[Any]
     asking: int | None = None
     locked: int = -1
     address: int = 0
 
     @classmethod
-    def take(cls, rows: list[Row]) -> Pins:
+    def take(cls, holds: list[Any]) -> Pins:
         """Take the lock, before the fork. Where no descriptor or mapping is left, all children are waited for."""
         with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
             locked = nameless_file("fork", PAGE)
@@ -46,8 +45,8 @@ class Pins(NamedTuple):
             address = syscalls.map_shared(locked, 0, PAGE)
             liveness.hold(locked, _BYTE)
             undo.pop_all()
-            return cls(rows, asking, locked, address)
-        return cls(rows)
+            return cls(holds, asking, locked, address)
+        return cls(holds)
 
     def in_parent(self) -> None:
         """Leave the lock to the child."""

@@ -11,7 +11,6 @@ once in each process, on a page of its own.
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import time
@@ -159,9 +158,7 @@ def _are_told_apart() -> bool:
         addresses = [how(fd, 0, LARGE) for how in (syscalls.map_shared, syscalls.map_private)]
     finally:
         os.close(fd)
-    shared, private = (
-        views.Exporter(at, LARGE, functools.partial(syscalls.unmap, at, LARGE)).bytes() for at in addresses
-    )
+    shared, private = (views.Exporter(at, LARGE, views.AtEnd(syscalls.unmap, at, LARGE)).bytes() for at in addresses)
     made, seen = addresses
     if not syscalls.collapse(made, LARGE) or bytes(private[:2]) != b"1\0":
         return False

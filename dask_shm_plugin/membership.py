@@ -259,7 +259,8 @@ def _before_fork() -> None:
 
 
 def _after_fork() -> None:
-    for arena, pins in _forking.pins:
+    while _forking.pins:
+        arena, pins = _forking.pins.pop()
         pins.in_parent()
         arena.holdings.keep(pins)
 

@@ -11,6 +11,7 @@ import errno
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from dask_shm_plugin import syscalls
@@ -201,6 +202,16 @@ class Segment:
     def map_private(self, offset: int, length: int) -> int:
         """Map a part copy-on-write, and return its address."""
         return self._mapped(syscalls.map_private, offset, length)
+
+    def private_mappings(self) -> Iterator[tuple[int, int]]:
+        """Return where this process has mapped parts copy-on-write, as addresses and lengths, as the kernel has it."""
+        ours = f"{os.major(self.device):02x}:{os.minor(self.device):02x}", str(self.inode)
+        with contextlib.suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+            for line in maps.read().splitlines():
+                part, access, _, *file = line.split(maxsplit=5)[:5]
+                if tuple(file) == ours and access.endswith("p"):
+                    first, end = (int(address, 16) for address in part.split("-"))
+                    yield first, end - first
 
     def insist_whole(self) -> None:
         """Insist that nobody has cut the segment short: to touch what is mapped beyond its end is answered by SIGBUS.

@@ -86,10 +86,15 @@ class RecordLock:
         The file.
     byte
         Which one; it need not exist.
+
+    Attributes
+    ----------
+    drop
+        Called, it drops the lock. No line of Python, so that nothing can interrupt it.
     """
 
     def __init__(self, fd: int, byte: int) -> None:
-        self._take, self._drop = (
+        self._take, self.drop = (
             functools.partial(_libc_with_gil().fcntl, fd, _F_SETLK, ctypes.byref(_Flock(kind, os.SEEK_SET, byte, 1, 0)))
             for kind in (fcntl.F_WRLCK, fcntl.F_UNLCK)
         )
@@ -97,10 +102,6 @@ class RecordLock:
     def take(self) -> int:
         """Take the lock, for oneself alone and without waiting; return 0 or ``errno``."""
         return ctypes.get_errno() if self._take() else 0
-
-    def drop(self) -> None:
-        """Drop the lock."""
-        self._drop()
 
 
 def size_of(fd: int) -> int:

@@ -12,7 +12,8 @@ import numpy as np
 from dask_shm_plugin import placement
 from dask_shm_plugin.access import Access
 from dask_shm_plugin.exceptions import MemoryExhausted
-from dask_shm_plugin.layout import Extent, Row
+from dask_shm_plugin.layout import Extent
+from dask_shm_plugin.references import Hold
 from dask_shm_plugin.segment import Segment, round_up
 from dask_shm_plugin.table import Table
 
@@ -24,11 +25,11 @@ _TAKES = 0.2
 class Trimmed(Protocol):
     """What trimming wants of an arena."""
 
-    def take_if_free(self, extent: Extent) -> Row | None:
+    def take_if_free(self, extent: Extent) -> Hold | None:
         """Make a part of the arena a draft that nobody will write."""
 
-    def abandon(self, row: Row) -> None:
-        """Give a draft up."""
+    def abandon(self) -> None:
+        """Give drafts up that nothing holds any more."""
 
 
 class Trimmer:
@@ -97,8 +98,8 @@ class Trimmer:
             not self._is_refused
             and (extent := find(self._segment, self._access.table, self._blocks_from, warm, stuck)) is not None
         ):
-            row = self._arena.take_if_free(extent)
-            if row is None:
+            hold = self._arena.take_if_free(extent)
+            if hold is None:
                 return
             begin, length = self._blocks_from + extent.offset, extent.length
             try:
@@ -110,7 +111,8 @@ class Trimmer:
             except OSError:
                 self._is_refused = True
             finally:
-                self._arena.abandon(row)
+                del hold
+                self._arena.abandon()
 
 
 def find(

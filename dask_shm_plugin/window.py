@@ -9,7 +9,6 @@ To look whether all pages are mapped takes a quarter of a copy. So what was seen
 
 from __future__ import annotations
 
-import functools
 import threading
 
 import numpy as np
@@ -108,6 +107,6 @@ class Window:
     def _mapped(self) -> npt.NDArray[np.uint8]:
         size = self._segment.size
         address = self._segment.map_shared(0, size)
-        exporter = views.Exporter(address, size, functools.partial(syscalls.unmap, address, size))
+        exporter = views.Exporter(address, size, views.AtEnd(syscalls.unmap, address, size))
         syscalls.keep_from_children(address, size)
         return np.asarray(exporter)
