@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from dask_shm_plugin import syscalls, views
-from dask_shm_plugin.exceptions import ArenaUnavailable, TableCorrupt
+from dask_shm_plugin.exceptions import ArenaUnavailable, DescriptorLost, TableCorrupt
 from dask_shm_plugin.layout import TABLE_BYTES
 from dask_shm_plugin.liveness import Mutex
 from dask_shm_plugin.memberbook import Member
@@ -90,7 +90,14 @@ class Access:
         What it changes may stay half done, where an exception comes asynchronously: as after a death, that is harmless to
         all others. The next change puts it right (:attr:`repair`), for here the process lives on.
         """
-        return self._mutex.run(functools.partial(self._change, what))
+        if self._damage is not None:
+            raise self._refusal()
+        try:
+            return self._mutex.run(functools.partial(self._change, what))
+        except ArenaUnavailable:
+            # Where the lock cannot be had, its file may be another one by now.
+            self._insist_on_descriptor()
+            raise
 
     def attempt(self, what: Callable[[Table], object]) -> None:
         """Call something with the table, for those who are inside the mutex, or do nothing where it is damaged."""
@@ -126,6 +133,13 @@ class Access:
             self._keep_away(error)
             raise
 
+    def _insist_on_descriptor(self) -> None:
+        try:
+            self._segment.insist_whole()
+        except TableCorrupt as error:
+            self._keep_away(error)
+            raise
+
     def _trusted(self) -> Table:
         table = self._table
         if table is None or self.is_over:
@@ -140,8 +154,18 @@ class Access:
         return ArenaUnavailable("this process has left the arena")
 
     def _keep_away(self, error: TableCorrupt) -> None:
-        if self._damage is None:
-            self._damage, self._table = f"the arena is damaged: {error}", None
+        if self._damage is not None:
+            return
+        self._damage, self._table = f"the arena is damaged: {error}", None
+        if isinstance(error, DescriptorLost):
+            self._mutex.go_alone()
+            logger.warning(
+                "Sharing is off in this process: something in it has closed a descriptor that it had not opened, that of the "
+                "arena (number %s; os.closerange does so). What is shared stays valid, all else is sent. Let it spare the "
+                "descriptors of others, then start this process again.",
+                self._segment.fd,
+            )
+        else:
             logger.warning(
                 "Sharing is off in this process: somebody has written into the arena (%s). What is shared stays valid, "
                 "all else is sent. Stop all workers of this cluster on this machine, then start them again.",

@@ -321,7 +321,8 @@ class Arena:
         self.directory.close()
         self._access.leave(self.member)
         self.holdings.unmap_all()
-        liveness.let_go(self.segment.fd, self.member.slot)
+        if self.segment.has_descriptor:
+            liveness.let_go(self.segment.fd, self.member.slot)
         # Somebody may still keep this object; what it has mapped must go.
         self._access.forget()
         self._mutex.retire(self.segment.close)

@@ -108,7 +108,7 @@ class Directory:
                 self._unmark(place)
             self._marks = None
         # Where the kernel takes no pages back, the next member of this slot writes them again.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, SharedMemoryError):
             self._segment.give_back(directory_offset(self._member.slot), DIRECTORY_BYTES)
 
     def _read(self, member: Member, place: int, name: bytes) -> bytes | None:

@@ -27,12 +27,16 @@ class Pins(NamedTuple):
         The parent's, which can see whether the lock is held; None where all children are waited for.
     locked, address
         The child's, and its mapping.
+    device, inode
+        Of the file: something else in this process may close its descriptor.
     """
 
     holds: list[Any]
     asking: int | None = None
     locked: int = -1
     address: int = 0
+    device: int = 0
+    inode: int = 0
 
     @classmethod
     def take(cls, holds: list[Any]) -> Pins:
@@ -45,7 +49,8 @@ class Pins(NamedTuple):
             address = syscalls.map_shared(locked, 0, PAGE)
             liveness.hold(locked, _BYTE)
             undo.pop_all()
-            return cls(holds, asking, locked, address)
+            status = os.fstat(asking)
+            return cls(holds, asking, locked, address, status.st_dev, status.st_ino)
         return cls(holds)
 
     def in_parent(self) -> None:
@@ -61,7 +66,7 @@ class Pins(NamedTuple):
 
     def are_over(self) -> bool:
         """Tell whether the child has ended; if so, close the file."""
-        if self.asking is None:
+        if self.asking is None or not syscalls.is_still(self.asking, self.device, self.inode):
             return not _has_children()
         if liveness.is_held(self.asking, _BYTE):
             return False

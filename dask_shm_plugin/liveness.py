@@ -126,6 +126,12 @@ def run_locked(lock: threading.RLock, patience: float, what: Callable[[], T]) ->
             pass
 
 
+class _Nothing:
+    """In the place of a lock on a file that this process has lost."""
+
+    take, drop = int, int
+
+
 class Mutex:
     """Exclusion among all threads of all processes that have one file open.
 
@@ -149,7 +155,7 @@ class Mutex:
     """
 
     def __init__(self, fd: int, patience: float = 0.25) -> None:
-        self._among_processes = RecordLock(fd, _MUTEX_BYTE)
+        self._among_processes: RecordLock | _Nothing = RecordLock(fd, _MUTEX_BYTE)
         self._pid = os.getpid()
         self._patience = patience
         self._in_vain = False
@@ -175,6 +181,10 @@ class Mutex:
                 # It may have come before the first line there. To drop what is dropped already does no harm.
                 self._among_processes.drop()
                 raise
+
+    def go_alone(self) -> None:
+        """Exclude nobody but the threads of this process any more: the descriptor is not the file's."""
+        self._among_processes = _Nothing()
 
     def retire(self, close: Callable[[], None]) -> None:
         """From inside: close the file, and refuse to be entered again.

@@ -18,6 +18,7 @@ from dask_shm_plugin import syscalls
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import (
     ArenaUnavailable,
+    DescriptorLost,
     FileSizeLimited,
     MappingRefused,
     MemoryExhausted,
@@ -132,11 +133,16 @@ class Segment:
     @property
     def resident(self) -> int:
         """Bytes for which the operating system holds pages."""
-        return os.fstat(self.fd).st_blocks * 512
+        try:
+            return os.fstat(self.fd).st_blocks * 512
+        except OSError:
+            self.insist_whole()
+            raise
 
     @step("make pages")
     def reserve(self, offset: int, length: int) -> None:
         """Make the pages of a part exist, so that touching them through a mapping cannot fail."""
+        self.insist_whole()
         try:
             os.posix_fallocate(self.fd, offset, length)
         except OSError as error:
@@ -150,6 +156,7 @@ class Segment:
         """
         done = 0
         while done < len(data):
+            self.insist_whole()
             try:
                 written = os.pwrite(self.fd, data[done : done + _WRITE_STEP], offset + done)
             except OSError as error:
@@ -162,6 +169,7 @@ class Segment:
         """Copy bytes out of the segment into private memory, without a mapping."""
         data, done = memoryview(bytearray(length)), 0
         while done < length:
+            self.insist_whole()
             count = os.preadv(self.fd, [data[done : done + _WRITE_STEP]], offset + done)
             if count == 0:
                 raise ArenaUnavailable("the segment is shorter than it was; somebody has truncated it")
@@ -171,6 +179,7 @@ class Segment:
     @step("give pages back")
     def give_back(self, offset: int, length: int) -> None:
         """Return the pages of a part to the operating system."""
+        self.insist_whole()
         syscalls.punch_hole(self.fd, offset, length)
 
     def first_page(self, offset: int, length: int) -> int | None:
@@ -214,15 +223,30 @@ class Segment:
                     yield first, end - first
 
     def insist_whole(self) -> None:
-        """Insist that nobody has cut the segment short: to touch what is mapped beyond its end is answered by SIGBUS.
+        """Insist that the descriptor is still the segment's, and that nobody has cut it short.
+
+        To touch what is mapped beyond its end is answered by SIGBUS; and what is written to a number that something else has
+        closed goes to another file.
 
         Raises
         ------
-        TableCorrupt
+        TableCorrupt, DescriptorLost
             Somebody has.
+        ArenaUnavailable
+            This process has left the arena.
         """
-        if syscalls.size_of(self.fd) < self.size:
+        status = syscalls.status_of(self.fd)
+        if status is None or status[:2] != (self.device, self.inode):
+            if self.fd < 0:
+                raise ArenaUnavailable("this process has left the arena")
+            raise DescriptorLost("something in this process has closed its descriptor")
+        if status[2] < self.size:
             raise TableCorrupt("somebody has cut the memory short")
+
+    @property
+    def has_descriptor(self) -> bool:
+        """Whether the descriptor is still the segment's."""
+        return syscalls.is_still(self.fd, self.device, self.inode)
 
     def _mapped(self, how: syscalls.MapCall, offset: int, length: int) -> int:
         if offset < 0 or length <= 0 or offset + length > self.size:
@@ -249,8 +273,9 @@ class Segment:
         """Close the descriptor; mappings stay."""
         if self.fd >= 0:
             # Other threads may ask meanwhile, and the number may be another file's as soon as it is closed.
-            fd, self.fd = self.fd, -1
-            os.close(fd)
+            is_ours, fd, self.fd = self.has_descriptor, self.fd, -1
+            if is_ours:
+                os.close(fd)
 
     def __repr__(self) -> str:
         state = f"fd {self.fd}" if self.fd >= 0 else "closed"

@@ -68,10 +68,18 @@ class _Flock(ctypes.Structure):
 
 @functools.cache
 def _libc_with_gil() -> Any:
-    libc = ctypes.PyDLL(None, use_errno=True)
-    libc.lseek.restype = ctypes.c_int64
-    libc.lseek.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int]
-    return libc
+    return ctypes.PyDLL(None, use_errno=True)
+
+
+class _Status(ctypes.Structure):
+    # The beginning of ``struct stat`` is the same wherever a long has eight bytes; the whole has 144 at most.
+    _fields_ = (
+        ("device", ctypes.c_uint64),
+        ("inode", ctypes.c_uint64),
+        ("_between", ctypes.c_uint64 * 4),
+        ("size", ctypes.c_int64),
+        ("_rest", ctypes.c_uint64 * 16),
+    )
 
 
 class RecordLock:
@@ -104,9 +112,35 @@ class RecordLock:
         return ctypes.get_errno() if self._take() else 0
 
 
-def size_of(fd: int) -> int:
-    """Return the bytes of a file, or -1. Keeps the GIL, like :class:`RecordLock`, and moves the position."""
-    return int(_libc_with_gil().lseek(fd, 0, os.SEEK_END))
+def status_of(fd: int) -> tuple[int, int, int] | None:
+    """Return device, inode and size of an open file, or None. Keeps the GIL, like :class:`RecordLock`."""
+    status = _Status()
+    return None if _fstat()(fd, status) else (status.device, status.inode, status.size)
+
+
+@functools.cache
+def _fstat() -> Callable[[int, _Status], int]:
+    libc = ctypes.PyDLL(None)
+    if not hasattr(libc, "fstat"):  # glibc before 2.33
+        return _fstat_without_gil
+    libc.fstat.argtypes = [ctypes.c_int, ctypes.POINTER(_Status)]
+    call: Callable[[int, _Status], int] = libc.fstat
+    return call
+
+
+def _fstat_without_gil(fd: int, status: _Status) -> int:
+    try:
+        found = os.fstat(fd)
+    except OSError:
+        return -1
+    status.device, status.inode, status.size = found.st_dev, found.st_ino, found.st_size
+    return 0
+
+
+def is_still(fd: int, device: int, inode: int) -> bool:
+    """Tell whether a descriptor is still one of that file: others in this process may have closed it, and opened another."""
+    status = status_of(fd)
+    return status is not None and status[:2] == (device, inode)
 
 
 def _failure(call: str) -> OSError:
