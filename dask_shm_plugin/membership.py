@@ -29,6 +29,7 @@ class _Joined(NamedTuple):
     arena: Arena
     meeting: Rendezvous
     roles: list[tuple[str, str]]
+    pid: int
 
 
 _lock = threading.Lock()
@@ -68,7 +69,7 @@ def join(
             found = _meet(name, capacity, warm)
             if found is None:
                 return None
-            joined = _by_cluster[cluster] = _Joined(*found, [])
+            joined = _by_cluster[cluster] = _Joined(*found, [], os.getpid())
             joined.arena.upkeep = functools.partial(_restore, cluster)
         elif joined.arena.is_damaged:
             raise TableCorrupt("the arena is damaged")
@@ -222,6 +223,8 @@ def _meet_again(joined: _Joined) -> Rendezvous | None:
 
 def _depart(joined: _Joined) -> None:
     """Leave the rendezvous and then the arena; whoever leaves last removes the name."""
+    if joined.pid != os.getpid():  # a child that was forked past Python's hooks has not forgotten what its parent has
+        return
     joined.meeting.close()
     with contextlib.suppress(SharedMemoryError, OSError):
         meeting = rendezvous.enter(joined.meeting.name, create=False)
