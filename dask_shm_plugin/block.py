@@ -74,7 +74,7 @@ class Draft:
         if self._hold is None or offset < 0 or offset + len(data) > self._extent.length:
             raise ValueError("write goes beyond the draft" if self._hold else "the draft is sealed or given up")
         self._reserve_up_to(offset // PAGE * PAGE)
-        self._arena.pages.write(self._extent, offset, data)
+        self._arena.pages.write(self._extent, offset, data, lambda: self._hold)
         self._exists_up_to = max(self._exists_up_to, round_up(offset + len(data)))
 
     def _reserve_up_to(self, end: int) -> None:

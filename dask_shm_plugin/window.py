@@ -10,6 +10,7 @@ To look whether all pages are mapped takes a quarter of a copy. So what was seen
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -81,12 +82,12 @@ class Window:
         part = self._part(offset, length)
         return part is not None and syscalls.collapse(part.ctypes.data, length)
 
-    def write(self, offset: int, data: memoryview) -> None:
-        """Copy flat bytes to pages that are mapped, without holding the GIL."""
+    def write(self, offset: int, data: memoryview, keep: Callable[[], object] = lambda: None) -> None:
+        """Copy flat bytes to pages that are mapped, without holding the GIL; see :meth:`Copier.copy`."""
         part = self._part(offset, len(data))
         if part is None:
             raise ArenaUnavailable("this process has left the arena")
-        self._copier.copy(part, np.frombuffer(data, np.uint8))
+        self._copier.copy(part, np.frombuffer(data, np.uint8), keep)
 
     def close(self) -> None:
         """Unmap it, as soon as nobody writes."""

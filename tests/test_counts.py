@@ -25,7 +25,7 @@ class Meter:
         self._undo: list[Callable[[], None]] = []
         self._watch(liveness.Mutex, "run", lambda *args: ("locks", 1))
         self._watch(segment.Segment, "write", written)
-        self._watch(window.Window, "write", lambda _, offset, data: ("copied", len(data)))
+        self._watch(window.Window, "write", lambda _, offset, data, *keep: ("copied", len(data)))
         self._watch(segment.Segment, "map_private", lambda *args: ("mapped", 1))
         self._watch(segment.Segment, "missing", lambda *args: ("asked for pages", 1))
 
