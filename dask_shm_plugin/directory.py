@@ -78,9 +78,7 @@ class Directory:
     def cross_out(self, name: bytes) -> None:
         """Take a name back; harmless when it is not listed."""
         with self._lock:
-            for place in _places_of(name):
-                if self._names.get(place) == name:
-                    self._unmark(place)
+            self._unmark_all(name)
 
     def is_empty(self, member: Member) -> bool:
         """Tell, at once, whether a member lists nothing."""
@@ -104,8 +102,7 @@ class Directory:
     def close(self) -> None:
         """Take everything back, give its pages back, and let go of the table."""
         with self._lock:
-            for place in list(self._names):
-                self._unmark(place)
+            self._unmark_all()
             self._marks = None
         # Where the kernel takes no pages back, the next member of this slot writes them again.
         with contextlib.suppress(OSError, SharedMemoryError):
@@ -122,6 +119,11 @@ class Directory:
         own = [place for place in places if self._names.get(place) == name]
         free = [place for place in places if place not in self._names]
         return (own or free or [place for place in self._names if place in places])[0]
+
+    def _unmark_all(self, name: bytes | None = None) -> None:
+        for place in list(self._names) if name is None else _places_of(name):
+            if name is None or self._names.get(place) == name:
+                self._unmark(place)
 
     def _unmark(self, place: int) -> None:
         if place in self._names and self._marks is not None:

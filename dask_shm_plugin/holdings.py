@@ -112,27 +112,30 @@ class Holdings:
             return False
         # Two threads at it would each see the list empty while the other has not given back yet.
         with self._tidying:
-            # What was taken out of the list and not given back, for whatever reason, is looked for the next time.
-            was_behind, self._is_behind = self._is_behind, True
-            notes = self._gone.empty()
-            if was_behind:
-                notes = self._references.gone()
-            if not notes:
-                self._is_behind = False
-                return False
-            for note in notes:
-                mapping, note.mapping = note.mapping, None
-                if mapping is not None:
-                    # Whatever goes wrong: nobody looks there any more, and its claim must not stay for good.
-                    with contextlib.suppress(OSError, MemoryError):
-                        self._mappings.give_back(mapping)
-            try:
-                self._mutex.run(functools.partial(self._cross_out, notes))
-            except ArenaBusy:
-                self.wake()
-                return False
+            return self._tidy()
+
+    def _tidy(self) -> bool:
+        # What was taken out of the list and not given back, for whatever reason, is looked for the next time.
+        was_behind, self._is_behind = self._is_behind, True
+        notes = self._gone.empty()
+        if was_behind:
+            notes = self._references.gone()
+        if not notes:
             self._is_behind = False
-            return True
+            return False
+        for note in notes:
+            mapping, note.mapping = note.mapping, None
+            if mapping is not None:
+                # Whatever goes wrong: nobody looks there any more, and its claim must not stay for good.
+                with contextlib.suppress(OSError, MemoryError):
+                    self._mappings.give_back(mapping)
+        try:
+            self._mutex.run(functools.partial(self._cross_out, notes))
+        except ArenaBusy:
+            self.wake()
+            return False
+        self._is_behind = False
+        return True
 
     def wait(self, seconds: float) -> None:
         """Wait until there may be something to tidy."""

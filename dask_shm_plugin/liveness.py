@@ -105,7 +105,8 @@ def run_locked(lock: threading.RLock, patience: float, what: Callable[[], T]) ->
 
     An exception may come between any two calls: from a signal handler, or another thread may send it. Whenever it comes, the
     lock is free afterwards: what follows a call that takes it is in the ``try``, and ``release``, which Python cannot be
-    interrupted in, is the first call of the ``finally``. A ``with`` over a class that is written in Python would not do: it
+    interrupted in, is the first call of the ``finally``. No loop stands in the ``try`` itself, nor below a ``with`` over a lock
+    anywhere here: Python 3.13.0 may be interrupted where a loop jumps back, and then passes the ``finally`` by. A ``with`` over a class that is written in Python would not do: it
     may be interrupted before the first line of ``__exit__``.
 
     Raises

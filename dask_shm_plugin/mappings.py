@@ -102,9 +102,12 @@ class Mappings:
 
     def _take(self, offset: int, length: int) -> Mapping | None:
         with self._lock:
-            for at, mapping in enumerate(self._kept):
-                if (mapping.offset, mapping.length) == (offset, length):
-                    return self._kept.pop(at)
+            return self._pop(offset, length)
+
+    def _pop(self, offset: int, length: int) -> Mapping | None:
+        for at, mapping in enumerate(self._kept):
+            if (mapping.offset, mapping.length) == (offset, length):
+                return self._kept.pop(at)
         return None
 
     def _beyond(self) -> list[Mapping]:

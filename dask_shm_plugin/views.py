@@ -131,7 +131,8 @@ class Atlas:
     def mappings(self, arena_id: bytes) -> list[tuple[int, int]]:
         """Return address and length of every mapping of an arena."""
         with self._lock:
-            return [(start, place.length) for start, place in self._mapped.items() if place.arena_id == arena_id]
+            mapped = list(self._mapped.items())
+        return [(start, place.length) for start, place in mapped if place.arena_id == arena_id]
 
     def __len__(self) -> int:
         return len(self._starts)

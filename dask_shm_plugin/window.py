@@ -49,23 +49,23 @@ class Window:
     def knows(self, offset: int, length: int, trims: int) -> bool:
         """Tell whether a part is known to be mapped page by page, as of a moment when pages were given back so often."""
         with self._lock:
-            for start, end in self._known if self._known_at == trims else ():
-                if start <= offset and offset + length <= end:
-                    return True
-            return False
+            known = self._known if self._known_at == trims else []
+        return any(start <= offset and offset + length <= end for start, end in known)
 
     def learn(self, offset: int, length: int, trims: int) -> None:
         """Remember what :meth:`sees` or :meth:`fill` has said."""
         with self._lock:
-            if self._known_at != trims:
-                self._known, self._known_at = [], trims
-            apart = [part for part in self._known if part[1] < offset or offset + length < part[0]]
-            touching = [part for part in self._known if part not in apart]
-            merged = (
-                min([offset, *(start for start, _ in touching)]),
-                max([offset + length, *(end for _, end in touching)]),
-            )
-            self._known = [*apart[-_MOST_KNOWN:], merged]
+            self._learn(offset, length, trims)
+
+    def _learn(self, offset: int, length: int, trims: int) -> None:
+        known = self._known if self._known_at == trims else []
+        apart = [part for part in known if part[1] < offset or offset + length < part[0]]
+        touching = [part for part in known if part not in apart]
+        merged = (
+            min([offset, *(start for start, _ in touching)]),
+            max([offset + length, *(end for _, end in touching)]),
+        )
+        self._known, self._known_at = [*apart[-_MOST_KNOWN:], merged], trims
 
     def sees(self, offset: int, length: int) -> bool:
         """Tell whether a part is mapped page by page, so that all its pages exist (256 MiB: 1 ms)."""

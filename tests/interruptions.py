@@ -94,17 +94,26 @@ class Worker:
         while counts["interrupts"] < self._most and not any(what.startswith(("wrong", "refused")) for what in counts):
             try:
                 self.is_armed = True
-                # What comes while a finalizer runs is only printed.
-                while self.is_armed:
-                    self._work.once()
+                self._work_on()
             except Interrupted:
                 counts["interrupts"] += 1
             except SharedMemoryError as error:
                 counts[f"refused: {type(error).__name__}: {error}"] += 1
-            # Whoever sends an exception has done so.
-            while self.is_armed:
-                time.sleep(1e-5)
+            # Whoever sends an exception has done so; after a refusal, it is still to come.
+            with contextlib.suppress(Interrupted):
+                self._await()
         self.is_over = True
+
+    # In functions of their own: the jump back of a loop is not always in the ``try`` in which the loop is (Python 3.13.0).
+
+    def _work_on(self) -> None:
+        # What comes while a finalizer runs is only printed.
+        while self.is_armed:
+            self._work.once()
+
+    def _await(self) -> None:
+        while self.is_armed:
+            time.sleep(1e-5)
 
 
 def by_signals(work: Work, most: int) -> None:
