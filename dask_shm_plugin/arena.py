@@ -30,6 +30,7 @@ from dask_shm_plugin.holdings import Holdings
 from dask_shm_plugin.layout import BLOCKS_FROM, TABLE_BYTES, Extent, Row
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.pages import Pages
+from dask_shm_plugin.references import Hold
 from dask_shm_plugin.roster import Roster
 from dask_shm_plugin.segment import PAGE, Segment, Whereabouts, round_up
 from dask_shm_plugin.table import Table
@@ -94,7 +95,7 @@ class Arena:
         self._access = Access(segment, table, self._mutex)
         self._free_space = FreeSpace()
         self._leaving = False
-        self.in_use = threading.Lock()
+        self.in_use = threading.RLock()
         self.upkeep: Callable[[], None] = lambda: None
         self.member = self._join()
         self.holdings = Holdings(segment, self._mutex, self._access, self.member, warm)
@@ -155,15 +156,16 @@ class Arena:
         """
         size = max(size, 1)
         extent_length = round_up(size)
-        taken = self._reserve(extent_length, size)
+        hold = Hold()
+        extent = self._reserve(hold, extent_length, size)
         for find_more in (self.holdings.tidy, self.roster.reclaim_dead, self.trimmer.wait):
-            if taken is None:
+            if extent is None:
                 # Whether it found anything does not matter: another thread may have been quicker.
                 find_more()
-                taken = self._reserve(extent_length, size)
-        if taken is None:
+                extent = self._reserve(hold, extent_length, size)
+        if extent is None:
             raise ArenaFull(f"no room for {size} bytes in an arena of {self.capacity}; raise shm.capacity")
-        return Draft(self, *taken, size)
+        return Draft(self, hold, extent, size)
 
     def attach_block(self, descriptor: Descriptor) -> Block:
         """Refer to a block that another member named.
@@ -173,7 +175,7 @@ class Arena:
         StaleBlock
             It has been released since, or belongs to another arena.
         """
-        return Block(self, descriptor.row, *self.holdings.refer(self._row_of(descriptor)))
+        return Block(self, *self.holdings.refer(self._row_of(descriptor)))
 
     def view(self, descriptor: Descriptor, offset: int, length: int) -> memoryview:
         """Map a part of a block that another member named, copy-on-write.
@@ -208,22 +210,25 @@ class Arena:
 
     def seal(self, row: Row) -> None:
         """Seal a draft of this process and refer to it."""
-        with self._access as table:
-            table.seal(row, self.member)
+        self._access.run(lambda table: table.seal(row, self.member))
 
     @step("abandon")
-    def abandon(self, row: Row) -> None:
-        """Give a draft of this process up, now or, when the table is busy, soon."""
-        self.holdings.drop(row)
+    def abandon(self) -> None:
+        """Give drafts of this process up that nothing holds any more, now or, when the table is busy, soon."""
         self.holdings.tidy()
 
-    def take_if_free(self, extent: Extent) -> Row | None:
+    def take_if_free(self, extent: Extent) -> Hold | None:
         """Make a part of the arena a draft that nobody will write, so that its pages can be given back."""
-        with self._access as table:
+        hold = Hold()
+
+        def take(table: Table) -> bool:
             if not self._free_space.room(table).has(*extent):
-                return None
+                return False
             table.count_trim()
-            return self._take(table, extent, TRIMMING)
+            self._take(table, hold, extent, TRIMMING)
+            return True
+
+        return hold if self._access.run(take) else None
 
     # -- members
 
@@ -240,9 +245,12 @@ class Arena:
         """Count what the arena holds now; nothing, where this process keeps away from it."""
         if self.is_damaged:
             return ArenaStats(0, 0, 0, 0, 0)
-        with self._access as table:
+
+        def count(table: Table) -> ArenaStats:
             lengths, members = table.blocks.taken()[:, 1], len(table.members())
             return ArenaStats(table.capacity, int(np.sum(lengths)), self.segment.resident, len(lengths), members)
+
+        return self._access.run(count)
 
     def inspect(self) -> None:
         """Look whether the table still says what this process relies on.
@@ -252,21 +260,23 @@ class Arena:
         TableCorrupt
             It does not; this process has left.
         """
-        with self._access as table:
+
+        def look(table: Table) -> None:
             table.check(self.member, self.holdings)
             table.blocks.taken()
 
+        self._access.run(look)
+
     def validate(self) -> None:
         """Check the invariants of the table; see :meth:`Table.validate`."""
-        with self._mutex:
-            self._access.table.validate()
+        self._mutex.run(lambda: self._access.table.validate())
 
     # -- leaving
 
     @property
     def has_left(self) -> bool:
         """Whether this process is no member any more."""
-        return self._mutex.retired
+        return self._mutex.retired or self.segment.fd < 0
 
     def close(self) -> None:
         """Leave. Views that live on stay valid: the process remains a member until the last of them is gone."""
@@ -278,12 +288,15 @@ class Arena:
 
     def stay(self) -> bool:
         """Take :meth:`close` back; return whether that was in time."""
+
+        def come_back() -> bool:
+            self._leaving = self._access.is_over
+            return not (self._leaving or self.is_damaged)
+
         try:
-            with self._mutex:
-                self._leaving = False
+            return self._mutex.run(come_back)
         except ArenaUnavailable:
             return False
-        return not self.is_damaged
 
     @step("leave")
     def finish_leaving(self) -> None:
@@ -291,40 +304,43 @@ class Arena:
         if not (self._leaving or self.is_damaged):
             return
         # Where somebody is at it, or the table is busy, the tidying thread tries again.
-        if self.in_use.acquire(timeout=_PATIENCE):
-            try:
-                with contextlib.suppress(ArenaBusy, ArenaUnavailable):
-                    self._leave()
-            finally:
-                self.in_use.release()
+        with contextlib.suppress(ArenaBusy, ArenaUnavailable):
+            liveness.run_locked(self.in_use, _PATIENCE, self._leave)
 
     # -- inside
 
     def _leave(self) -> None:
-        with self._mutex:
-            if len(self.holdings) or not (self._leaving or self.is_damaged):
-                return
-            self.directory.close()
-            self._access.attempt(lambda table: table.reclaim(self.member))
+        if self._mutex.run(self._leave_table):
+            self.pages.close()
+            self.holdings.wake()
+
+    def _leave_table(self) -> bool:
+        """Leave, from inside the mutex, where nothing stands against it. What is interrupted is done again."""
+        if len(self.holdings) or not (self._leaving or self.is_damaged):
+            return False
+        self.directory.close()
+        self._access.leave(self.member)
+        self.holdings.unmap_all()
+        if self.segment.has_descriptor:
             liveness.let_go(self.segment.fd, self.member.slot)
-            self._mutex.retire(self.segment.close)
-            # Somebody may still keep this object; what it has mapped must go.
-            self._access.forget()
-        self.holdings.forget_mappings()
-        self.pages.close()
-        self.holdings.wake()
+        # Somebody may still keep this object; what it has mapped must go.
+        self._access.forget()
+        self._mutex.retire(self.segment.close)
+        return True
 
     @step("join")
     def _join(self) -> Member:
-        with self._access as table:
-            table.blocks.taken()
-            for slot in table.vacant():
-                # The locks come first, or there would be a moment when a living member looks dead. A slot whose lock
-                # is still held belonged to a process whose forked child lives on.
-                if liveness.appear(self.segment.fd, slot):
-                    self.segment.reserve(layout.claims_offset(slot), layout.CLAIM_BYTES)
-                    self._access.member = table.join(slot, self._pid, liveness.start_time(self._pid))
-                    return self._access.member
+        return self._access.run(self._join_table)
+
+    def _join_table(self, table: Table) -> Member:
+        table.blocks.taken()
+        for slot in table.vacant():
+            # The locks come first, or there would be a moment when a living member looks dead. A slot whose lock
+            # is still held belonged to a process whose forked child lives on.
+            if liveness.appear(self.segment.fd, slot):
+                self.segment.reserve(layout.claims_offset(slot), layout.CLAIM_BYTES)
+                self._access.member = table.join(slot, self._pid, liveness.start_time(self._pid))
+                return self._access.member
         raise MembersFull(f"all {layout.MEMBERS} places for members are taken")
 
     def _row_of(self, descriptor: Descriptor) -> Row:
@@ -332,21 +348,23 @@ class Arena:
             raise StaleBlock("the block belongs to another arena")
         return descriptor.row
 
-    def _reserve(self, length: int, size: int) -> tuple[Row, Extent] | None:
-        with self._access as table:
+    def _reserve(self, hold: Hold, length: int, size: int) -> Extent | None:
+        def reserve(table: Table) -> Extent | None:
             if self._leaving:
                 raise ArenaUnavailable("this process is leaving the arena")
             offset = self._free_space.room(table).place(length)
             if offset is None:
                 return None
             extent = Extent(offset, length)
-            return self._take(table, extent, size), extent
+            self._take(table, hold, extent, size)
+            return extent
 
-    def _take(self, table: Table, extent: Extent, size: int) -> Row:
+        return self._access.run(reserve)
+
+    def _take(self, table: Table, hold: Hold, extent: Extent, size: int) -> None:
         row = table.reserve(extent, size, self.member)
         # A draft counts as a reference: the process must not leave while a thread of it still writes there.
-        self.holdings.add(row)
-        return row
+        self.holdings.add(row, hold)
 
     def __repr__(self) -> str:
         if self.has_left or self.is_damaged:

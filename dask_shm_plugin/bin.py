@@ -1,54 +1,42 @@
-"""What finalizers leave behind: a list that they may append to wherever they run, and that somebody works off."""
+"""What is gone and not given back yet: a list to which anything may be appended wherever that goes, and that somebody works off."""
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import queue
-from typing import NamedTuple
 
-from dask_shm_plugin.layout import Row
-from dask_shm_plugin.mappings import Mapping
-
-
-class Dropped(NamedTuple):
-    """A reference that nobody needs any more, with its mapping if it had one."""
-
-    row: Row
-    mapping: Mapping | None = None
+from dask_shm_plugin.references import Note
 
 
 class Bin:
-    """What was dropped and is not given back yet.
+    """The notes of holds that are gone.
 
-    Notes
-    -----
-    :meth:`put` is for finalizers: it may be called at any moment, in any thread, inside any lock. Appending to a
-    ``deque`` is atomic, and ``SimpleQueue.put`` is documented to be reentrant.
+    Attributes
+    ----------
+    put
+        Called with one, it appends that. It may be called at any moment, in any thread, inside any lock:
+        ``SimpleQueue.put`` is documented to be reentrant, and no line of Python that could be interrupted.
     """
 
     def __init__(self) -> None:
-        self._dropped: collections.deque[Dropped] = collections.deque()
-        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
-
-    def put(self, dropped: Dropped) -> None:
-        """Drop something."""
-        self._dropped.append(dropped)
-        self._wake.put(None)
+        self._queue: queue.SimpleQueue[Note | None] = queue.SimpleQueue()
+        self.put = self._queue.put
 
     def wake(self) -> None:
         """Let :meth:`wait` return."""
-        self._wake.put(None)
+        self.put(None)
 
     def wait(self, seconds: float) -> None:
-        """Wait until something was dropped."""
+        """Wait until something was put here."""
         with contextlib.suppress(queue.Empty):
-            self._wake.get(timeout=seconds)
+            self.put(self._queue.get(timeout=seconds))
 
-    def empty(self) -> list[Dropped]:
+    def empty(self) -> list[Note]:
         """Take everything out."""
-        items: list[Dropped] = []
-        with contextlib.suppress(IndexError):
+        items: list[Note] = []
+        with contextlib.suppress(queue.Empty):
             while True:
-                items.append(self._dropped.popleft())
+                item = self._queue.get_nowait()
+                if item is not None:
+                    items.append(item)
         return items

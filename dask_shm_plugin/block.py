@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +11,7 @@ from dask_shm_plugin.exceptions import ArenaUnavailable
 from dask_shm_plugin.holdings import Holdings, insist_within
 from dask_shm_plugin.layout import Extent, Row
 from dask_shm_plugin.pages import Pages
+from dask_shm_plugin.references import Hold
 from dask_shm_plugin.segment import PAGE, round_up
 
 
@@ -25,8 +25,8 @@ class Home(Protocol):
     def seal(self, row: Row) -> None:
         """Make a draft a block."""
 
-    def abandon(self, row: Row) -> None:
-        """Give a draft up."""
+    def abandon(self) -> None:
+        """Give drafts up that nothing holds any more."""
 
     def holders(self, row: Row) -> int:
         """Count who refers to a block."""
@@ -50,9 +50,9 @@ class Draft:
     machine that has none left, would be answered by SIGBUS.
     """
 
-    def __init__(self, arena: Home, row: Row, extent: Extent, size: int) -> None:
+    def __init__(self, arena: Home, hold: Hold, extent: Extent, size: int) -> None:
         self._arena = arena
-        self._row: Row | None = row
+        self._hold: Hold | None = hold
         self._extent, self._size = extent, size
         self._pid = os.getpid()
         self._exists_up_to = 0
@@ -71,10 +71,10 @@ class Draft:
             # The place is the parent's to seal, and somebody else's when the parent is dead.
             raise ArenaUnavailable("a forked child does not write its parent's drafts")
         data = data.cast("B")
-        if self._row is None or offset < 0 or offset + len(data) > self._extent.length:
-            raise ValueError("write goes beyond the draft" if self._row else "the draft is sealed or given up")
+        if self._hold is None or offset < 0 or offset + len(data) > self._extent.length:
+            raise ValueError("write goes beyond the draft" if self._hold else "the draft is sealed or given up")
         self._reserve_up_to(offset // PAGE * PAGE)
-        self._arena.pages.write(self._extent, offset, data)
+        self._arena.pages.write(self._extent, offset, data, lambda: self._hold)
         self._exists_up_to = max(self._exists_up_to, round_up(offset + len(data)))
 
     def _reserve_up_to(self, end: int) -> None:
@@ -90,17 +90,18 @@ class Draft:
         MemoryExhausted
             The operating system has no pages for what was not written.
         """
-        if self._row is None:
+        if self._hold is None:
             raise ValueError("the draft is sealed or given up")
         self._reserve_up_to(self._extent.length)
         self._arena.pages.make_later(self._extent)
-        row, self._row = self._row, None
+        hold, self._hold = self._hold, None
         try:
-            self._arena.seal(row)
+            self._arena.seal(hold.row)
         except BaseException:
-            self._arena.abandon(row)
+            del hold
+            self._arena.abandon()
             raise
-        return Block(self._arena, row, self._extent, self._size)
+        return Block(self._arena, hold, self._extent, self._size)
 
     def __enter__(self) -> Draft:
         return self
@@ -108,19 +109,16 @@ class Draft:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._row is not None:
-            row, self._row = self._row, None
-            self._arena.abandon(row)
+        if self._hold is not None:
+            self._hold = None
+            self._arena.abandon()
 
     def __del__(self) -> None:
-        if getattr(self, "_row", None) is not None and os.getpid() == self._pid:
+        if getattr(self, "_hold", None) is not None and os.getpid() == self._pid:
             warnings.warn(f"{self!r} was neither sealed nor given up", ResourceWarning, stacklevel=2)
-            row, self._row = self._row, None
-            if row is not None:
-                self._arena.holdings.drop(row)
 
     def __repr__(self) -> str:
-        return f"<Draft {self._row or 'closed'} {self._extent.length} bytes>"
+        return f"<Draft {self._hold.row if self._hold else 'closed'} {self._extent.length} bytes>"
 
     def __reduce__(self) -> Any:
         raise TypeError("a Draft cannot be pickled; seal it and send the Block's descriptor")
@@ -134,12 +132,12 @@ class Block:
     Thread-safe. Views keep references of their own and outlive the block they were taken from.
     """
 
-    def __init__(self, arena: Home, row: Row, extent: Extent, size: int) -> None:
+    def __init__(self, arena: Home, hold: Hold, extent: Extent, size: int) -> None:
         self._arena = arena
         self._extent, self._used = extent, size
         self._pid = os.getpid()
-        self._drop: Callable[[Row], None] | None = arena.holdings.drop
-        self.row = row
+        self._hold: Hold | None = hold
+        self.row = hold.row
 
     @property
     def descriptor(self) -> Descriptor:
@@ -179,9 +177,7 @@ class Block:
 
     def close(self) -> None:
         """Drop the reference; the space is free when the last one of all processes goes."""
-        drop, self._drop = self._drop, None
-        if drop is not None and os.getpid() == self._pid:
-            drop(self.row)
+        self._hold = None
 
     def __enter__(self) -> Block:
         return self
@@ -192,9 +188,8 @@ class Block:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_drop", None) is not None and os.getpid() == self._pid:
+        if getattr(self, "_hold", None) is not None and os.getpid() == self._pid:
             warnings.warn(f"{self!r} was not closed", ResourceWarning, stacklevel=2)
-            self.close()
 
     def __repr__(self) -> str:
         return f"<Block {self.row.index} generation {self.row.generation}, {self.size} bytes>"

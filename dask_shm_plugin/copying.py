@@ -33,20 +33,29 @@ class Copier:
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
 
-    def copy(self, target: Bytes, source: Bytes) -> None:
-        """Copy flat bytes to a place of the same length."""
+    def copy(self, target: Bytes, source: Bytes, keep: Callable[[], object] = lambda: None) -> None:
+        """Copy flat bytes to a place of the same length.
+
+        Parameters
+        ----------
+        target, source
+            The place, and the bytes.
+        keep
+            Returns what each helper keeps until it is done: where the wait for them is interrupted, too, the place must not
+            become somebody else's meanwhile.
+        """
         if len(source) < _SMALLEST:
             np.copyto(target, source)
             return
         steps = collections.deque(range(0, len(source), _STEP))
 
-        def copy_along() -> None:
+        def copy_along(kept: object = None) -> None:
             with contextlib.suppress(IndexError):
                 while True:
                     at = steps.popleft()
                     np.copyto(target[at : at + _STEP], source[at : at + _STEP])
 
-        helping = self._start(copy_along)
+        helping = self._start(copy_along, keep)
         try:
             copy_along()
         finally:
@@ -63,7 +72,7 @@ class Copier:
                 self._threads.shutdown(wait=False)
                 self._threads = None
 
-    def _start(self, work: Callable[[], None]) -> list[Future[None]]:
+    def _start(self, work: Callable[[object], None], keep: Callable[[], object]) -> list[Future[None]]:
         helpers = min(len(os.sched_getaffinity(0)) - 1, _MOST_HELPERS)
         if helpers < 1:
             return []
@@ -71,6 +80,6 @@ class Copier:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(helpers, thread_name_prefix="dask-shm-copy-along")
             try:
-                return [self._threads.submit(work) for _ in range(helpers)]
+                return [self._threads.submit(work, keep()) for _ in range(helpers)]
             except RuntimeError:  # the interpreter is about to end
                 return []

@@ -78,9 +78,7 @@ class Directory:
     def cross_out(self, name: bytes) -> None:
         """Take a name back; harmless when it is not listed."""
         with self._lock:
-            for place in _places_of(name):
-                if self._names.get(place) == name:
-                    self._unmark(place)
+            self._unmark_all(name)
 
     def is_empty(self, member: Member) -> bool:
         """Tell, at once, whether a member lists nothing."""
@@ -104,10 +102,11 @@ class Directory:
     def close(self) -> None:
         """Take everything back, give its pages back, and let go of the table."""
         with self._lock:
-            for place in list(self._names):
-                self._unmark(place)
+            self._unmark_all()
             self._marks = None
-        self._segment.give_back(directory_offset(self._member.slot), DIRECTORY_BYTES)
+        # Where the kernel takes no pages back, the next member of this slot writes them again.
+        with contextlib.suppress(OSError, SharedMemoryError):
+            self._segment.give_back(directory_offset(self._member.slot), DIRECTORY_BYTES)
 
     def _read(self, member: Member, place: int, name: bytes) -> bytes | None:
         listing = self._segment.read(directory_offset(member.slot, place), PLACE_BYTES)
@@ -121,12 +120,19 @@ class Directory:
         free = [place for place in places if place not in self._names]
         return (own or free or [place for place in self._names if place in places])[0]
 
+    def _unmark_all(self, name: bytes | None = None) -> None:
+        for place in list(self._names) if name is None else _places_of(name):
+            if name is None or self._names.get(place) == name:
+                self._unmark(place)
+
     def _unmark(self, place: int) -> None:
-        if self._names.pop(place, None) is not None and self._marks is not None:
+        if place in self._names and self._marks is not None:
             # Nobody finds anything in memory that was cut short, and to store there would be the end of the process.
             with contextlib.suppress(TableCorrupt):
                 self._segment.insist_whole()
                 self._marks.unset(self._member.slot, place)
+        # Not before: what is interrupted in between must be done again.
+        self._names.pop(place, None)
 
     def __repr__(self) -> str:
         return f"<Directory of member {self._member.slot}, {len(self._names)} listings>"

@@ -105,6 +105,12 @@ class TableCorrupt(SharedMemoryError):
     reason = "corrupt"
 
 
+class DescriptorLost(TableCorrupt):
+    """Something in this process has closed the arena's descriptor; its number may be another file's. Like damage, for good."""
+
+    reason = "descriptor-lost"
+
+
 class Unshareable(SharedMemoryError):
     """The value's own serializer does something that only a wire can undo."""
 

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dask_shm_plugin import liveness, syscalls
-from dask_shm_plugin.layout import Row
-from dask_shm_plugin.segment import NAME_PREFIX, PAGE
+from dask_shm_plugin.segment import PAGE, nameless_file
 
 _BYTE = 0
 
 
 class Pins(NamedTuple):
-    """References kept for a child: the blocks, and two open descriptions of one file, of which one has the lock.
+    """What is held for a child, and two open descriptions of one file, of which one has the lock.
 
     Attributes
     ----------
@@ -28,26 +27,31 @@ class Pins(NamedTuple):
         The parent's, which can see whether the lock is held; None where all children are waited for.
     locked, address
         The child's, and its mapping.
+    device, inode
+        Of the file: something else in this process may close its descriptor.
     """
 
-    rows: list[Row]
+    holds: list[Any]
     asking: int | None = None
     locked: int = -1
     address: int = 0
+    device: int = 0
+    inode: int = 0
 
     @classmethod
-    def take(cls, rows: list[Row]) -> Pins:
+    def take(cls, holds: list[Any]) -> Pins:
         """Take the lock, before the fork. Where no descriptor or mapping is left, all children are waited for."""
         with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
-            locked = os.memfd_create(f"{NAME_PREFIX}fork", os.MFD_CLOEXEC)
+            locked = nameless_file("fork", PAGE)
             undo.callback(os.close, locked)
             asking = os.open(f"/proc/self/fd/{locked}", os.O_RDWR | os.O_CLOEXEC)
             undo.callback(os.close, asking)
             address = syscalls.map_shared(locked, 0, PAGE)
             liveness.hold(locked, _BYTE)
             undo.pop_all()
-            return cls(rows, asking, locked, address)
-        return cls(rows)
+            status = os.fstat(asking)
+            return cls(holds, asking, locked, address, status.st_dev, status.st_ino)
+        return cls(holds)
 
     def in_parent(self) -> None:
         """Leave the lock to the child."""
@@ -62,7 +66,7 @@ class Pins(NamedTuple):
 
     def are_over(self) -> bool:
         """Tell whether the child has ended; if so, close the file."""
-        if self.asking is None:
+        if self.asking is None or not syscalls.is_still(self.asking, self.device, self.inode):
             return not _has_children()
         if liveness.is_held(self.asking, _BYTE):
             return False

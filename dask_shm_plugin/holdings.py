@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from dask_shm_plugin import views
 from dask_shm_plugin.access import Access
-from dask_shm_plugin.bin import Bin, Dropped
+from dask_shm_plugin.bin import Bin
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import ArenaBusy
 from dask_shm_plugin.forks import Pins
@@ -18,8 +18,9 @@ from dask_shm_plugin.layout import BLOCKS_FROM, Extent, Row
 from dask_shm_plugin.liveness import Mutex
 from dask_shm_plugin.mappings import Mappings
 from dask_shm_plugin.memberbook import Member
-from dask_shm_plugin.references import References
+from dask_shm_plugin.references import Hold, Note, References
 from dask_shm_plugin.segment import PAGE, Segment, round_up
+from dask_shm_plugin.table import Table
 from dask_shm_plugin.views import Place
 
 
@@ -43,35 +44,41 @@ class Holdings:
 
     Notes
     -----
-    Thread-safe. Finalizers never come here: they append to a list that the tidying thread works off. There must never be a
-    moment when a view is mapped and its block is not claimed: a claim comes before its mapping and goes after it.
+    Thread-safe. Nothing comes here when a hold goes: it is appended to a list that the tidying thread works off. There must
+    never be a moment when a view is mapped and its block is not claimed: a claim comes before its mapping and goes after it.
     """
 
     def __init__(self, segment: Segment, mutex: Mutex, access: Access, member: Member, warm: int) -> None:
         self._pid = os.getpid()
         self._segment, self._mutex, self._access, self._member = segment, mutex, access, member
         self._arena_id = access.table.arena_id
-        self._references = References()
+        self._gone = Bin()
+        self._references = References(self._gone.put)
         self._mappings = Mappings(segment, warm)
-        self._dropped = Bin()
-        self._tidying = threading.Lock()
+        self._tidying = threading.RLock()
+        self._is_behind = False
+        access.repair = self._repair
 
-    def add(self, row: Row) -> None:
-        """Refer to a block or draft that the table knows to be this process's, for those who hold the mutex."""
-        self._references.add(row)
+    def add(self, row: Row, hold: Hold) -> None:
+        """Enter a hold of a block or draft that the table knows to be this process's, for those who are inside the mutex."""
+        self._references.enter(row, hold)
 
-    def refer(self, row: Row) -> tuple[Extent, int]:
-        """Refer to a block, and return where it lies, and how many bytes of that it uses.
+    def refer(self, row: Row) -> tuple[Hold, Extent, int]:
+        """Refer to a block, and return what holds it, where it lies, and how many bytes of that it uses.
 
         Raises
         ------
         StaleBlock
             It has been released since.
         """
-        with self._access as table:
+        hold = Hold()
+
+        def claim(table: Table) -> tuple[Extent, int]:
             place = table.acquire(row, self._member)
-            self._references.add(row)
+            self._references.enter(row, hold)
             return place
+
+        return hold, *self._access.run(claim)
 
     def attach(self, row: Row, offset: int, length: int) -> memoryview:
         """Refer to a block for as long as a view of a part of it lives, and return that, copy-on-write.
@@ -81,72 +88,70 @@ class Holdings:
         StaleBlock
             It has been released since.
         """
-        return self._map(row, *self.refer(row), offset, length)
+        return self._map(*self.refer(row), offset, length)
 
     def map(self, row: Row, extent: Extent, used: int, offset: int, length: int) -> memoryview:
         """Map a part of a block that this process refers to, copy-on-write."""
-        self._refer_again(row)
-        try:
-            self._segment.insist_whole()
-        except BaseException:
-            self.drop(row)
-            raise
-        return self._map(row, extent, used, offset, length)
+        hold = self._refer_again(row)
+        self._segment.insist_whole()
+        return self._map(hold, extent, used, offset, length)
 
-    def _map(self, row: Row, extent: Extent, used: int, offset: int, length: int) -> memoryview:
-        """Make a reference that was just taken one of a view."""
-        try:
-            insist_within(used, offset, length)
-            first, last = offset // PAGE * PAGE, round_up(offset + length)
-            mapping = self._mappings.map(BLOCKS_FROM + extent.offset + first, last - first)
-        except BaseException:
-            self.drop(row)
-            raise
-        views.ATLAS.add(mapping.address, Place(self._arena_id, row, first, last - first))
-        give_back = functools.partial(self._dropped.put, Dropped(row, mapping))
-        whole = views.Exporter(mapping.address, last - first, give_back).bytes()
+    def _map(self, hold: Hold, extent: Extent, used: int, offset: int, length: int) -> memoryview:
+        """Make a hold one of a view."""
+        insist_within(used, offset, length)
+        first, last = offset // PAGE * PAGE, round_up(offset + length)
+        mapping = hold.note.mapping = self._mappings.map(BLOCKS_FROM + extent.offset + first, last - first)
+        views.ATLAS.add(mapping.address, Place(self._arena_id, hold.row, first, last - first))
+        whole = views.Exporter(mapping.address, last - first, hold).bytes()
         return whole[offset - first : offset - first + length]
-
-    def drop(self, row: Row) -> None:
-        """Drop one reference, soon."""
-        self._dropped.put(Dropped(row))
 
     @step("tidy")
     def tidy(self) -> bool:
-        """Give back what was dropped, or leave it for later where the table is busy; return whether anything went."""
+        """Give back what is gone, or leave it for later where the table is busy; return whether anything went."""
         if os.getpid() != self._pid:
             return False
         # Two threads at it would each see the list empty while the other has not given back yet.
         with self._tidying:
-            dropped = self._dropped.empty()
-            if not dropped:
-                return False
-            for item in dropped:
-                if item.mapping is not None:
-                    # Whatever goes wrong: nobody looks there any more, and its reference must not stay for good.
-                    with contextlib.suppress(Exception):
-                        self._mappings.give_back(item.mapping)
-            try:
-                with self._mutex:
-                    gone = [item.row for item in dropped if self._references.drop(item.row)]
-                    self._access.attempt(lambda table: [table.release(row, self._member) for row in gone])
-            except ArenaBusy:
-                for item in dropped:
-                    self._dropped.put(Dropped(item.row))
-                return False
-            return True
+            return self._tidy()
+
+    def _tidy(self) -> bool:
+        # What was taken out of the list and not given back, for whatever reason, is looked for the next time.
+        was_behind, self._is_behind = self._is_behind, True
+        notes = self._gone.empty()
+        if was_behind:
+            notes = self._references.gone()
+        if not notes:
+            self._is_behind = False
+            return False
+        for note in notes:
+            mapping, note.mapping = note.mapping, None
+            if mapping is not None:
+                # Whatever goes wrong: nobody looks there any more, and its claim must not stay for good.
+                with contextlib.suppress(OSError, MemoryError):
+                    self._mappings.give_back(mapping)
+        try:
+            self._mutex.run(functools.partial(self._cross_out, notes))
+        except ArenaBusy:
+            self.wake()
+            return False
+        self._is_behind = False
+        return True
 
     def wait(self, seconds: float) -> None:
         """Wait until there may be something to tidy."""
-        self._dropped.wait(seconds)
+        self._gone.wait(seconds)
 
     def wake(self) -> None:
         """Let :meth:`wait` return."""
-        self._dropped.wake()
+        self._gone.wake()
 
     def forget_mappings(self) -> bool:
         """Unmap what has no views and is only kept; return whether that was anything."""
         return self._mappings.clear()
+
+    def unmap_all(self) -> None:
+        """Unmap everything, for a process that leaves and has no views."""
+        self._mappings.clear_all()
 
     # -- for forked children
 
@@ -161,19 +166,38 @@ class Holdings:
         self._references.keep(pins)
 
     def unpin(self) -> None:
-        """Drop what was kept for forked children that have ended."""
-        for row in self._references.unpinned():
-            self.drop(row)
+        """Let go of what was kept for forked children that have ended."""
+        self._references.unpin()
 
     # -- inside
 
-    def _refer_again(self, row: Row) -> None:
+    def _refer_again(self, row: Row) -> Hold:
         """Refer once more to a block; the table, which knows that this process does, need not be locked for that."""
+        hold = Hold()
         if os.getpid() == self._pid and not self._access.is_damaged:
             with self._mutex.among_threads:
-                if self._references.add_another(row):
-                    return
-        self.refer(row)
+                if self._references.knows(row):
+                    self._references.enter(row, hold)
+                    return hold
+        return self.refer(row)[0]
+
+    def _cross_out(self, notes: list[Note]) -> None:
+        def release(table: Table) -> None:
+            for note in notes:
+                if self._references.cross_out(note):
+                    table.release(note.row, self._member)
+
+        self._access.attempt(release)
+        # Where the table is damaged, nothing is released, but the process may leave when nothing is held.
+        for note in notes:
+            self._references.cross_out(note)
+
+    def _repair(self, table: Table) -> None:
+        """Release what the table says that this process has, and nothing of it holds: a change was interrupted."""
+        held = set(self._references)
+        for row in table.held_by(self._member):
+            if row not in held:
+                table.release(row, self._member)
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self._references)

@@ -11,7 +11,6 @@ once in each process, on a page of its own.
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import time
@@ -152,16 +151,14 @@ def are_served() -> bool:
 
 def _are_told_apart() -> bool:
     """Make a large page, and tell whether the page table says of a private view of it what was written."""
-    fd = os.memfd_create(f"{NAME_PREFIX}trial", os.MFD_CLOEXEC)
+    fd = syscalls.memory_file(f"{NAME_PREFIX}trial")
     try:
         os.ftruncate(fd, LARGE)
         os.pwrite(fd, b"1", 0)
         addresses = [how(fd, 0, LARGE) for how in (syscalls.map_shared, syscalls.map_private)]
     finally:
         os.close(fd)
-    shared, private = (
-        views.Exporter(at, LARGE, functools.partial(syscalls.unmap, at, LARGE)).bytes() for at in addresses
-    )
+    shared, private = (views.Exporter(at, LARGE, views.AtEnd(syscalls.unmap, at, LARGE)).bytes() for at in addresses)
     made, seen = addresses
     if not syscalls.collapse(made, LARGE) or bytes(private[:2]) != b"1\0":
         return False

@@ -16,16 +16,19 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import os
 import struct
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
+from typing import TypeVar
 
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import ArenaBusy, ArenaUnavailable
-from dask_shm_plugin.syscalls import RecordLock
+from dask_shm_plugin.syscalls import F_OFD_GETLK, F_OFD_SETLK, RecordLock
+
+T = TypeVar("T")
 
 _FLOCK = struct.Struct("hhxxxxqqixxxx")
 _BEHIND_THE_FILE = 1 << 60
@@ -42,24 +45,34 @@ def _description_lock(fd: int, command: int, kind: int, byte: int) -> int:
 
 
 def hold(fd: int, byte: int, *, shared: bool = False) -> bool:
-    """Take the lock on a byte for the open file description behind ``fd``; return whether it was free."""
+    """Take the lock on a byte for the open file description behind ``fd``; return whether it was free.
+
+    Raises
+    ------
+    ArenaUnavailable
+        The kernel has no such locks: without them, nobody could tell the living from the dead.
+    """
     try:
-        _description_lock(fd, fcntl.F_OFD_SETLK, fcntl.F_RDLCK if shared else fcntl.F_WRLCK, byte)
+        _description_lock(fd, F_OFD_SETLK, fcntl.F_RDLCK if shared else fcntl.F_WRLCK, byte)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             return False
+        if error.errno in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise ArenaUnavailable(
+                f"this kernel or sandbox refuses locks of open files ({error}); sharing needs F_OFD_SETLK, as Linux has it from 3.15"
+            ) from error
         raise
     return True
 
 
 def let_go(fd: int, byte: int) -> None:
     """Drop the lock on a byte."""
-    _description_lock(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, byte)
+    _description_lock(fd, F_OFD_SETLK, fcntl.F_UNLCK, byte)
 
 
 def is_held(fd: int, byte: int) -> bool:
     """Tell whether another open file description has a lock on a byte. Its own locks are not seen."""
-    return _description_lock(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, byte) != fcntl.F_UNLCK
+    return _description_lock(fd, F_OFD_GETLK, fcntl.F_WRLCK, byte) != fcntl.F_UNLCK
 
 
 def appear(fd: int, byte: int) -> bool:
@@ -87,36 +100,37 @@ def start_time(pid: int) -> int:
         return 0
 
 
-class _AmongThreads:
-    """Exclusion among the threads of this process, as a context manager that may be entered from inside.
+def run_locked(lock: threading.RLock, patience: float, what: Callable[[], T]) -> T:
+    """Call something while this thread has a lock, which it must not have yet.
 
-    A signal handler or a finalizer that forks may come at any moment.
+    An exception may come between any two calls: from a signal handler, or another thread may send it. Whenever it comes, the
+    lock is free afterwards: what follows a call that takes it is in the ``try``, and ``release``, which Python cannot be
+    interrupted in, is the first call of the ``finally``. No loop stands in the ``try`` itself, nor below a ``with`` over a lock
+    anywhere here: Python 3.13.0 may be interrupted where a loop jumps back, and then passes the ``finally`` by. A ``with`` over a class that is written in Python would not do: it
+    may be interrupted before the first line of ``__exit__``.
+
+    Raises
+    ------
+    ArenaBusy
+        Another thread has it for longer than ``patience``, in seconds; or this very thread, which was interrupted, has it.
     """
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._depth = 0
-
-    def enter_first(self, patience: float) -> None:
-        """Enter within so many seconds, and not from inside; else raise :exc:`ArenaBusy`."""
-        if not self._lock.acquire(timeout=patience):
+    if lock._is_owned():  # type: ignore[attr-defined]  # as threading.Condition does
+        raise ArenaBusy("this very thread is inside, and was interrupted")
+    try:
+        if not lock.acquire(timeout=patience):
             raise ArenaBusy("another thread holds the table")
-        self._depth += 1
-        if self._depth > 1:
-            self.leave()
-            raise ArenaBusy("this very thread is inside, and was interrupted")
+        return what()
+    finally:
+        try:  # noqa: SIM105 - `suppress` would be another call before it
+            lock.release()
+        except RuntimeError:  # it was never taken
+            pass
 
-    def leave(self) -> None:
-        """Leave."""
-        self._depth -= 1
-        self._lock.release()
 
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        self._depth += 1
+class _Nothing:
+    """In the place of a lock on a file that this process has lost."""
 
-    def __exit__(self, *of_error: object) -> None:
-        self.leave()
+    take, drop = int, int
 
 
 class Mutex:
@@ -133,52 +147,54 @@ class Mutex:
     Attributes
     ----------
     among_threads
-        Entered, it excludes the other threads of this process only, which hold the mutex for a bounded time.
+        Held, it excludes the other threads of this process only, which hold the mutex for a bounded time. A thread may take
+        it again that has it: a signal handler or a finalizer that forks may come at any moment.
 
     Notes
     -----
-    Not reentrant. Useless in a forked child, which must not touch its parent's table: entering raises there.
+    Not reentrant. Useless in a forked child, which must not touch its parent's table: :meth:`run` raises there.
     """
 
     def __init__(self, fd: int, patience: float = 0.25) -> None:
-        self._among_processes = RecordLock(fd, _MUTEX_BYTE)
+        self._among_processes: RecordLock | _Nothing = RecordLock(fd, _MUTEX_BYTE)
         self._pid = os.getpid()
         self._patience = patience
         self._in_vain = False
-        self.among_threads = _AmongThreads()
+        self.among_threads = threading.RLock()
         self.retired = False
 
-    def __enter__(self) -> None:
+    def run(self, what: Callable[[], T]) -> T:
+        """Call something inside. Whatever interrupts it, and wherever, nobody is inside afterwards."""
         if os.getpid() != self._pid:
             raise ArenaUnavailable("a forked child does not share its parent's membership")
-        self.among_threads.enter_first(self._patience)
-        try:
-            if self.retired:
-                raise ArenaUnavailable("this process has left the arena")
-            self._lock_file()
-        except BaseException:
-            self.among_threads.leave()
-            raise
+        return run_locked(self.among_threads, self._patience, functools.partial(self._among_threads, what))
 
-    @step("unlock")
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _among_threads(self, what: Callable[[], T]) -> T:
+        if self.retired:
+            raise ArenaUnavailable("this process has left the arena")
         try:
-            if self.retired:
-                self._close()
-            else:
-                self._among_processes.drop()
+            self._lock_file()
+            return what()
         finally:
-            self.among_threads.leave()
+            try:
+                self._unlock_file()
+            except BaseException:
+                # It may have come before the first line there. To drop what is dropped already does no harm.
+                self._among_processes.drop()
+                raise
+
+    def go_alone(self) -> None:
+        """Exclude nobody but the threads of this process any more: the descriptor is not the file's."""
+        self._among_processes = _Nothing()
 
     def retire(self, close: Callable[[], None]) -> None:
-        """From inside: refuse to be entered again, and close the file when left.
+        """From inside: close the file, and refuse to be entered again.
 
         There must never be a moment when the file could be entered or opened anew by this process, and is closed only
         then: that would drop the locks of the new descriptor, too.
         """
-        self.retired, self._close = True, close
+        close()
+        self.retired = True
 
     @step("lock")
     def _lock_file(self) -> None:
@@ -186,6 +202,11 @@ class Mutex:
         if failure:
             self._wait(failure)
         self._in_vain = False
+
+    @step("unlock")
+    def _unlock_file(self) -> None:
+        if not self.retired:
+            self._among_processes.drop()
 
     def _wait(self, failure: int) -> None:
         deadline = time.monotonic() + (_PATIENCE_AFTER_ALL if self._in_vain else self._patience)

@@ -91,11 +91,23 @@ class Mappings:
             _unmap(mapping)
         return bool(kept)
 
+    def clear_all(self) -> None:
+        """Unmap what is only kept, and what nobody knows of: a call that maps may be interrupted before it returns.
+
+        For a process that has no view any more and will have none: a mapping would keep the memory of the whole arena.
+        """
+        self.clear()
+        for address, length in self._segment.private_mappings():
+            _unmap(Mapping(0, length, address))
+
     def _take(self, offset: int, length: int) -> Mapping | None:
         with self._lock:
-            for at, mapping in enumerate(self._kept):
-                if (mapping.offset, mapping.length) == (offset, length):
-                    return self._kept.pop(at)
+            return self._pop(offset, length)
+
+    def _pop(self, offset: int, length: int) -> Mapping | None:
+        for at, mapping in enumerate(self._kept):
+            if (mapping.offset, mapping.length) == (offset, length):
+                return self._kept.pop(at)
         return None
 
     def _beyond(self) -> list[Mapping]:

@@ -29,6 +29,7 @@ class _Joined(NamedTuple):
     arena: Arena
     meeting: Rendezvous
     roles: list[tuple[str, str]]
+    pid: int
 
 
 _lock = threading.Lock()
@@ -68,7 +69,7 @@ def join(
             found = _meet(name, capacity, warm)
             if found is None:
                 return None
-            joined = _by_cluster[cluster] = _Joined(*found, [])
+            joined = _by_cluster[cluster] = _Joined(*found, [], os.getpid())
             joined.arena.upkeep = functools.partial(_restore, cluster)
         elif joined.arena.is_damaged:
             raise TableCorrupt("the arena is damaged")
@@ -120,6 +121,7 @@ def _meet(name: str, capacity: Callable[[], int] | None, warm: int) -> tuple[Are
     meeting = rendezvous.enter(name, create=capacity is not None)
     if meeting is None:
         return None
+    arena = None
     try:
         arena = _find_or_create(meeting, capacity, warm)
         if arena is None:
@@ -128,8 +130,11 @@ def _meet(name: str, capacity: Callable[[], int] | None, warm: int) -> tuple[Are
         meeting.attend()
         meeting.unlock()
     except BaseException:
-        if not meeting.is_attended:
-            meeting.remove()
+        if arena is not None:
+            arena.close()
+        with contextlib.suppress(SharedMemoryError, OSError):
+            if not meeting.is_attended:
+                meeting.remove()
         meeting.close()
         raise
     return arena, meeting
@@ -218,6 +223,8 @@ def _meet_again(joined: _Joined) -> Rendezvous | None:
 
 def _depart(joined: _Joined) -> None:
     """Leave the rendezvous and then the arena; whoever leaves last removes the name."""
+    if joined.pid != os.getpid():  # a child that was forked past Python's hooks has not forgotten what its parent has
+        return
     joined.meeting.close()
     with contextlib.suppress(SharedMemoryError, OSError):
         meeting = rendezvous.enter(joined.meeting.name, create=False)
@@ -255,7 +262,8 @@ def _before_fork() -> None:
 
 
 def _after_fork() -> None:
-    for arena, pins in _forking.pins:
+    while _forking.pins:
+        arena, pins = _forking.pins.pop()
         pins.in_parent()
         arena.holdings.keep(pins)
 

@@ -64,8 +64,8 @@ class Pages:
             self._make(extent, start, part, self._segment.reserve, part)
 
     @step("write")
-    def write(self, extent: Extent, offset: int, data: memoryview) -> None:
-        """Copy flat bytes into a draft.
+    def write(self, extent: Extent, offset: int, data: memoryview, keep: Callable[[], object] = lambda: None) -> None:
+        """Copy flat bytes into a draft, which lives at least as long as what ``keep`` returns.
 
         Raises
         ------
@@ -75,7 +75,7 @@ class Pages:
         begin = self._blocks_from + extent.offset + offset
         for start, length in _steps(begin, len(data)):
             part = data[start - begin : start - begin + length]
-            if not self._write_in_place(extent, start, part):
+            if not self._write_in_place(extent, start, part, keep):
                 self._make(extent, start, length, self._segment.write, part)
 
     def read(self, extent: Extent, offset: int, length: int) -> memoryview:
@@ -86,7 +86,7 @@ class Pages:
         """Let go of what writing needs, as soon as nobody writes."""
         self._window.close()
 
-    def _write_in_place(self, extent: Extent, start: int, data: memoryview) -> bool:
+    def _write_in_place(self, extent: Extent, start: int, data: memoryview, keep: Callable[[], object]) -> bool:
         """Write where all pages exist, or large ones can be made; return False elsewhere. Nobody gives back a draft's pages."""
         length = len(data)
         if length < _SMALLEST_IN_WINDOW:
@@ -97,7 +97,7 @@ class Pages:
             if not (self._window.sees(start, length) or self._has_pages(extent, start, length)):
                 return False
             self._window.learn(start, length, trims)
-        self._window.write(start, data)
+        self._window.write(start, data, keep)
         return True
 
     def make_later(self, extent: Extent) -> None:

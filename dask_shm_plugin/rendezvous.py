@@ -30,7 +30,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dask_shm_plugin import layout, liveness
+from dask_shm_plugin import layout, liveness, syscalls
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import ArenaBusy, ArenaUnavailable
 from dask_shm_plugin.layout import MEMBERS, at_most
@@ -47,8 +47,8 @@ _PATIENCE_TO_PLAN = 0.5
 """Less than what those wait who meanwhile want to change the rendezvous."""
 
 _opening = threading.Lock()
-_opened: set[int] = set()
-"""The descriptors of all rendezvous that this process has open."""
+_opened: dict[int, tuple[int, int]] = {}
+"""The descriptors of all rendezvous that this process has open, with the device and inode of each."""
 
 
 class Listed(NamedTuple):
@@ -97,7 +97,7 @@ class Rendezvous:
         ArenaUnavailable
             Another version of this package wrote it.
         """
-        content = os.pread(self._fd, _SIZE, 0)
+        content = os.pread(self._fd, _SIZE, 0) if _is_ours(self._fd) else b""
         if len(content) < _SIZE or content[: len(_MAGIC)] == bytes(len(_MAGIC)):
             return None
         magic, version, arena_id, device, inode = _HEAD.unpack_from(content)
@@ -134,8 +134,8 @@ class Rendezvous:
 
     @property
     def can_be_found(self) -> bool:
-        """Whether its name still leads to it."""
-        return _has_name(self._fd, self.name)
+        """Whether its name still leads to it, and this process has it open."""
+        return _is_ours(self._fd) and _has_name(self._fd, self.name)
 
     def unlock(self) -> None:
         """Let others change it; presence is kept."""
@@ -183,7 +183,12 @@ def enter(name: str, *, create: bool) -> Rendezvous | None:
         fd = _open(name, create=create)
         if fd is None:
             return None
-        if _lock(fd, name):
+        try:
+            is_locked = _lock(fd, name)
+        except BaseException:
+            _close(fd)
+            raise
+        if is_locked:
             return Rendezvous(name, fd)
         _close(fd)
         if time.monotonic() > deadline:
@@ -205,7 +210,7 @@ def planning() -> Iterator[None]:
     try:
         with _opening:
             fd = os.open(SHM_DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            _opened.add(fd)
+            _note(fd)
     except OSError:
         yield
         return
@@ -217,7 +222,7 @@ def planning() -> Iterator[None]:
     finally:
         if fd in _opened:  # a child has closed it already
             fcntl.flock(fd, fcntl.LOCK_UN)
-            _opened.discard(fd)
+            del _opened[fd]
             os.close(fd)
 
 
@@ -288,7 +293,7 @@ def _open(name: str, *, create: bool) -> int | None:
         # No process is forked between these two.
         with _opening:
             fd = int(posix_ipc.SharedMemory(name, posix_ipc.O_CREAT if create else 0, mode=0o600).fd)
-            _opened.add(fd)
+            _note(fd)
     except posix_ipc.ExistentialError:
         return None
     except (OSError, ValueError, posix_ipc.Error) as error:
@@ -305,20 +310,33 @@ def _open(name: str, *, create: bool) -> int | None:
 
 def _close(fd: int) -> None:
     """Let go of a rendezvous, also on behalf of children that were forked without telling this package."""
-    if fd not in _opened:  # this is a child, which has closed it already
+    if not _is_ours(fd):  # this is a child, which has closed it already; or something else in this process has
+        _opened.pop(fd, None)
         return
     with contextlib.suppress(OSError):
         liveness.let_go(fd, _CHANGE)
         liveness.let_go(fd, _PRESENCE)
-    _opened.discard(fd)
+    del _opened[fd]
     os.close(fd)
+
+
+def _note(fd: int) -> None:
+    status = os.fstat(fd)
+    _opened[fd] = status.st_dev, status.st_ino
+
+
+def _is_ours(fd: int) -> bool:
+    """Tell whether a descriptor is one of those noted, and still of the same file."""
+    return fd in _opened and syscalls.is_still(fd, *_opened[fd])
 
 
 def _forget_parents() -> None:
     """Close what a forked child has inherited. The locks are its parent's, and stay."""
     _opening.release()
     while _opened:
-        os.close(_opened.pop())
+        fd, of_file = _opened.popitem()
+        if syscalls.is_still(fd, *of_file):
+            os.close(fd)
 
 
 if hasattr(os, "register_at_fork"):

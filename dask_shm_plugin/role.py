@@ -10,7 +10,7 @@ from typing import Any
 from dask_shm_plugin import handles, limits, membership, rendezvous, seams
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.config import Options
-from dask_shm_plugin.exceptions import ArenaBusy, MemoryExhausted, SharedMemoryError, SwitchedOff
+from dask_shm_plugin.exceptions import MemoryExhausted, SharedMemoryError, SwitchedOff
 from dask_shm_plugin.notices import warn_once
 
 logger = logging.getLogger("dask_shm_plugin")
@@ -105,7 +105,7 @@ class Role:
             "process": f"{arena.member.slot}:{arena.member.incarnation}",
             "counters": counters,
         }
-        with contextlib.suppress(ArenaBusy):
+        with contextlib.suppress(SharedMemoryError, OSError):
             report |= arena.stats()._asdict()
         return report
 

@@ -11,6 +11,7 @@ from dask_shm_plugin.layout import DIRECTORY_BYTES, directory_offset
 from dask_shm_plugin.memberbook import Member
 from dask_shm_plugin.rolebook import Role
 from dask_shm_plugin.segment import Segment
+from dask_shm_plugin.table import Table
 
 
 class Roster:
@@ -46,13 +47,11 @@ class Roster:
 
     def add_role(self, kind: str, address: str) -> None:
         """Let the others know that this process plays a role at an address."""
-        with self._access as table:
-            table.add_role(self._member, kind, address)
+        self._access.run(lambda table: table.add_role(self._member, kind, address))
 
     def remove_role(self, kind: str, address: str) -> None:
         """Undo :meth:`add_role`."""
-        with self._access as table:
-            table.remove_role(self._member, kind, address)
+        self._access.run(lambda table: table.remove_role(self._member, kind, address))
 
     def roles(self) -> list[Role]:
         """Return the roles of all members, as they stand; an entry that is being written is not among them."""
@@ -85,9 +84,13 @@ class Roster:
         orphans = [member for member in others if table.has_drafts(member) and liveness.is_orphaned(fd, member.slot)]
         if not dead and not orphans:
             return False
-        with self._access as table:
+
+        def reclaim(table: Table) -> bool:
             freed = [extent for member in orphans for extent in table.reclaim_drafts(member)]
             for member in dead:
-                self._segment.give_back(directory_offset(member.slot), DIRECTORY_BYTES)
+                with contextlib.suppress(OSError):  # not every kernel takes pages back
+                    self._segment.give_back(directory_offset(member.slot), DIRECTORY_BYTES)
                 freed += table.reclaim(member)
-        return bool(freed)
+            return bool(freed)
+
+        return self._access.run(reclaim)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from dask_shm_plugin import syscalls
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import (
     ArenaUnavailable,
+    DescriptorLost,
     FileSizeLimited,
     MappingRefused,
     MemoryExhausted,
@@ -79,10 +80,16 @@ class Segment:
         filled
             How many of them will have pages at the same time; all, where it is not said.
         """
-        fits = _posix_memory_free() >= (size if filled is None else filled)
+        needed = size if filled is None else filled
+        fits = _posix_memory_free() >= needed
         try:
             return cls(_posix_segment(size) if fits else _memfd_segment(size))
         except (OSError, ValueError, OverflowError) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSYS:
+                raise ArenaUnavailable(
+                    f"{SHM_DIRECTORY} has no room for {needed} bytes, and this kernel or sandbox has no memfd_create; "
+                    f"lower shm.capacity or make {SHM_DIRECTORY} larger (docker run --shm-size)"
+                ) from error
             raise ArenaUnavailable(
                 f"cannot create {size} bytes of shared memory ({error}); lower shm.capacity or raise ulimit -f"
             ) from error
@@ -126,11 +133,16 @@ class Segment:
     @property
     def resident(self) -> int:
         """Bytes for which the operating system holds pages."""
-        return os.fstat(self.fd).st_blocks * 512
+        try:
+            return os.fstat(self.fd).st_blocks * 512
+        except OSError:
+            self.insist_whole()
+            raise
 
     @step("make pages")
     def reserve(self, offset: int, length: int) -> None:
         """Make the pages of a part exist, so that touching them through a mapping cannot fail."""
+        self.insist_whole()
         try:
             os.posix_fallocate(self.fd, offset, length)
         except OSError as error:
@@ -144,6 +156,7 @@ class Segment:
         """
         done = 0
         while done < len(data):
+            self.insist_whole()
             try:
                 written = os.pwrite(self.fd, data[done : done + _WRITE_STEP], offset + done)
             except OSError as error:
@@ -156,6 +169,7 @@ class Segment:
         """Copy bytes out of the segment into private memory, without a mapping."""
         data, done = memoryview(bytearray(length)), 0
         while done < length:
+            self.insist_whole()
             count = os.preadv(self.fd, [data[done : done + _WRITE_STEP]], offset + done)
             if count == 0:
                 raise ArenaUnavailable("the segment is shorter than it was; somebody has truncated it")
@@ -165,6 +179,7 @@ class Segment:
     @step("give pages back")
     def give_back(self, offset: int, length: int) -> None:
         """Return the pages of a part to the operating system."""
+        self.insist_whole()
         syscalls.punch_hole(self.fd, offset, length)
 
     def first_page(self, offset: int, length: int) -> int | None:
@@ -197,16 +212,41 @@ class Segment:
         """Map a part copy-on-write, and return its address."""
         return self._mapped(syscalls.map_private, offset, length)
 
+    def private_mappings(self) -> Iterator[tuple[int, int]]:
+        """Return where this process has mapped parts copy-on-write, as addresses and lengths, as the kernel has it."""
+        ours = f"{os.major(self.device):02x}:{os.minor(self.device):02x}", str(self.inode)
+        with contextlib.suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+            for line in maps.read().splitlines():
+                part, access, _, *file = line.split(maxsplit=5)[:5]
+                if tuple(file) == ours and access.endswith("p"):
+                    first, end = (int(address, 16) for address in part.split("-"))
+                    yield first, end - first
+
     def insist_whole(self) -> None:
-        """Insist that nobody has cut the segment short: to touch what is mapped beyond its end is answered by SIGBUS.
+        """Insist that the descriptor is still the segment's, and that nobody has cut it short.
+
+        To touch what is mapped beyond its end is answered by SIGBUS; and what is written to a number that something else has
+        closed goes to another file.
 
         Raises
         ------
-        TableCorrupt
+        TableCorrupt, DescriptorLost
             Somebody has.
+        ArenaUnavailable
+            This process has left the arena.
         """
-        if syscalls.size_of(self.fd) < self.size:
+        status = syscalls.status_of(self.fd)
+        if status is None or status[:2] != (self.device, self.inode):
+            if self.fd < 0:
+                raise ArenaUnavailable("this process has left the arena")
+            raise DescriptorLost("something in this process has closed its descriptor")
+        if status[2] < self.size:
             raise TableCorrupt("somebody has cut the memory short")
+
+    @property
+    def has_descriptor(self) -> bool:
+        """Whether the descriptor is still the segment's."""
+        return syscalls.is_still(self.fd, self.device, self.inode)
 
     def _mapped(self, how: syscalls.MapCall, offset: int, length: int) -> int:
         if offset < 0 or length <= 0 or offset + length > self.size:
@@ -233,8 +273,9 @@ class Segment:
         """Close the descriptor; mappings stay."""
         if self.fd >= 0:
             # Other threads may ask meanwhile, and the number may be another file's as soon as it is closed.
-            fd, self.fd = self.fd, -1
-            os.close(fd)
+            is_ours, fd, self.fd = self.has_descriptor, self.fd, -1
+            if is_ours:
+                os.close(fd)
 
     def __repr__(self) -> str:
         state = f"fd {self.fd}" if self.fd >= 0 else "closed"
@@ -270,12 +311,28 @@ def _posix_segment(size: int) -> int:
 
 
 def _memfd_segment(size: int) -> int:
-    fd = os.memfd_create(f"{NAME_PREFIX}segment", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = syscalls.memory_file(f"{NAME_PREFIX}segment")
     try:
         os.ftruncate(fd, size)
         os.fchmod(fd, 0o600)
         # Files of a tmpfs know no seals. Those who have none are looked at again: see ``insist_whole``.
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        syscalls.seal_size(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def nameless_file(purpose: str, size: int) -> int:
+    """Return the descriptor of a new small file in memory: a memfd, or where the kernel has none, one of ``/dev/shm``."""
+    try:
+        fd = syscalls.memory_file(f"{NAME_PREFIX}{purpose}")
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        return _posix_segment(size)
+    try:
+        os.ftruncate(fd, size)
     except BaseException:
         os.close(fd)
         raise

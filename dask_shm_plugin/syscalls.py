@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import functools
 import os
+import platform
 import resource
 import time
 from collections.abc import Callable
@@ -26,6 +28,12 @@ _UNMAP_STEP, _BREATHER = 64 << 20, 5e-5
 LARGE = 2 << 20
 """Bytes of a large page: what one entry of the second level of a page table maps, where pages have 4 KiB."""
 _F_SETLK = 6
+# What the kernel calls them. A Python that was built where the C library was older has no names for them: those that uv and
+# conda install had neither these nor ``os.memfd_create`` (python-build-standalone, until the middle of 2026).
+F_OFD_GETLK, F_OFD_SETLK = 36, 37
+_MFD_CLOEXEC, _MFD_ALLOW_SEALING = 0x01, 0x02
+_F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 0x01, 0x02, 0x04
+_MEMFD_CREATE = {"x86_64": 319, "aarch64": 279, "riscv64": 279, "ppc64le": 360, "s390x": 350}
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -60,10 +68,18 @@ class _Flock(ctypes.Structure):
 
 @functools.cache
 def _libc_with_gil() -> Any:
-    libc = ctypes.PyDLL(None, use_errno=True)
-    libc.lseek.restype = ctypes.c_int64
-    libc.lseek.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int]
-    return libc
+    return ctypes.PyDLL(None, use_errno=True)
+
+
+class _Status(ctypes.Structure):
+    # The beginning of ``struct stat`` is the same wherever a long has eight bytes; the whole has 144 at most.
+    _fields_ = (
+        ("device", ctypes.c_uint64),
+        ("inode", ctypes.c_uint64),
+        ("_between", ctypes.c_uint64 * 4),
+        ("size", ctypes.c_int64),
+        ("_rest", ctypes.c_uint64 * 16),
+    )
 
 
 class RecordLock:
@@ -78,10 +94,15 @@ class RecordLock:
         The file.
     byte
         Which one; it need not exist.
+
+    Attributes
+    ----------
+    drop
+        Called, it drops the lock. No line of Python, so that nothing can interrupt it.
     """
 
     def __init__(self, fd: int, byte: int) -> None:
-        self._take, self._drop = (
+        self._take, self.drop = (
             functools.partial(_libc_with_gil().fcntl, fd, _F_SETLK, ctypes.byref(_Flock(kind, os.SEEK_SET, byte, 1, 0)))
             for kind in (fcntl.F_WRLCK, fcntl.F_UNLCK)
         )
@@ -90,14 +111,36 @@ class RecordLock:
         """Take the lock, for oneself alone and without waiting; return 0 or ``errno``."""
         return ctypes.get_errno() if self._take() else 0
 
-    def drop(self) -> None:
-        """Drop the lock."""
-        self._drop()
+
+def status_of(fd: int) -> tuple[int, int, int] | None:
+    """Return device, inode and size of an open file, or None. Keeps the GIL, like :class:`RecordLock`."""
+    status = _Status()
+    return None if _fstat()(fd, status) else (status.device, status.inode, status.size)
 
 
-def size_of(fd: int) -> int:
-    """Return the bytes of a file, or -1. Keeps the GIL, like :class:`RecordLock`, and moves the position."""
-    return int(_libc_with_gil().lseek(fd, 0, os.SEEK_END))
+@functools.cache
+def _fstat() -> Callable[[int, _Status], int]:
+    libc = ctypes.PyDLL(None)
+    if not hasattr(libc, "fstat"):  # glibc before 2.33
+        return _fstat_without_gil
+    libc.fstat.argtypes = [ctypes.c_int, ctypes.POINTER(_Status)]
+    call: Callable[[int, _Status], int] = libc.fstat
+    return call
+
+
+def _fstat_without_gil(fd: int, status: _Status) -> int:
+    try:
+        found = os.fstat(fd)
+    except OSError:
+        return -1
+    status.device, status.inode, status.size = found.st_dev, found.st_ino, found.st_size
+    return 0
+
+
+def is_still(fd: int, device: int, inode: int) -> bool:
+    """Tell whether a descriptor is still one of that file: others in this process may have closed it, and opened another."""
+    status = status_of(fd)
+    return status is not None and status[:2] == (device, inode)
 
 
 def _failure(call: str) -> OSError:
@@ -133,6 +176,29 @@ def _map_at(where: int | None, length: int, access: int, flags: int, fd: int, of
     if address == _MAP_FAILED:
         raise _failure("mmap")
     return int(address)
+
+
+def memory_file(name: str) -> int:
+    """Return a new file in memory without a directory entry, which may be sealed; ``name`` shows in ``/proc`` only."""
+    flags = _MFD_CLOEXEC | _MFD_ALLOW_SEALING
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(name, flags)
+    libc, text = _libc(), name.encode()
+    number = _MEMFD_CREATE.get(platform.machine())
+    if hasattr(libc, "memfd_create"):
+        fd = libc.memfd_create(text, flags)
+    elif number is not None:
+        fd = libc.syscall(ctypes.c_long(number), text, flags)
+    else:
+        raise OSError(errno.ENOSYS, f"memfd_create: {os.strerror(errno.ENOSYS)}")
+    if fd < 0:
+        raise _failure("memfd_create")
+    return int(fd)
+
+
+def seal_size(fd: int) -> None:
+    """Let nobody change the size of a memory file any more."""
+    fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL)
 
 
 def map_shared(fd: int, offset: int, length: int) -> int:

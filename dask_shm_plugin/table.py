@@ -164,12 +164,15 @@ class Table:
         """
         if not self.is_live(member):
             return []
-        held = self._claims.of(member, self.blocks.in_use) + self.blocks.drafts_of(member)
-        freed = [extent for row in held if (extent := self.release(row, member))]
+        freed = [extent for row in self.held_by(member) if (extent := self.release(row, member))]
         self._claims.cross_out_all(member, self.blocks.in_use)
         self._roles.remove_all(member)
         self._book.cross_out(member)
         return freed
+
+    def held_by(self, member: Member) -> list[Row]:
+        """Return the claims and drafts of a member."""
+        return self._claims.of(member, self.blocks.in_use) + self.blocks.drafts_of(member)
 
     def has_drafts(self, member: Member) -> bool:
         """Tell whether a member has drafts. Needs no mutex: a change meanwhile makes the answer old."""

@@ -31,7 +31,7 @@ class Tidied(Protocol):
     weights: Weights
     trimmer: Trimmer
     pages: Pages
-    in_use: threading.Lock
+    in_use: threading.RLock
     upkeep: Callable[[], None]
 
     @property

@@ -11,7 +11,9 @@ import numpy as np
 
 from dask_shm_plugin import placement
 from dask_shm_plugin.access import Access
-from dask_shm_plugin.layout import Extent, Row
+from dask_shm_plugin.exceptions import MemoryExhausted
+from dask_shm_plugin.layout import Extent
+from dask_shm_plugin.references import Hold
 from dask_shm_plugin.segment import Segment, round_up
 from dask_shm_plugin.table import Table
 
@@ -23,11 +25,11 @@ _TAKES = 0.2
 class Trimmed(Protocol):
     """What trimming wants of an arena."""
 
-    def take_if_free(self, extent: Extent) -> Row | None:
+    def take_if_free(self, extent: Extent) -> Hold | None:
         """Make a part of the arena a draft that nobody will write."""
 
-    def abandon(self, row: Row) -> None:
-        """Give a draft up."""
+    def abandon(self) -> None:
+        """Give drafts up that nothing holds any more."""
 
 
 class Trimmer:
@@ -54,6 +56,7 @@ class Trimmer:
     def __init__(self, arena: Trimmed, segment: Segment, access: Access, blocks_from: int, warm: int) -> None:
         self._arena, self._segment, self._access = arena, segment, access
         self._blocks_from, self.warm = blocks_from, warm
+        self._is_refused = False
 
     def trim(self) -> None:
         """Return freed memory beyond ``warm`` to the operating system, and what is beyond the capacity in any case."""
@@ -64,10 +67,21 @@ class Trimmer:
         self._trim_to(0)
 
     def make_room(self, missing: int) -> None:
-        """Return so much freed memory that with ``missing`` more bytes there are pages for the capacity, not more."""
+        """Return so much freed memory that with ``missing`` more bytes there are pages for the capacity, not more.
+
+        Raises
+        ------
+        MemoryExhausted
+            The kernel takes no pages back.
+        """
         table = self._access.table
         if self._segment.resident - table.reserved_bytes() + missing > table.capacity:
             self._trim_to(table.capacity - self._used() - missing)
+            if self._is_refused:
+                raise MemoryExhausted(
+                    "this kernel or sandbox takes no pages back (fallocate with FALLOC_FL_PUNCH_HOLE), and there are pages "
+                    "for the whole capacity; raise shm.capacity"
+                )
 
     def wait(self) -> None:
         """Wait, for a bounded time, until nobody gives pages back."""
@@ -80,9 +94,12 @@ class Trimmer:
 
     def _trim_to(self, warm: int) -> None:
         stuck: dict[int, int] = {}
-        while (extent := find(self._segment, self._access.table, self._blocks_from, warm, stuck)) is not None:
-            row = self._arena.take_if_free(extent)
-            if row is None:
+        while (
+            not self._is_refused
+            and (extent := find(self._segment, self._access.table, self._blocks_from, warm, stuck)) is not None
+        ):
+            hold = self._arena.take_if_free(extent)
+            if hold is None:
                 return
             begin, length = self._blocks_from + extent.offset, extent.length
             try:
@@ -91,8 +108,11 @@ class Trimmer:
                 first = self._segment.first_page(begin, length)
                 if first is not None:
                     stuck[first] = begin + length
+            except OSError:
+                self._is_refused = True
             finally:
-                self._arena.abandon(row)
+                del hold
+                self._arena.abandon()
 
 
 def find(

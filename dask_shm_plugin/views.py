@@ -9,10 +9,11 @@ lies in the arena already is recognised: by where its *living* bytes are, never 
 from __future__ import annotations
 
 import bisect
+import functools
 import os
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,23 @@ class Place(NamedTuple):
     length: int
 
 
+class AtEnd:
+    """Calls a function, with arguments, when this object goes, in the process that has made it.
+
+    Its finalizer may run at any moment, in any thread, even inside a lock that this thread holds, and in forked children,
+    whose parent still needs what it gives back. So it compares pids, and the function must take no lock.
+    """
+
+    __slots__ = ("_call", "_pid")
+
+    def __init__(self, function: Callable[..., object], *arguments: Any) -> None:
+        self._call, self._pid = functools.partial(function, *arguments), os.getpid()
+
+    def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:
+        if getpid() == self._pid:
+            self._call()
+
+
 class Exporter:
     """The object at the root of all arrays and memoryviews over one mapping.
 
@@ -41,29 +59,20 @@ class Exporter:
     ----------
     address, length
         The mapping.
-    give_back
-        Called when the last thing made from it is gone.
-
-    Notes
-    -----
-    Its finalizer may run at any moment, in any thread, even inside a lock that this thread holds, and in forked
-    children, whose parent still needs the mapping. So it compares pids, and ``give_back`` must take no lock. Putting
-    something on a ``SimpleQueue`` is documented to be safe there.
+    kept
+        What lives as long as anything that is made from it. It has no finalizer of its own: that would be Python, and might
+        be interrupted.
     """
 
-    __slots__ = ("__array_interface__", "_give_back", "_pid")
+    __slots__ = ("__array_interface__", "_kept")
 
-    def __init__(self, address: int, length: int, give_back: Callable[[], None]) -> None:
+    def __init__(self, address: int, length: int, kept: object) -> None:
         self.__array_interface__ = {"data": (address, False), "shape": (length,), "typestr": "|u1", "version": 3}
-        self._give_back, self._pid = give_back, os.getpid()
+        self._kept = kept
 
     def bytes(self) -> memoryview:
         """Return the whole mapping as flat bytes that keep this object alive."""
         return np.asarray(self).data
-
-    def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:
-        if getpid() == self._pid:
-            self._give_back()
 
 
 class Atlas:
@@ -72,7 +81,8 @@ class Atlas:
     Notes
     -----
     Thread-safe. Its lock is never taken by a finalizer. A mapping is removed *before* its addresses are unmapped, so
-    an address found here is never one that the kernel has given to somebody else since.
+    an address found here is never one that the kernel has given to somebody else since. What an exception has interrupted
+    is not found, and counts as private: only the two together, a start and its place, are an entry.
     """
 
     def __init__(self) -> None:
@@ -83,14 +93,19 @@ class Atlas:
     def add(self, address: int, place: Place) -> None:
         """Enter a mapping."""
         with self._lock:
-            bisect.insort(self._starts, address)
             self._mapped[address] = place
+            # An earlier removal may have been interrupted.
+            at = bisect.bisect_left(self._starts, address)
+            if self._starts[at : at + 1] != [address]:
+                self._starts.insert(at, address)
 
     def remove(self, address: int) -> None:
         """Forget a mapping that is about to be unmapped."""
         with self._lock:
-            del self._mapped[address]
-            del self._starts[bisect.bisect_left(self._starts, address)]
+            self._mapped.pop(address, None)
+            at = bisect.bisect_left(self._starts, address)
+            if self._starts[at : at + 1] == [address]:
+                del self._starts[at]
 
     def locate(self, address: int, length: int) -> Place | None:
         """Tell where in an arena the bytes at an address lie, if they lie in one.
@@ -104,8 +119,8 @@ class Atlas:
             if at < 0:
                 return None
             start = self._starts[at]
-            mapped = self._mapped[start]
-        if address + length > start + mapped.length:
+            mapped = self._mapped.get(start)
+        if mapped is None or address + length > start + mapped.length:
             return None
         return Place(mapped.arena_id, mapped.row, mapped.offset + address - start, length)
 
@@ -116,7 +131,8 @@ class Atlas:
     def mappings(self, arena_id: bytes) -> list[tuple[int, int]]:
         """Return address and length of every mapping of an arena."""
         with self._lock:
-            return [(start, place.length) for start, place in self._mapped.items() if place.arena_id == arena_id]
+            mapped = list(self._mapped.items())
+        return [(start, place.length) for start, place in mapped if place.arena_id == arena_id]
 
     def __len__(self) -> int:
         return len(self._starts)

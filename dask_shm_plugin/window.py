@@ -9,8 +9,8 @@ To look whether all pages are mapped takes a quarter of a copy. So what was seen
 
 from __future__ import annotations
 
-import functools
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -49,23 +49,23 @@ class Window:
     def knows(self, offset: int, length: int, trims: int) -> bool:
         """Tell whether a part is known to be mapped page by page, as of a moment when pages were given back so often."""
         with self._lock:
-            for start, end in self._known if self._known_at == trims else ():
-                if start <= offset and offset + length <= end:
-                    return True
-            return False
+            known = self._known if self._known_at == trims else []
+        return any(start <= offset and offset + length <= end for start, end in known)
 
     def learn(self, offset: int, length: int, trims: int) -> None:
         """Remember what :meth:`sees` or :meth:`fill` has said."""
         with self._lock:
-            if self._known_at != trims:
-                self._known, self._known_at = [], trims
-            apart = [part for part in self._known if part[1] < offset or offset + length < part[0]]
-            touching = [part for part in self._known if part not in apart]
-            merged = (
-                min([offset, *(start for start, _ in touching)]),
-                max([offset + length, *(end for _, end in touching)]),
-            )
-            self._known = [*apart[-_MOST_KNOWN:], merged]
+            self._learn(offset, length, trims)
+
+    def _learn(self, offset: int, length: int, trims: int) -> None:
+        known = self._known if self._known_at == trims else []
+        apart = [part for part in known if part[1] < offset or offset + length < part[0]]
+        touching = [part for part in known if part not in apart]
+        merged = (
+            min([offset, *(start for start, _ in touching)]),
+            max([offset + length, *(end for _, end in touching)]),
+        )
+        self._known, self._known_at = [*apart[-_MOST_KNOWN:], merged], trims
 
     def sees(self, offset: int, length: int) -> bool:
         """Tell whether a part is mapped page by page, so that all its pages exist (256 MiB: 1 ms)."""
@@ -82,12 +82,12 @@ class Window:
         part = self._part(offset, length)
         return part is not None and syscalls.collapse(part.ctypes.data, length)
 
-    def write(self, offset: int, data: memoryview) -> None:
-        """Copy flat bytes to pages that are mapped, without holding the GIL."""
+    def write(self, offset: int, data: memoryview, keep: Callable[[], object] = lambda: None) -> None:
+        """Copy flat bytes to pages that are mapped, without holding the GIL; see :meth:`Copier.copy`."""
         part = self._part(offset, len(data))
         if part is None:
             raise ArenaUnavailable("this process has left the arena")
-        self._copier.copy(part, np.frombuffer(data, np.uint8))
+        self._copier.copy(part, np.frombuffer(data, np.uint8), keep)
 
     def close(self) -> None:
         """Unmap it, as soon as nobody writes."""
@@ -101,13 +101,13 @@ class Window:
             if self._bytes is None and not self._is_refused:
                 try:
                     self._bytes = self._mapped()
-                except MappingRefused:
+                except (MappingRefused, OSError):
                     self._is_refused = True
             return None if self._bytes is None else self._bytes[offset : offset + length]
 
     def _mapped(self) -> npt.NDArray[np.uint8]:
         size = self._segment.size
         address = self._segment.map_shared(0, size)
-        exporter = views.Exporter(address, size, functools.partial(syscalls.unmap, address, size))
+        exporter = views.Exporter(address, size, views.AtEnd(syscalls.unmap, address, size))
         syscalls.keep_from_children(address, size)
         return np.asarray(exporter)

@@ -194,13 +194,20 @@ def take_rows(leave: int) -> None:
     """Let this process, a member, take all rows of its arena's table but a few."""
     from dask_shm_plugin import membership
     from dask_shm_plugin.layout import BLOCKS, Extent
+    from dask_shm_plugin.references import Hold
 
     (arena,) = membership.all_arenas()
-    with arena._access as table:
+    holds: list[Any] = []
+
+    def take(table: Any) -> None:
         first = int(np.max(np.sum(table.blocks.taken(), axis=1), initial=0)) // mmap.PAGESIZE
         count = BLOCKS - len(table.blocks.taken()) - leave
-        rows = [arena._take(table, Extent((first + n) * mmap.PAGESIZE, mmap.PAGESIZE), 1) for n in range(count)]
-    _kept.append(lambda: [arena.holdings.drop(row) for row in rows])
+        for n in range(count):
+            holds.append(Hold())
+            arena._take(table, holds[-1], Extent((first + n) * mmap.PAGESIZE, mmap.PAGESIZE), 1)
+
+    arena._access.run(take)
+    _kept.append(holds.clear)
 
 
 #: Takes all places for members of an arena but one, and keeps them until it is killed.
@@ -211,11 +218,14 @@ from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.segment import Whereabouts
 
 arena = Arena.attach(Whereabouts(*map(int, sys.argv[2:])), bytes.fromhex(sys.argv[1]))
-with arena._mutex:
-    for slot in arena._access.table.vacant():
+
+def take(table):
+    for slot in table.vacant():
         assert liveness.hold(arena.segment.fd, slot)
         arena.segment.reserve(layout.claims_offset(slot), layout.CLAIM_BYTES)
-        arena._access.table.join(slot, 1, 1)
+        table.join(slot, 1, 1)
+
+arena._access.run(take)
 print("taken", flush=True)
 sys.stdin.read()
 """

@@ -23,9 +23,9 @@ class Meter:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self._undo: list[Callable[[], None]] = []
-        self._watch(liveness.Mutex, "__enter__", lambda *args: ("locks", 1))
+        self._watch(liveness.Mutex, "run", lambda *args: ("locks", 1))
         self._watch(segment.Segment, "write", written)
-        self._watch(window.Window, "write", lambda _, offset, data: ("copied", len(data)))
+        self._watch(window.Window, "write", lambda _, offset, data, *keep: ("copied", len(data)))
         self._watch(segment.Segment, "map_private", lambda *args: ("mapped", 1))
         self._watch(segment.Segment, "missing", lambda *args: ("asked for pages", 1))
 

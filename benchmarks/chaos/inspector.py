@@ -55,7 +55,7 @@ def who_holds(address: str) -> dict[str, Any]:
             "tasks": [repr(task) for task in dask_worker.state.tasks.values()],
             "arenas": repr(membership.all_arenas()),
             "views": len(ATLAS),
-            "references": [repr(arena.holdings._references._counts) for arena in membership.all_arenas()],
+            "references": [repr(arena.holdings._references._notes) for arena in membership.all_arenas()],
             "pins": [repr(list(arena.holdings._references._pins)) for arena in membership.all_arenas()],
             "living": [[repr(one), owners(one)] for one in living[:12]],
         }

@@ -29,6 +29,7 @@ import numpy as np
 from dask_shm_plugin import membership, stateword
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.block import Block
+from dask_shm_plugin.liveness import Mutex
 from dask_shm_plugin.rendezvous import Listed, Meeting
 
 T = TypeVar("T")
@@ -64,6 +65,18 @@ def wait_until(predicate: Callable[[], T], what: str, seconds: float = 10) -> T:
             raise AssertionError(f"waited {seconds} s in vain until {what}")
         time.sleep(0.002)
     return result
+
+
+def enter(mutex: Mutex) -> None:
+    """Enter a mutex and stay there, which nobody does but a test."""
+    mutex.among_threads.acquire()
+    mutex._lock_file()
+
+
+def leave(mutex: Mutex) -> None:
+    """Undo :func:`enter`."""
+    mutex._unlock_file()
+    mutex.among_threads.release()
 
 
 def publish(arena: Arena, data: bytes) -> Block:
@@ -255,7 +268,13 @@ def _serve(path: str) -> None:
     # The forked ones, and what these have forked, are buried at once: a dead one that is not would be found in /proc.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    names: dict[str, Any] = {"__name__": "__other__", "publish": publish, "watcher": watcher}
+    names: dict[str, Any] = {
+        "__name__": "__other__",
+        "publish": publish,
+        "watcher": watcher,
+        "enter": enter,
+        "leave": leave,
+    }
     exec(PRELUDE, names)
     names["fork_and_die"] = lambda: _fork_and_die(path, names)
     _answer(path, _connect(path), names)

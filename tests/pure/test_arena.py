@@ -84,9 +84,7 @@ class TestBeginning:
 
     def test_there_are_only_so_many_places(self, arena: Arena, process: Callable[[], Process]) -> None:
         """Whoever comes too late is told so; a member that leaves makes room."""
-        with arena._mutex:
-            for slot in arena._access.table.vacant():
-                arena._access.table.join(slot, 1, 1)
+        arena._access.run(lambda table: [table.join(slot, 1, 1) for slot in table.vacant()])
         other = process()
         with pytest.raises(MembersFull, match=str(MEMBERS)):
             other("Arena.attach(at, arena_id)", at=arena.segment.whereabouts, arena_id=arena.arena_id)
@@ -217,7 +215,7 @@ class TestSpace:
         """What is dropped meanwhile is given back when the table is free again."""
         block, view = publish(arena, b"x"), publish(arena, b"y").view(0, 1)
         other = joined()
-        other("arena._mutex.__enter__()")
+        other("enter(arena._mutex)")
         with pytest.raises(ArenaBusy):
             arena.draft(1)
         with pytest.raises(ArenaBusy):
@@ -225,7 +223,7 @@ class TestSpace:
         block.close()
         del view
         assert not arena.holdings.tidy()
-        other("arena._mutex.__exit__(None, None, None)")
+        other("leave(arena._mutex)")
         wait_until_empty(arena)
 
 

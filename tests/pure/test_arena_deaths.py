@@ -153,7 +153,7 @@ class TestDeath:
     ) -> None:
         """Not even while a forked child of it lives."""
         other = joined()
-        other("arena._mutex.__enter__()")
+        other("enter(arena._mutex)")
         child = other.fork()
         other.kill()
         with publish(arena, b"x"):

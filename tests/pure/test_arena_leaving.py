@@ -148,8 +148,8 @@ class TestTrimming:
         """The others wait for it, as they would for one of their own threads."""
         arena, other = make(0), process()
         other("arena = Arena.attach(at, id)", at=arena.segment.whereabouts, id=arena.arena_id)
-        other("row = arena.take_if_free(table.Extent(0, 16 << 20))")
-        other("threading.Timer(0.05, arena.abandon, [row]).start()")
+        other("hold = [arena.take_if_free(table.Extent(0, 16 << 20))]")
+        other("threading.Timer(0.05, lambda: (hold.clear(), arena.abandon())).start()")
         with arena.draft(16 * MIB):
             pass
 
@@ -157,10 +157,10 @@ class TestTrimming:
         """A member that was stopped while it trimmed costs a moment, then values go the usual way."""
         arena, other = make(0), process()
         other("arena = Arena.attach(at, id)", at=arena.segment.whereabouts, id=arena.arena_id)
-        other("row = arena.take_if_free(table.Extent(0, 16 << 20))")
+        other("hold = [arena.take_if_free(table.Extent(0, 16 << 20))]")
         with pytest.raises(ArenaFull):
             arena.draft(16 * MIB)
-        other("arena.abandon(row)")
+        other("hold.clear(); arena.abandon()")
 
 
 class TestClosing:
@@ -282,10 +282,10 @@ class TestClosing:
     def test_a_busy_table_delays_leaving(self, arena: Arena, joined: Callable[[], Process]) -> None:
         """The tidying thread tries again; closing does not raise."""
         other, third = joined(), joined()
-        third("arena._mutex.__enter__()")
+        third("enter(arena._mutex)")
         other("arena.close()")
         assert not other("arena.has_left")
-        third("arena._mutex.__exit__(None, None, None)")
+        third("leave(arena._mutex)")
         wait_until(lambda: other("arena.has_left"), "the member has left")
         assert arena.stats().members == 2
 

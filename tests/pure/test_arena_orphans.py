@@ -51,7 +51,7 @@ def test_pages_that_a_dead_one_was_giving_back_are_free_though_a_child_lives(
 ) -> None:
     """They are a draft, too."""
     parent = joined()
-    parent("row = arena.take_if_free(table.Extent(0, 1 << 20))")
+    parent("hold = arena.take_if_free(table.Extent(0, 1 << 20))")
     parent.fork()
     parent.kill()
     with arena.draft(MIB):

@@ -86,11 +86,11 @@ def test_the_tidying_thread_keeps_within_the_capacity(roomy: Arena, nothing: int
 def test_what_is_given_back_does_not_count_as_held(roomy: Arena) -> None:
     """In a full arena pages of gaps go, however many: a process may die in the middle of it."""
     blocks = full(roomy)
-    rows = [roomy.take_if_free(Extent(CAPACITY * n, CAPACITY)) for n in (1, 2)]
-    assert None not in rows
+    holds = [roomy.take_if_free(Extent(CAPACITY * n, CAPACITY)) for n in (1, 2)]
+    assert None not in holds
     roomy.validate()
-    for row in rows:
-        roomy.abandon(row)
+    holds.clear()
+    roomy.abandon()
     for block in blocks:
         block.close()
     wait_until_empty(roomy)

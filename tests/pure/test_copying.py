@@ -7,11 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from other_processes import wait_until
 
 from dask_shm_plugin import copying
 from dask_shm_plugin.copying import Copier
@@ -86,6 +88,38 @@ def test_nobody_copies_any_more_when_the_caller_was_interrupted(
     with pytest.raises(KeyboardInterrupt):
         copier.copy(np.empty(8 * STEP, np.uint8), np.empty(8 * STEP, np.uint8))
     assert over == [True]
+
+
+@several
+def test_what_a_helper_writes_to_is_kept_where_the_wait_for_it_is_interrupted_too(
+    copier: Copier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call is over then, but nobody else gets the place before the helper is done."""
+    has_begun, go_on = threading.Event(), threading.Event()
+
+    def copyto(*_: np.ndarray) -> None:
+        if threading.current_thread() is threading.main_thread():
+            assert has_begun.wait(10)
+            raise KeyboardInterrupt
+        has_begun.set()
+        assert go_on.wait(10)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    class Place:
+        """What the helper writes to."""
+
+    monkeypatch.setattr(copying.np, "copyto", copyto)
+    monkeypatch.setattr(copying, "wait", interrupted)
+    place = Place()
+    seen = weakref.ref(place)
+    with pytest.raises(KeyboardInterrupt):
+        copier.copy(np.empty(8 * STEP, np.uint8), np.empty(8 * STEP, np.uint8), lambda: seen())
+    del place
+    assert seen() is not None
+    go_on.set()
+    wait_until(lambda: seen() is None, "the helper has let go")
 
 
 def test_a_helper_that_fails_is_heard_of_when_no_other_copies_any_more(

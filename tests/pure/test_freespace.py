@@ -42,10 +42,14 @@ def test_blocks_of_many_never_overlap(process: Callable[[], Process], seed: int)
             other(JOIN, cluster=CLUSTER)
             other("import random; kept = []; chance = random.Random(seed)", seed=seed)
         arena.validate()
-        with arena._access as table:
-            for length in (PAGE, 7 * PAGE):
-                anew = Room(table.blocks.taken(), table.capacity, SPREAD)
-                assert arena._free_space.room(table).place(length) == anew.place(length)
+        for length in (PAGE, 7 * PAGE):
+            kept_up, anew = arena._access.run(
+                lambda table, length=length: (
+                    arena._free_space.room(table).place(length),
+                    Room(table.blocks.taken(), table.capacity, SPREAD).place(length),
+                )
+            )
+            assert kept_up == anew
     other.kill()
     for block in kept:
         block.close()

@@ -133,7 +133,7 @@ class TestTable:
     ) -> None:
         """A seal would answer for what somebody else has written."""
         draft = arena.draft(PAGE)
-        scribble(arena, word_of(draft._row, what), 1 << 20)
+        scribble(arena, word_of(draft._hold.row, what), 1 << 20)
         scene(draft.seal)
 
     def test_a_block_that_looks_free_is_not_written_over(self, scene: Callable[..., None], arena: Arena) -> None:

@@ -190,28 +190,33 @@ class TestStartTime:
         assert start_time(other.pid) == before
 
 
+def nothing() -> None:
+    """Do nothing inside."""
+
+
 class TestMutex:
     """Exclusion among all threads of all processes."""
 
     def test_it_can_be_entered_again_after_it_was_left(self, fd: int) -> None:
         """Leaving gives it back, also when an exception is on its way."""
         mutex = Mutex(fd)
-        with pytest.raises(KeyError), mutex:
-            raise KeyError
-        with mutex:
-            pass
+        with pytest.raises(KeyError):
+            mutex.run({}.popitem)
+        mutex.run(nothing)
 
     def test_it_excludes_the_threads_of_a_process(self, fd: int) -> None:
         """No two threads are ever inside at once."""
         mutex, inside, crowds = Mutex(fd, patience=30), [], set()
 
+        def crowd() -> None:
+            inside.append(None)
+            os.sched_yield()
+            crowds.add(len(inside))
+            inside.pop()
+
         def work() -> None:
             for _ in range(100):
-                with mutex:
-                    inside.append(None)
-                    os.sched_yield()
-                    crowds.add(len(inside))
-                    inside.pop()
+                mutex.run(crowd)
 
         threads = [threading.Thread(target=work) for _ in range(8)]
         for thread in threads:
@@ -229,10 +234,11 @@ class TestMutex:
         for other in others:
             other.begin("""
                 mutex = Mutex(fd, patience=30)
+                def increment():
+                    number = int.from_bytes(os.pread(fd, 8, 0), "little")
+                    os.pwrite(fd, (number + 1).to_bytes(8, "little"), 0)
                 for _ in range(300):
-                    with mutex:
-                        number = int.from_bytes(os.pread(fd, 8, 0), "little")
-                        os.pwrite(fd, (number + 1).to_bytes(8, "little"), 0)
+                    mutex.run(increment)
                 """)
         for other in others:
             other.end()
@@ -240,13 +246,12 @@ class TestMutex:
 
     def test_waiting_for_another_process_ends(self, fd: int, other: Process) -> None:
         """Patience is bounded, and the mutex is usable again as soon as the other has left."""
-        other("mutex = Mutex(fd); mutex.__enter__()")
+        other("mutex = Mutex(fd); enter(mutex)")
         mutex = Mutex(fd, patience=0.01)
-        with pytest.raises(ArenaBusy, match="another process"), mutex:
-            pass
-        other("mutex.__exit__(None, None, None)")
-        with mutex:
-            pass
+        with pytest.raises(ArenaBusy, match="another process"):
+            mutex.run(nothing)
+        other("leave(mutex)")
+        mutex.run(nothing)
 
     def test_whoever_waited_in_vain_hardly_waits_again(
         self, fd: int, other: Process, monkeypatch: pytest.MonkeyPatch
@@ -254,22 +259,21 @@ class TestMutex:
         """A stopped process stops each other one once; after the lock was free once, waiting is worth while again."""
         clock = Clock()
         monkeypatch.setattr(liveness, "time", clock)
-        other("mutex = Mutex(fd); mutex.__enter__()")
+        other("mutex = Mutex(fd); enter(mutex)")
         mutex, waited = Mutex(fd, patience=10), []
         for _ in range(3):
             before = clock.monotonic()
-            with pytest.raises(ArenaBusy), mutex:
-                pass
+            with pytest.raises(ArenaBusy):
+                mutex.run(nothing)
             waited.append(clock.monotonic() - before)
         assert waited[0] >= 10
         assert max(waited[1:]) < 0.01
-        other("mutex.__exit__(None, None, None)")
-        with mutex:
-            pass
-        other("mutex.__enter__()")
+        other("leave(mutex)")
+        mutex.run(nothing)
+        other("enter(mutex)")
         before = clock.monotonic()
-        with pytest.raises(ArenaBusy), mutex:
-            pass
+        with pytest.raises(ArenaBusy):
+            mutex.run(nothing)
         assert clock.monotonic() - before >= 10
 
     def test_whoever_waited_in_vain_gets_in_between_those_who_are_at_work(
@@ -277,13 +281,12 @@ class TestMutex:
     ) -> None:
         """That the lock is taken at the very moment does not mean that nobody will ever leave."""
         monkeypatch.setattr(liveness, "time", clock := Clock())
-        other("mutex = Mutex(fd); mutex.__enter__()")
+        other("mutex = Mutex(fd); enter(mutex)")
         mutex = Mutex(fd)
-        with pytest.raises(ArenaBusy), mutex:
-            pass
-        clock.at_next_sleep = lambda: other("mutex.__exit__(None, None, None)")
-        with mutex:
-            pass
+        with pytest.raises(ArenaBusy):
+            mutex.run(nothing)
+        clock.at_next_sleep = lambda: other("leave(mutex)")
+        mutex.run(nothing)
 
     def test_waiting_for_another_thread_ends(self, fd: int) -> None:
         """A thread that cannot enter is told so too."""
@@ -291,67 +294,70 @@ class TestMutex:
 
         def enter() -> None:
             try:
-                with mutex:
-                    pass
+                mutex.run(nothing)
             except ArenaBusy as error:
                 caught.append(error)
 
-        with mutex:
+        def let_enter() -> None:
             thread = threading.Thread(target=enter)
             thread.start()
             thread.join()
+
+        mutex.run(let_enter)
         assert len(caught) == 1
 
     def test_who_interrupts_a_thread_that_is_inside_is_refused(self, fd: int) -> None:
         """It is that very thread, in a signal handler or a finalizer; but the other threads are excluded for it already."""
         mutex = Mutex(fd, patience=60)
-        with mutex, mutex.among_threads, pytest.raises(ArenaBusy), mutex:
-            pass
-        with mutex.among_threads, mutex.among_threads, pytest.raises(ArenaBusy), mutex:
-            pass
-        with mutex:
-            pass
+
+        def interrupt() -> None:
+            with mutex.among_threads, pytest.raises(ArenaBusy):
+                mutex.run(nothing)
+
+        mutex.run(interrupt)
+        with mutex.among_threads:
+            interrupt()
+        mutex.run(nothing)
 
     def test_it_falls_with_its_holder_even_while_a_forked_child_lives(self, fd: int, other: Process) -> None:
         """A death inside must not lock the table for as long as some child runs."""
-        other("mutex = Mutex(fd); mutex.__enter__()")
+        other("mutex = Mutex(fd); enter(mutex)")
         child = other.fork()
         mutex = Mutex(fd, patience=0.01)
-        with pytest.raises(ArenaBusy), mutex:
-            pass
+        with pytest.raises(ArenaBusy):
+            mutex.run(nothing)
         other.kill()
         assert child("1 + 1") == 2
-        with mutex:
-            pass
+        mutex.run(nothing)
 
     def test_a_forked_child_may_not_enter_its_parents(self, other: Process) -> None:
         """The parent's membership is not the child's."""
         other("mutex = Mutex(fd)")
         child = other.fork()
         with pytest.raises(ArenaUnavailable, match="forked"):
-            child("mutex.__enter__()")
-        other("mutex.__enter__()")
+            child("mutex.run(dict)")
+        other("mutex.run(dict)")
 
     def test_a_forked_child_is_refused_even_when_its_parent_was_inside(self, other: Process) -> None:
         """The child does not wait for a lock of which its copy will never be opened."""
-        other("mutex = Mutex(fd, patience=60); mutex.__enter__()")
+        other("mutex = Mutex(fd, patience=60); enter(mutex)")
         with pytest.raises(ArenaUnavailable, match="forked"):
-            other.fork()("mutex.__enter__()")
+            other.fork()("mutex.run(dict)")
 
     def test_a_retired_one_cannot_be_entered(self, fd: int, other: Process) -> None:
         """After a process has left, the number of the descriptor may mean anything."""
         mutex = Mutex(fd)
-        with mutex:
-            mutex.retire(lambda: os.close(os.dup(fd)))  # closing any descriptor drops the lock
+        # Closing any descriptor drops the lock.
+        mutex.run(lambda: mutex.retire(lambda: os.close(os.dup(fd))))
         assert mutex.retired
         for _ in range(2):
-            with pytest.raises(ArenaUnavailable, match="left"), mutex:
-                pass
-        other("mutex = Mutex(fd, patience=0.01); mutex.__enter__()")
+            with pytest.raises(ArenaUnavailable, match="left"):
+                mutex.run(nothing)
+        other("mutex = Mutex(fd, patience=0.01); enter(mutex)")
 
     def test_a_bad_descriptor_is_no_reason_to_wait(self) -> None:
         """What waiting cannot cure is said at once, and the threads' part is given back."""
         mutex = Mutex(10**6, patience=60)
         for _ in range(2):
-            with pytest.raises(ArenaUnavailable, match="cannot be locked"), mutex:
-                pass
+            with pytest.raises(ArenaUnavailable, match="cannot be locked"):
+                mutex.run(nothing)

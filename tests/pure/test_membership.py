@@ -209,10 +209,10 @@ class TestSeveralProcesses:
         other("first, view = arena, publish(arena, b'kept').view(0, 4)")
         other(LEAVE)
         other(JOIN)
-        other("arena._mutex.__enter__()")
+        other("enter(arena._mutex)")
         with pytest.raises(ArenaBusy):
             arena.draft(1)
         other("view = None; gc.collect(); first.holdings.tidy()")
         with pytest.raises(ArenaBusy):
             arena.draft(1)
-        other("arena._mutex.__exit__(None, None, None)")
+        other("leave(arena._mutex)")

@@ -52,10 +52,13 @@ def test_to_look_for_arenas_drops_no_lock(cluster: str, member: Callable[[], Pro
     """A process that opened and closed its own arena once more would lose the lock of the table."""
     arena = join(cluster)
     other = member()
-    with arena._mutex:
+
+    def look() -> None:
         assert len(rendezvous.arenas()) == 1
         with pytest.raises(ArenaBusy):
             other("arena.validate()")
+
+    arena._mutex.run(look)
     other("arena.validate()")
 
 

@@ -184,7 +184,8 @@ class TestOpening:
         at = other.whereabouts
         os.dup2(segment.fd, other.fd)
         assert self.refuses(at)
-        other.close()
+        other.close()  # closes nothing: it is not the other's any more
+        os.close(at.fd)
 
     def test_a_fifo_in_its_place_is_refused_without_being_opened(self, tmp_path: Path) -> None:
         """Opening a FIFO would wait for the other end, and wake somebody."""

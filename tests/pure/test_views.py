@@ -14,7 +14,7 @@ from other_processes import Process, publish, wait_until, wait_until_empty
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.exceptions import StaleBlock
 from dask_shm_plugin.segment import PAGE
-from dask_shm_plugin.views import Exporter
+from dask_shm_plugin.views import AtEnd, Exporter
 
 MIB = 1 << 20
 
@@ -110,7 +110,7 @@ class TestExporter:
     def test_whatever_is_made_from_it_keeps_it(self, thing: str) -> None:
         """One thing is enough, and its end gives back, once."""
         memory, returned = np.zeros(1600, np.uint8), []
-        exporter = Exporter(memory.ctypes.data, 1600, lambda: returned.append(1))
+        exporter = Exporter(memory.ctypes.data, 1600, AtEnd(returned.append, 1))
         kept = THINGS[thing](exporter.bytes())
         del exporter
         gc.collect()
@@ -122,7 +122,7 @@ class TestExporter:
     def test_it_waits_for_the_last_of_many(self) -> None:
         """The order in which they go does not matter."""
         memory, returned = np.zeros(1600, np.uint8), []
-        kept = Exporter(memory.ctypes.data, 1600, lambda: returned.append(1)).bytes()
+        kept = Exporter(memory.ctypes.data, 1600, AtEnd(returned.append, 1)).bytes()
         things = [make(kept) for make in THINGS.values()]
         del kept
         while things:
@@ -134,7 +134,7 @@ class TestExporter:
     def test_it_shows_the_memory_itself_as_flat_writeable_bytes(self) -> None:
         """Nothing is copied."""
         memory = np.arange(10, dtype=np.uint8)
-        view = Exporter(memory.ctypes.data, 10, lambda: None).bytes()
+        view = Exporter(memory.ctypes.data, 10, None).bytes()
         assert (view.format, view.ndim, view.nbytes, view.readonly, view.contiguous) == ("B", 1, 10, False, True)
         view[3] = 77
         assert memory[3] == 77
@@ -144,7 +144,7 @@ class TestExporter:
         parent = process()
         parent("""
             memory, returned = np.zeros(100, np.uint8), []
-            view = views.Exporter(memory.ctypes.data, 100, lambda: returned.append(1)).bytes()
+            view = views.Exporter(memory.ctypes.data, 100, views.AtEnd(returned.append, 1)).bytes()
             """)
         child = parent.fork()
         for one, expected in ((child, []), (parent, [1])):

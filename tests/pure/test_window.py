@@ -112,13 +112,13 @@ def test_a_segment_that_somebody_cuts_short_is_not_written(roomy: Arena) -> None
     """A store behind its end would be answered by SIGBUS."""
     put(roomy)
     with roomy.draft(len(DATA)) as draft:
-        size = roomy.segment.size
-        syscalls_size, syscalls.size_of = syscalls.size_of, lambda fd: size - 1
+        segment, size = roomy.segment, roomy.segment.size
+        before, syscalls.status_of = syscalls.status_of, lambda fd: (segment.device, segment.inode, size - 1)
         try:
             with pytest.raises(TableCorrupt):
                 draft.write(0, DATA.data)
         finally:
-            syscalls.size_of = syscalls_size
+            syscalls.status_of = before
 
 
 def test_no_child_inherits_the_mapping_and_none_outlives_the_membership(process: Callable[[], Process]) -> None:
