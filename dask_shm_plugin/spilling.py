@@ -70,6 +70,7 @@ class Spilling:
         for key in list(self._held):
             self._set_weight(key, self._held[key].weight)
         self._held.clear()
+        self._data = {}  # whoever keeps this object keeps no values
 
     def reweigh(self) -> None:
         """Bring the weights up to date."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import traceback
+import weakref
 from typing import Any
 
 from distributed.diagnostics.plugin import WorkerPlugin
@@ -17,11 +18,12 @@ from dask_shm_plugin.codec import Published
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.joining import Joining
+from dask_shm_plugin.letting_go import let_go_when_closed
 from dask_shm_plugin.meters import WorkerMeter
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.publisher import Publisher
 from dask_shm_plugin.role import Role
-from dask_shm_plugin.scatterguard import ScatterGuard, ignore
+from dask_shm_plugin.scatterguard import ScatterGuard
 from dask_shm_plugin.seats import switch_off, switch_on
 
 _PRUNE_EVERY = 5.0
@@ -76,8 +78,9 @@ class SharedMemoryWorker(WorkerPlugin):
 
     async def stop(self) -> None:
         """Put everything back."""
-        if self._joining is not None:
-            self._joining.stop()
+        joining, self._joining = self._joining, None
+        if joining is not None:
+            joining.stop()
         self._end_outsider()
         running, self._running = self._running, None
         if running is not None:
@@ -108,7 +111,7 @@ class _Running:
             arena, role.options.threshold, worker.data, role.address, self._inputs, self._is_alone
         )
         self._background: set[asyncio.Task[Any]] = set()
-        self._get_data_before = seams.Replacement(worker.handlers, "get_data", self._get_data)
+        self._get_data_before = seams.Replacement(worker.handlers, "get_data", _handler_of(self, worker))
         self._meter = WorkerMeter(worker, arena)
         self._scatter_guard = ScatterGuard.around(worker.handlers, arena, self._received)
         self._pruning = PeriodicCallback(self.publisher.prune, _PRUNE_EVERY * 1000)
@@ -122,17 +125,23 @@ class _Running:
         # Dask (2026.8.0) tells a plugin that it removes nothing more: there must never be a moment when tasks begin that
         # the publisher does not hear of. So it closes before anything is awaited.
         self._get_data_before.undo()
-        self._scatter_guard.received = ignore
+        self._scatter_guard.retire()
         self._pruning.stop()
         self.publisher.close()
-        # First nobody sends handles any more, then nobody resolves them.
-        await self._role.withdraw()
-        if not self._has_clients():
-            self._scatter_guard.undo()
-        fetch.REQUESTS.end()
-        self._worker.metrics.pop("shm", None)
-        self._meter.stop()
-        await self._role.leave()
+        let_go_when_closed(self._worker, self._arena.arena_id)
+        try:
+            # First nobody sends handles any more, then nobody resolves them.
+            await self._role.withdraw()
+        finally:
+            if not self._has_clients():
+                self._scatter_guard.undo()
+            fetch.REQUESTS.end()
+            self._worker.metrics.pop("shm", None)
+            self._meter.stop()
+            # It refers to this object, and to the values: whoever still answers sends bytes, and nobody waits for the
+            # garbage collector.
+            del self.publisher, self._pruning
+            await self._role.leave()
 
     def _has_clients(self) -> bool:
         with contextlib.suppress(SharedMemoryError):
@@ -191,9 +200,8 @@ class _Running:
         except Exception:
             logger.debug("%r is not published", key, exc_info=True)
 
-    async def _get_data(
-        self, comm: Any, keys: Any, who: str | None = None, serializers: list[str] | None = None
-    ) -> Any:
+    async def answer(self, comm: Any, keys: Any, who: str | None = None, serializers: list[str] | None = None) -> Any:
+        """Stand in for ``Worker.get_data``."""
         asked_by, serializers = seams.untag(serializers)
         kept: list[Published] = []
         if fetch.is_member(self._arena, asked_by) and not comm.peer_address.startswith("inproc://"):
@@ -250,6 +258,22 @@ class _Running:
         """Return what the arena holds and what this process did."""
         said = self._role.report(self._arena, self._counted())
         return {"worker": self._worker.address, "host": self._worker.ip, **said}
+
+
+def _handler_of(running: _Running, worker: Any) -> Any:
+    """Return what answers requests for data as long as the half is on.
+
+    It refers to the half weakly, for Dask (2026.8.0) keeps every handler that it has ever called in caches that tell of
+    functions whether they are coroutines, and what arguments they take (``iscoroutinefunction``, ``has_keyword``).
+    """
+    half, before = weakref.ref(running), worker.handlers["get_data"]
+
+    async def get_data(comm: Any, keys: Any, who: str | None = None, serializers: list[str] | None = None) -> Any:
+        running = half()
+        answer = before if running is None else running.answer
+        return await answer(comm, keys, who=who, serializers=serializers)
+
+    return get_data
 
 
 def _let_go_of_values(error: BaseException | None) -> None:
