@@ -44,6 +44,8 @@ _by_cluster: dict[str, _Joined] = {}
 _lingering: weakref.WeakSet[Arena] = weakref.WeakSet()
 """Arenas that this process has left in all its roles, but into which views of it still look. Each is kept by its tidying
 thread until the last of them is gone."""
+_missing: set[str] = set()
+"""Clusters whose rendezvous could not be found when it was last looked for."""
 _is_over = False
 """Whether the interpreter is about to end, and this process has left all arenas for good."""
 
@@ -215,19 +217,30 @@ def _look_after(cluster: str) -> None:
         joined = _by_cluster.get(cluster)
         if joined is not None:
             _end(cluster, joined, [role for role in joined.roles if role.owner() is None])
-            _restore(cluster)
+        was_missing = cluster in _missing
+        _missing.discard(cluster)
+        if cluster in _by_cluster and not _by_cluster[cluster].meeting.can_be_found:
+            _missing.add(cluster)
     finally:
         _lock.release()
+    # A parent that ends has removed it, and its children are about to be ended: those who live on restore it at the next look.
+    if was_missing:
+        _restore(cluster)
 
 
 def _restore(cluster: str) -> None:
     """Make a new rendezvous for an arena whose name somebody has removed, unless others were quicker."""
-    joined = _by_cluster.get(cluster)
-    if joined is not None and not joined.meeting.can_be_found:
-        meeting = _meet_again(joined)
-        if meeting is not None:
-            joined.meeting.close()
-            _by_cluster[cluster] = joined._replace(meeting=meeting)
+    if not _lock.acquire(blocking=False):
+        return
+    try:
+        joined = _by_cluster.get(cluster)
+        if joined is not None and not joined.meeting.can_be_found:
+            meeting = _meet_again(joined)
+            if meeting is not None:
+                joined.meeting.close()
+                _by_cluster[cluster] = joined._replace(meeting=meeting)
+    finally:
+        _lock.release()
 
 
 def _meet_again(joined: _Joined) -> Rendezvous | None:
@@ -250,18 +263,21 @@ def _meet_again(joined: _Joined) -> Rendezvous | None:
     return meeting
 
 
-def _depart(joined: _Joined) -> None:
-    """Leave the rendezvous and then the arena; whoever leaves last removes the name."""
+def _depart(joined: _Joined, *, is_end: bool = False) -> None:
+    """Leave the rendezvous and then the arena; whoever leaves last removes the name.
+
+    So does a process that ends, and leaves nobody but children: Dask ends them with it, by signals that they do not handle.
+    """
     joined.meeting.close()
     with contextlib.suppress(SharedMemoryError, OSError):
         meeting = rendezvous.enter(joined.meeting.name, create=False)
         if meeting is not None:
-            said = meeting.read()
+            said, are_ending = meeting.read(), False
             if said is not None and said.arena_id == joined.arena.arena_id:
-                meeting.write(
-                    said._replace(listed=tuple(p for p in said.listed if p.pid != os.getpid() and p.is_alive))
-                )
-            if not meeting.is_attended:
+                others = tuple(p for p in said.listed if p.pid != os.getpid() and p.is_alive)
+                meeting.write(said._replace(listed=others))
+                are_ending = is_end and all(liveness.parent(p.pid) == os.getpid() for p in others)
+            if are_ending or not meeting.is_attended:
                 meeting.remove()
             meeting.close()
     joined.arena.close()
@@ -277,7 +293,7 @@ def _depart_from_all() -> None:
         _is_over = True
         while _by_cluster:
             try:
-                _depart(_by_cluster.popitem()[1])
+                _depart(_by_cluster.popitem()[1], is_end=True)
             except Exception:
                 logger.debug("could not leave", exc_info=True)
 
