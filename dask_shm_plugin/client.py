@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import weakref
 from collections.abc import Iterator
@@ -112,9 +113,13 @@ class SharedMemoryClient:
                     await self._role.leave()
         return self._arena
 
+    @functools.wraps(Client._close)  # Python names it when a client is collected that nobody has closed
     async def _close(self, *args: Any, **kwargs: Any) -> Any:
         before = self._close_before.old
-        await self.stop()
+        try:
+            await self.stop()
+        except Exception:
+            logger.debug("could not leave", exc_info=True)
         return await before(*args, **kwargs)
 
     # -- gather
@@ -233,7 +238,7 @@ def _publish_each(serialized: dict[Any, Serialized], arena: Arena) -> dict[Any, 
     for key, one in serialized.items():
         try:
             published[key] = codec.publish(one, arena)
-        except SharedMemoryError as error:
+        except (SharedMemoryError, OSError, MemoryError) as error:
             notices.refused(error, one.size)
         else:
             if published[key].copied:

@@ -6,7 +6,6 @@ from typing import Any
 
 from dask_shm_plugin import membership
 from dask_shm_plugin.arena import Arena
-from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.handles import Handle
 from dask_shm_plugin.memberbook import Member
 
@@ -37,9 +36,11 @@ class Listings:
 
     def cross_out(self, key: Any) -> None:
         """Let nobody find it any more, from this moment on; harmless when it is not listed."""
-        name = self._listed.pop(key, None)
+        name = self._listed.get(key)
         if name is not None:
+            # First there, for an interrupt between the two must leave nothing that can be found.
             self._arena.directory.cross_out(name)
+            self._listed.pop(key, None)
 
     def clear(self) -> None:
         """Let nobody find anything any more."""
@@ -65,8 +66,8 @@ def _find(arena: Arena, address: str, keys: Any) -> list[tuple[Any, Handle]]:
             data = _first(arena, workers, _name(address, key))
             if data is not None:
                 found.append((key, Handle.from_bytes(arena.arena_id, data)))
-    except (SharedMemoryError, OSError, ValueError):
-        # Whatever it is, the worker can be asked.
+    except Exception:
+        # Whatever it is, the worker can be asked; an error here would keep a task waiting for ever (distributed#6705).
         return []
     return found
 

@@ -92,10 +92,19 @@ def _of_process(byte: int) -> int:
 
 def start_time(pid: int) -> int:
     """Return when a process started, in clock ticks since boot, or 0 when there is no such process."""
+    return _number_about(pid, 19)
+
+
+def parent(pid: int) -> int:
+    """Return the parent of a process, or 0 when there is no such process."""
+    return _number_about(pid, 1)
+
+
+def _number_about(pid: int, field: int) -> int:
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             # The name of the program stands in parentheses and may contain anything, parentheses too.
-            return int(file.read().rpartition(b")")[2].split()[19])
+            return int(file.read().rpartition(b")")[2].split()[field])
     except (OSError, IndexError, ValueError):
         return 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import threading
@@ -25,10 +26,17 @@ from dask_shm_plugin.views import ATLAS
 logger = logging.getLogger(__name__)
 
 
+class _Role(NamedTuple):
+    kind: str
+    address: str
+    owner: Callable[[], object]
+    """Returns whoever will end the role, or None when that is gone without doing so."""
+
+
 class _Joined(NamedTuple):
     arena: Arena
     meeting: Rendezvous
-    roles: list[tuple[str, str]]
+    roles: list[_Role]
     pid: int
 
 
@@ -37,10 +45,20 @@ _by_cluster: dict[str, _Joined] = {}
 _lingering: weakref.WeakSet[Arena] = weakref.WeakSet()
 """Arenas that this process has left in all its roles, but into which views of it still look. Each is kept by its tidying
 thread until the last of them is gone."""
+_missing: set[str] = set()
+"""Clusters whose rendezvous could not be found when it was last looked for."""
+_is_over = False
+"""Whether the interpreter is about to end, and this process has left all arenas for good."""
 
 
 def join(
-    cluster: str, kind: str, address: str, *, capacity: Callable[[], int] | None = None, warm: int = 0
+    cluster: str,
+    kind: str,
+    address: str,
+    *,
+    capacity: Callable[[], int] | None = None,
+    warm: int = 0,
+    owner: object = None,
 ) -> Arena | None:
     """Make this process, in one of its roles, a member of a cluster's arena on this node.
 
@@ -54,6 +72,9 @@ def join(
         Called for the bytes of a new arena when there is none; without it, None is returned in that case.
     warm
         Bytes of freed memory that stay resident.
+    owner
+        Who will end the role. Where that is collected before, as after an event loop that was left without closing
+        anything, the role is ended by the tidying thread.
 
     Raises
     ------
@@ -61,6 +82,8 @@ def join(
         With the reason why there is nothing to join.
     """
     with _lock:
+        if _is_over:
+            return None
         joined = _by_cluster.get(cluster)
         if joined is None:
             name = rendezvous.name_for(cluster)
@@ -70,10 +93,10 @@ def join(
             if found is None:
                 return None
             joined = _by_cluster[cluster] = _Joined(*found, [], os.getpid())
-            joined.arena.upkeep = functools.partial(_restore, cluster)
+            joined.arena.upkeep = functools.partial(_look_after, cluster)
         elif joined.arena.is_damaged:
             raise TableCorrupt("the arena is damaged")
-        joined.roles.append((kind, address))
+        joined.roles.append(_Role(kind, address, (lambda: True) if owner is None else weakref.ref(owner)))
     with contextlib.suppress(SharedMemoryError):
         joined.arena.roster.add_role(kind, address)
     return joined.arena
@@ -87,18 +110,23 @@ def withdraw(cluster: str, kind: str, address: str) -> None:
             joined.arena.roster.remove_role(kind, address)
 
 
-def leave(cluster: str, kind: str, address: str) -> None:
+def leave(cluster: str, kind: str, address: str, *, owner: object = None) -> None:
     """End one role; with the last one, the process leaves the arena. Harmless when it never joined."""
     with _lock:
         joined = _by_cluster.get(cluster)
-        if joined is None or (kind, address) not in joined.roles:
-            return
-        joined.roles.remove((kind, address))
+        if joined is not None:
+            mine = (role for role in joined.roles if role[:2] == (kind, address) and owner in (None, role.owner()))
+            _end(cluster, joined, list(itertools.islice(mine, 1)))
+
+
+def _end(cluster: str, joined: _Joined, roles: list[_Role]) -> None:
+    for role in roles:
+        joined.roles.remove(role)
         with contextlib.suppress(SharedMemoryError):
-            joined.arena.roster.remove_role(kind, address)
-        if not joined.roles:
-            del _by_cluster[cluster]
-            _depart(joined)
+            joined.arena.roster.remove_role(role.kind, role.address)
+    if roles and not joined.roles:
+        del _by_cluster[cluster]
+        _depart(joined)
 
 
 def find(arena_id: bytes) -> Arena | None:
@@ -185,9 +213,28 @@ def _attach(said: Meeting, warm: int) -> Arena | None:
     return None
 
 
+def _look_after(cluster: str) -> None:
+    """End the roles of owners that are gone, and see to it that newcomers can find the arena."""
+    # The tidying thread, which comes here, does not wait for those who join or leave; it comes again.
+    if not _lock.acquire(blocking=False):
+        return
+    try:
+        joined = _by_cluster.get(cluster)
+        if joined is not None:
+            _end(cluster, joined, [role for role in joined.roles if role.owner() is None])
+        was_missing = cluster in _missing
+        _missing.discard(cluster)
+        if cluster in _by_cluster and not _by_cluster[cluster].meeting.can_be_found:
+            _missing.add(cluster)
+    finally:
+        _lock.release()
+    # A parent that ends has removed it, and its children are about to be ended: those who live on restore it at the next look.
+    if was_missing:
+        _restore(cluster)
+
+
 def _restore(cluster: str) -> None:
     """Make a new rendezvous for an arena whose name somebody has removed, unless others were quicker."""
-    # The tidying thread, which comes here, does not wait for those who join or leave; it comes again.
     if not _lock.acquire(blocking=False):
         return
     try:
@@ -221,20 +268,23 @@ def _meet_again(joined: _Joined) -> Rendezvous | None:
     return meeting
 
 
-def _depart(joined: _Joined) -> None:
-    """Leave the rendezvous and then the arena; whoever leaves last removes the name."""
+def _depart(joined: _Joined, *, is_end: bool = False) -> None:
+    """Leave the rendezvous and then the arena; whoever leaves last removes the name.
+
+    So does a process that ends, and leaves nobody but children: Dask ends them with it, by signals that they do not handle.
+    """
     if joined.pid != os.getpid():  # a child that was forked past Python's hooks has not forgotten what its parent has
         return
     joined.meeting.close()
     with contextlib.suppress(SharedMemoryError, OSError):
         meeting = rendezvous.enter(joined.meeting.name, create=False)
         if meeting is not None:
-            said = meeting.read()
+            said, are_ending = meeting.read(), False
             if said is not None and said.arena_id == joined.arena.arena_id:
-                meeting.write(
-                    said._replace(listed=tuple(p for p in said.listed if p.pid != os.getpid() and p.is_alive))
-                )
-            if not meeting.is_attended:
+                others = tuple(p for p in said.listed if p.pid != os.getpid() and p.is_alive)
+                meeting.write(said._replace(listed=others))
+                are_ending = is_end and all(liveness.parent(p.pid) == os.getpid() for p in others)
+            if are_ending or not meeting.is_attended:
                 meeting.remove()
             meeting.close()
     joined.arena.close()
@@ -244,9 +294,15 @@ def _depart(joined: _Joined) -> None:
 
 @atexit.register
 def _depart_from_all() -> None:
+    global _is_over
     with _lock:
+        # Whoever closes a cluster may come later: what was imported first is called last.
+        _is_over = True
         while _by_cluster:
-            _depart(_by_cluster.popitem()[1])
+            try:
+                _depart(_by_cluster.popitem()[1], is_end=True)
+            except Exception:
+                logger.debug("could not leave", exc_info=True)
 
 
 _forking = threading.local()
@@ -270,8 +326,8 @@ def _after_fork() -> None:
 
 def _forget_parent() -> None:
     """Begin a forked child as a process that belongs to no arena; what its parent holds is its parent's."""
-    global _lock
-    _lock = threading.Lock()
+    global _lock, _is_over
+    _lock, _is_over = threading.Lock(), False
     for _, pins in _forking.pins:
         pins.in_child()
     _by_cluster.clear()

@@ -50,9 +50,10 @@ class SharedMemoryNanny(NannyPlugin):
 
     async def stop(self) -> None:
         """Leave."""
-        if self._joining is not None:
-            self._joining.stop()
-        role, self._role = self._role, None
-        if role is not None and self._meter is not None:
-            self._meter.stop()
+        joining, role, meter = self._joining, self._role, self._meter
+        self._joining = self._role = self._meter = None
+        if joining is not None:
+            joining.stop()
+        if role is not None and meter is not None:
+            meter.stop()
             await role.leave()

@@ -17,10 +17,10 @@ def warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def refused(error: SharedMemoryError, size: int) -> None:
+def refused(error: Exception, size: int) -> None:
     """Count a value that is not shared, and say once per reason what the user can do about it."""
     _tell("Values are copied instead of shared", error)
-    COUNTERS.count_sent(error.reason, size)
+    COUNTERS.count_sent(getattr(error, "reason", SharedMemoryError.reason), size)
     logger.debug("sent %d bytes instead of sharing them: %s", size, str(error))
 
 
@@ -32,7 +32,7 @@ def kept_private(error: SharedMemoryError) -> None:
 _told: set[str] = set()
 
 
-def _tell(what: str, error: SharedMemoryError) -> None:
+def _tell(what: str, error: Exception) -> None:
     if isinstance(error, OutOfResources) and error.reason not in _told:
         _told.add(error.reason)
         # Whoever keeps records would keep the error, its frames, and the values in them.

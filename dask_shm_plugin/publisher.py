@@ -321,7 +321,7 @@ class Publisher:
         if published is None or not await self._still_holds(published, serialized):
             try:
                 published = await self._in_thread(codec.publish, serialized, self._arena)
-            except SharedMemoryError as error:
+            except (SharedMemoryError, OSError, MemoryError) as error:
                 notices.refused(error, serialized.size)
                 return serialized
             if published.copied:
@@ -342,7 +342,7 @@ class Publisher:
     async def _still_holds(self, published: Published, serialized: Serialized) -> bool:
         try:
             return bool(await self._in_thread(codec.still_holds, published, serialized, self._arena))
-        except SharedMemoryError:
+        except (SharedMemoryError, OSError, MemoryError):
             # It cannot be looked at: published anew it is right in any case, and costs nothing where it lies in the arena.
             return False
 

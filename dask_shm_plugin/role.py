@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from typing import Any
@@ -12,6 +11,7 @@ from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.config import Options
 from dask_shm_plugin.exceptions import MemoryExhausted, SharedMemoryError, SwitchedOff
 from dask_shm_plugin.notices import warn_once
+from dask_shm_plugin.threads import in_thread
 
 logger = logging.getLogger("dask_shm_plugin")
 _shown_by_dask = logging.getLogger("distributed.shm")
@@ -75,7 +75,7 @@ class Role:
         try:
             if self.cluster is None:
                 self.cluster = await seams.cluster_of(self._scheduler)
-            return await asyncio.to_thread(self._join, self.cluster, create=create)
+            return await in_thread(self._join, self.cluster, create=create)
         except SharedMemoryError as error:
             self.may_join_later, self.kept_out_by = not isinstance(error, SwitchedOff), error.reason
             warn_once(f"Sharing is off in this process: {error}")
@@ -90,7 +90,7 @@ class Role:
             raise SwitchedOff("shm.capacity is zero")
         plan = _Plan(self.options)
         capacity = plan.capacity if create else None
-        arena = membership.join(cluster, self.kind, self.address, capacity=capacity, warm=self.options.warm)
+        arena = membership.join(cluster, self.kind, self.address, capacity=capacity, warm=self.options.warm, owner=self)
         if arena is not None:
             handles.set_views(arena.arena_id, self.options.views)
             if plan.chosen is not None:
@@ -112,13 +112,9 @@ class Role:
     async def withdraw(self) -> None:
         """Let others not find the role any more; the membership stays until :meth:`leave`."""
         if self.cluster is not None:
-            await asyncio.to_thread(membership.withdraw, self.cluster, self.kind, self.address)
+            await in_thread(membership.withdraw, self.cluster, self.kind, self.address)
 
     async def leave(self) -> None:
         """End the role."""
-        if self.cluster is None:
-            return
-        try:
-            await asyncio.to_thread(membership.leave, self.cluster, self.kind, self.address)
-        except RuntimeError:  # the interpreter is going down and starts no more threads
-            membership.leave(self.cluster, self.kind, self.address)
+        if self.cluster is not None:
+            await in_thread(membership.leave, self.cluster, self.kind, self.address, owner=self)

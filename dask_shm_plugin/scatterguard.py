@@ -43,6 +43,10 @@ class ScatterGuard:
         self._before = seams.Replacement(handlers, "update_data", self)
         self.undo = self._before.undo
 
+    def retire(self) -> None:
+        """Go on refusing what is of no use, and keep nothing of the plugin for that."""
+        self._arena, self.received = None, ignore
+
     async def __call__(self, data: dict[Any, Any], **options: Any) -> Any:
         """Take what a scatter brings, or refuse all of it where a handle is of no use here."""
         data = await fetch.finish(data)

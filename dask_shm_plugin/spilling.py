@@ -17,7 +17,6 @@ from distributed.spill import SpillBuffer
 
 from dask_shm_plugin import reach, seams
 from dask_shm_plugin.arena import Arena
-from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.layout import Row
 
 logger = logging.getLogger("dask_shm_plugin")
@@ -70,12 +69,14 @@ class Spilling:
         for key in list(self._held):
             self._set_weight(key, self._held[key].weight)
         self._held.clear()
+        self._data = {}  # whoever keeps this object keeps no values
 
     def reweigh(self) -> None:
         """Bring the weights up to date."""
         if not self._present():
             return
-        with contextlib.suppress(SharedMemoryError):
+        # Comes while a value is stored, which would be lost.
+        with contextlib.suppress(Exception):
             for key, weight in self._weights(self._held).items():
                 self._set_weight(key, weight)
 
@@ -88,7 +89,7 @@ class Spilling:
         try:
             holders = weights.count_holders(rows)
             return sum(weights.size_of(row) for row, count in zip(rows, holders, strict=True) if count <= 1)
-        except SharedMemoryError:  # there is no arena any more, or none to be asked
+        except Exception:  # there is no arena any more, or none to be asked
             return 0
 
     def _present(self) -> dict[Any, _Held]:

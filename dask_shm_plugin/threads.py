@@ -1,17 +1,25 @@
-"""Calls in other threads after which no thread refers to what the call was given, or has returned.
+"""Calls in other threads, which keep an event loop from waiting.
 
 A thread of a pool lets go of its last task some time after the task's result is known. Who counts the references to a
-value cannot wait for that.
+value cannot wait for that: `call_in` leaves none behind.
+
+When a script ends, Python first ends its executors, and only then lets Dask close what is still open, on event loops that
+go on running (`concurrent.futures` registers with `threading`, which comes before `atexit`). To clean up must not fail then:
+`in_thread` does without a thread.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
+import functools
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from distributed.utils import offload, run_in_executor_with_context
 
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
@@ -36,3 +44,18 @@ def _call(box: list[Any]) -> None:
     function, *args = box
     box.clear()
     box.append(function(*args))
+
+
+async def in_thread(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """Return what a function returns, like `asyncio.to_thread`, and fail only where the function does.
+
+    For what must be done in any case. What might as well be left rather fails where there are no threads.
+    """
+    call = functools.partial(contextvars.copy_context().run, function, *args, **kwargs)
+    # An executor that cannot start a thread may have kept the call all the same: it must not be made twice.
+    calls = [call]
+    try:
+        done = asyncio.get_running_loop().run_in_executor(None, lambda: calls.pop()())
+    except RuntimeError:  # so the loop, the executor and the interpreter say that they are about to end
+        return calls.pop()()
+    return await done

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import weakref
 from typing import Any
 
 from dask.utils import has_keyword
@@ -19,11 +20,12 @@ from dask_shm_plugin.codec import Published, Serialized
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import SharedMemoryError, forget_values
 from dask_shm_plugin.joining import Joining
+from dask_shm_plugin.letting_go import let_go_when_closed
 from dask_shm_plugin.meters import WorkerMeter
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.publisher import Ask, Publisher, Serialize
 from dask_shm_plugin.role import Role
-from dask_shm_plugin.scatterguard import ScatterGuard, ignore
+from dask_shm_plugin.scatterguard import ScatterGuard
 from dask_shm_plugin.seats import switch_off, switch_on
 from dask_shm_plugin.worker_data import WorkerData
 
@@ -79,8 +81,9 @@ class SharedMemoryWorker(WorkerPlugin):
 
     async def stop(self) -> None:
         """Put everything back."""
-        if self._joining is not None:
-            self._joining.stop()
+        joining, self._joining = self._joining, None
+        if joining is not None:
+            joining.stop()
         self._end_outsider()
         running, self._running = self._running, None
         if running is not None:
@@ -103,7 +106,7 @@ class _Running:
         self._worker, self._role, self._arena = worker, role, arena
         self._data = WorkerData.of(worker)
         self.publisher = Publisher(arena, role.options.threshold, self._data, role.address)
-        self._get_data_before = seams.Replacement(worker.handlers, "get_data", self._get_data)
+        self._get_data_before = seams.Replacement(worker.handlers, "get_data", _handler_of(self, worker))
         self._meter = WorkerMeter(worker, arena)
         self._scatter_guard = ScatterGuard.around(worker.handlers, arena, self._received)
         self._pruning = PeriodicCallback(self.prune, _PRUNE_EVERY * 1000)
@@ -115,17 +118,21 @@ class _Running:
 
     async def stop(self) -> None:
         self._get_data_before.undo()
-        self._scatter_guard.received = ignore
+        self._scatter_guard.retire()
         self._pruning.stop()
         self.publisher.close()
-        # First nobody sends handles any more, then nobody resolves them.
-        await self._role.withdraw()
-        if not self._has_clients():
-            self._scatter_guard.undo()
-        fetch.REQUESTS.end()
-        self._worker.metrics.pop("shm", None)
-        self._meter.stop()
-        await self._role.leave()
+        let_go_when_closed(self._worker, self._arena.arena_id)
+        try:
+            # First nobody sends handles any more, then nobody resolves them.
+            await self._role.withdraw()
+        finally:
+            if not self._has_clients():
+                self._scatter_guard.undo()
+            fetch.REQUESTS.end()
+            self._worker.metrics.pop("shm", None)
+            self._meter.stop()
+            del self._pruning  # which refers to this object: nobody waits for the garbage collector
+            await self._role.leave()
 
     def _has_clients(self) -> bool:
         with contextlib.suppress(SharedMemoryError):
@@ -151,30 +158,24 @@ class _Running:
         """Let no value keep two copies for ever."""
         self.publisher.prune(_serialize_unasked)
 
-    async def _get_data(self, comm: Any, keys: Any, serializers: list[str] | None = None, **options: Any) -> Any:
+    async def answer(self, comm: Any, keys: Any, serializers: list[str] | None = None, **options: Any) -> Any:
+        """Stand in for ``Worker.get_data``."""
         asked_by, serializers = seams.untag(serializers)
-        if serializers is not None and has_keyword(self._get_data_before.old, "serializers"):
-            options["serializers"] = serializers  # as Dask hands it to those who take it
         if not fetch.is_member(self._arena, asked_by) or comm.peer_address.startswith("inproc://"):
             if fetch.BYTES_PLEASE not in asked_by:
                 self._count_as_sent(keys, fetch.why_no_member(asked_by))
-            return await self._answer(comm, keys, options)
+            return await _call(self._get_data_before.old, comm, keys, serializers, options)
         ask = self.publisher.ask(list(filter(self._is_large, keys)))
         kept: list[Published] = []
         try:
-            return await self._answer(_HandingOver(comm, self, ask, kept), keys, options)
-        finally:
-            kept.clear()
-            self.publisher.answered(ask)
-
-    async def _answer(self, comm: Any, keys: Any, options: dict[str, Any]) -> Any:
-        """Let Dask, or whoever has replaced its handler, answer."""
-        try:
-            answer = self._get_data_before.old(comm, keys=keys, **options)
-            return await answer if inspect.isawaitable(answer) else answer
+            comm = _HandingOver(comm, self, ask, kept)
+            return await _call(self._get_data_before.old, comm, keys, serializers, options)
         except Exception as error:
             forget_values(error)
             raise
+        finally:
+            kept.clear()
+            self.publisher.answered(ask)
 
     def _count_as_sent(self, keys: Any, reason: str) -> None:
         for key in keys:
@@ -237,6 +238,32 @@ class _Running:
         """Return what the arena holds and what this process did."""
         said = self._role.report(self._arena, self._counted())
         return {"worker": self._worker.address, "host": self._worker.ip, **said}
+
+
+def _handler_of(running: _Running, worker: Any) -> Any:
+    """Return what answers requests for data as long as the half is on.
+
+    It refers to the half weakly, for Dask (2026.8.0) keeps every handler that it has ever called in caches that tell of
+    functions whether they are coroutines, and what arguments they take (``iscoroutinefunction``, ``has_keyword``).
+    """
+    half, before = weakref.ref(running), worker.handlers["get_data"]
+
+    async def get_data(comm: Any, keys: Any, serializers: list[str] | None = None, **options: Any) -> Any:
+        running = half()
+        if running is None:
+            return await _call(before, comm, keys, seams.untag(serializers)[1], options)
+        return await running.answer(comm, keys, serializers, **options)
+
+    return get_data
+
+
+async def _call(handler: Any, comm: Any, keys: Any, serializers: list[str] | None, options: dict[str, Any]) -> Any:
+    """Call a handler as Dask does: everything by name, and serializers only where they are taken."""
+    # Of the function, for the answer is kept, and what was asked about.
+    if serializers is not None and has_keyword(getattr(handler, "__func__", handler), "serializers"):
+        options = {**options, "serializers": serializers}
+    answer = handler(comm, keys=keys, **options)
+    return await answer if inspect.isawaitable(answer) else answer
 
 
 def _as_it_is(serialized: Serialized) -> Serialize:

@@ -164,7 +164,7 @@ def cluster() -> Iterator[str]:
     name = f"tcp://{secrets.token_hex(8)}"
     yield name
     while (joined := membership._by_cluster.get(name)) is not None:
-        membership.leave(name, *joined.roles[0])
+        membership.leave(name, *joined.roles[0][:2])
     # What those have left that were killed at the end.
     rendezvous.purge()
 

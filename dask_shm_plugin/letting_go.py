@@ -1,0 +1,48 @@
+"""A worker that has closed lets go of its values in the arena, whoever keeps the worker object."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distributed import Status
+from distributed.spill import SpillBuffer
+
+from dask_shm_plugin import reach, seams
+
+
+def let_go_when_closed(worker: Any, arena_id: bytes) -> None:
+    """Let a worker that is closing drop its values in an arena as soon as nobody can ask it for them any more.
+
+    Dask (2026.8.0) leaves them to whoever keeps the worker object: its process would hold the blocks, and remain a member,
+    as long as a list, a fixture or a traceback keeps a closed worker. Private values stay, as with stock Dask.
+
+    Parameters
+    ----------
+    worker
+        Nothing happens where it goes on: what lives on when sharing is switched off stays valid.
+    arena_id
+        Of the arena.
+    """
+    if worker.status not in (Status.closing, Status.closed, Status.failed):
+        return
+
+    def stop() -> None:
+        # `Worker.close` comes here when its listeners are down and its tasks have ended.
+        replacement.undo()
+        replacement.old()
+        _let_go(worker, arena_id)
+
+    replacement = seams.Replacement(worker, "stop", stop)
+
+
+def _let_go(worker: Any, arena_id: bytes) -> None:
+    data = worker.data
+    if type(data) is SpillBuffer:
+        # Looked at in memory only: what is on disk is a private copy.
+        for key, value in list(data.fast.d.items()):
+            if reach.rows_of(value, arena_id):
+                del data[key]
+    elif type(data) is dict:
+        # It may be one that the user has given to the worker, and goes on using.
+        private = {key: value for key, value in data.items() if not reach.rows_of(value, arena_id)}
+        worker.memory_manager.data = worker.state.data = private

@@ -1,0 +1,182 @@
+"""What has closed keeps nothing of the arena, whoever keeps the objects: workers, nannies, clients, clusters."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import threading
+import weakref
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from clusters import OPTIONS
+from distributed import Client, Future, Nanny, Scheduler, Worker
+from observing import array, fresh, own_descriptors, wait_until
+
+from dask_shm_plugin import SharedMemoryPlugin, is_shared, membership, unregister
+from dask_shm_plugin.arena import Arena
+
+
+@asynccontextmanager
+async def in_process(n_workers: int = 2, **arguments: Any) -> AsyncIterator[tuple[Client, list[Worker], Scheduler]]:
+    """Run a scheduler, workers and a client on this loop, which share; whoever enters closes them, or does not."""
+    scheduler = await Scheduler(port=0, dashboard_address=":0")
+    workers = [await Worker(scheduler.address, **arguments) for _ in range(n_workers)]
+    client = await Client(scheduler.address, asynchronous=True)
+    await client.register_plugin(SharedMemoryPlugin(**OPTIONS))
+    yield client, workers, scheduler
+    for one in (client, *workers, scheduler):
+        await one.close()
+
+
+async def share(client: Client, workers: list[Worker]) -> tuple[list[Future], set[str], str]:
+    """Let each worker hold the same shared values and a private one; return their futures and their keys."""
+    scattered = await client.scatter(array(fresh()), broadcast=True)
+    made = client.submit(array, fresh(), workers=[workers[0].address], pure=False)
+    small = await client.scatter(np.arange(3), broadcast=True)
+    await client.replicate([made])
+    for worker in workers:  # who has made it adopts it when others have asked for it
+        while len(workers) > 1 and not is_shared(worker.data[made.key]):
+            await asyncio.sleep(0.01)
+    return [scattered, made, small], {scattered.key, made.key}, small.key
+
+
+def the_arena() -> Arena:
+    """Return the one arena of this process."""
+    (arena,) = membership.all_arenas()
+    return arena
+
+
+def tidying() -> list[threading.Thread]:
+    """Return the threads that tidy up behind an arena."""
+    return [thread for thread in threading.enumerate() if thread.name == "dask-shm-tidy"]
+
+
+@pytest.fixture
+def all_is_back() -> Iterator[list[Any]]:
+    """Whatever the test keeps: this process is in no arena afterwards, and has neither descriptors nor threads of any."""
+    before: set[tuple[str, str]] = own_descriptors()
+    kept: list[Any] = []
+    yield kept
+    wait_until(lambda: (gc.collect(), not membership.all_arenas())[1], lambda: f"{membership.all_arenas()} are left")
+    wait_until(lambda: not tidying(), lambda: f"the tidying ends: {list(membership._lingering)}")
+    wait_until(lambda: own_descriptors() <= before, "descriptors are given back")
+    kept.clear()
+
+
+ORDERS = list(itertools.permutations(["client", "a", "b", "scheduler"]))
+
+
+@pytest.mark.parametrize(
+    "order",
+    [pytest.param(o, id=" ".join(o), marks=[] if n % 7 == 0 else pytest.mark.slow) for n, o in enumerate(ORDERS)],
+)
+def test_whoever_closes_first_nothing_is_left_of_the_arena(all_is_back: list[Any], order: list[str]) -> None:
+    """Scheduler, workers and client are all kept: nothing of theirs keeps the arena, its blocks, or its thread."""
+
+    async def run() -> weakref.ref[Arena]:
+        async with in_process() as (client, workers, scheduler):
+            await share(client, workers)
+            parts = {"client": client, "a": workers[0], "b": workers[1], "scheduler": scheduler}
+            all_is_back.extend(parts.values())
+            for name in order:
+                await parts[name].close()
+            return weakref.ref(the_arena()) if membership.all_arenas() else lambda: None
+
+    arena = asyncio.run(run())
+    wait_until(lambda: (gc.collect(), arena() is None)[1], "the arena is collected")
+
+
+@pytest.mark.parametrize("memory_limit", ["1 GiB", 0], ids=["spills", "never spills"])
+def test_a_closed_worker_lets_its_shared_values_go_and_keeps_its_private_ones(
+    all_is_back: list[Any], memory_limit: str | int
+) -> None:
+    """The blocks are free while the cluster goes on without it, though somebody keeps the worker."""
+
+    async def run() -> None:
+        async with in_process(memory_limit=memory_limit) as (client, (a, b), _):
+            all_is_back.extend([a, b])
+            kept, shared, private = await share(client, [a, b])
+            for worker in (a, b):
+                assert sum(is_shared(value) for value in worker.data.values()) == len(shared)
+            await b.close()
+            assert set(b.data) == {private}
+            np.testing.assert_array_equal(b.data[private], np.arange(3))
+            assert the_arena().holdings
+            await a.close()
+            assert set(a.data) == {private}
+            while len(the_arena().holdings):
+                await asyncio.sleep(0.01)
+            del kept
+
+    asyncio.run(run())
+
+
+def test_a_mapping_of_the_user_stays_as_it_is(all_is_back: list[Any]) -> None:
+    """Who has given a worker a dict goes on using it, and the values in it: only the worker lets go."""
+
+    async def run() -> tuple[dict[Any, Any], dict[Any, Any]]:
+        own: dict[Any, Any] = {}
+        async with in_process(1, data=own) as (client, (worker,), _):
+            all_is_back.append(worker)
+            value = await client.scatter(array(7))
+            await worker.close()
+            assert not worker.data
+            return own, {value.key: array(7)}
+
+    own, expected = asyncio.run(run())
+    for key, value in expected.items():
+        np.testing.assert_array_equal(own[key], value)
+        assert is_shared(own[key])
+
+
+def test_what_lives_on_when_sharing_is_switched_off_is_kept(all_is_back: list[Any]) -> None:
+    """Only a worker that closes lets go: `unregister` takes nothing away."""
+
+    async def run() -> None:
+        async with in_process() as (client, workers, _):
+            kept = await share(client, workers)
+            held = {worker.address: set(worker.data) for worker in workers}
+            await unregister(client)
+            assert {worker.address: worker.data.keys() for worker in workers} == held
+            del kept
+
+    asyncio.run(run())
+
+
+def test_a_loop_that_ends_with_everything_open_leaves_the_arena(all_is_back: list[Any]) -> None:
+    """Clients and workers that nobody has closed are collected like any object, and their roles end."""
+
+    async def run() -> None:
+        parts = in_process()
+        client, workers, _ = await parts.__aenter__()
+        await share(client, workers)
+        _OPEN.append(parts)
+
+    asyncio.run(run())
+    assert membership.all_arenas()
+    _OPEN.clear()
+
+
+_OPEN: list[Any] = []
+
+
+def test_a_nanny_that_is_closed_and_kept_keeps_no_arena(all_is_back: list[Any]) -> None:
+    """Neither does the plugin that it has had."""
+
+    async def run() -> weakref.ref[Arena]:
+        async with (
+            Scheduler(port=0, dashboard_address=":0") as scheduler,
+            Nanny(scheduler.address, nthreads=1) as nanny,
+            Client(scheduler.address, asynchronous=True) as client,
+        ):
+            await client.register_plugin(SharedMemoryPlugin(**OPTIONS))
+            all_is_back.extend([nanny, *nanny.plugins.values(), client])
+            return weakref.ref(the_arena())
+
+    arena = asyncio.run(run())
+    wait_until(lambda: (gc.collect(), arena() is None)[1], "the arena is collected")

@@ -1,0 +1,296 @@
+"""How scripts end: whatever they close, in whatever order, or do not close, they end as they would without the plugin."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+from distributed import Client
+from observing import names, totals, wait_until
+from processes import cluster, environment
+
+from dask_shm_plugin import rendezvous
+
+HEAD = """
+import asyncio, atexit, contextlib, gc, os, signal, sys, threading, time
+FIRST
+import numpy as np
+from distributed import Client, LocalCluster, Nanny, Scheduler, Worker, wait
+SHARES = "SHARES" in os.environ
+if SHARES:
+    from dask_shm_plugin import SharedMemoryPlugin, unregister
+    plugin = SharedMemoryPlugin(threshold="64 KiB", capacity="64 MiB")
+
+def big(n):
+    return np.full(1 << 16, float(n))
+
+def slow(n):
+    time.sleep(2)
+    return big(n)
+
+def interrupt():
+    os.killpg(0, signal.SIGINT)  # as a terminal does
+    time.sleep(30)
+"""
+
+PLAIN = """
+def in_background(function, *args):
+    def whatever_comes():
+        with contextlib.suppress(BaseException):  # the script has gone away, and what that means depends on the moment
+            function(*args)
+    threading.Thread(target=whatever_comes, daemon=True).start()
+    time.sleep(0.1)
+
+if __name__ == "__main__":
+    SETUP
+    if SHARES:
+        client.register_plugin(plugin)
+    made, scattered = client.submit(big, 1), client.scatter(big(2), broadcast=True)
+    views = [scattered.result(), made.result(), client.submit(np.add, made, scattered).result()]
+    assert sum(float(view[0]) for view in views) == 6
+    print("worked", flush=True)
+    ENDING
+"""
+
+ASYNCHRONOUS = """
+views = []
+
+async def main():
+    SETUP
+    if SHARES:
+        await client.register_plugin(plugin)
+    made, scattered = client.submit(big, 1), await client.scatter(big(2), broadcast=True)
+    views.extend([await scattered, await made, await client.submit(np.add, made, scattered)])
+    assert sum(float(view[0]) for view in views) == 6
+    print("worked", flush=True)
+    ENDING
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+CLUSTERS = {
+    "threads": "client = Client(processes=False, n_workers=2, threads_per_worker=1, dashboard_address=':0'); "
+    "cluster = client.cluster",
+    "threads over TCP": "cluster = LocalCluster(processes=False, protocol='tcp://', n_workers=2, threads_per_worker=1, "
+    "dashboard_address=':0'); client = Client(cluster)",
+    "processes": "cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=':0'); "
+    "client = Client(cluster)",
+    "own processes": "client = Client(n_workers=2, threads_per_worker=1, dashboard_address=':0'); "
+    "cluster = client.cluster",
+    "commands": "client = Client(os.environ['ADDRESS'])",
+}
+
+ENDINGS = {
+    "closes nothing": "pass",
+    "closes the client": "client.close()",
+    "closes all": "client.close(); cluster.close()",
+    "closes the cluster first": "cluster.close(); client.close()",
+    "closes the cluster only": "cluster.close()",
+    "closes twice": "client.close(); client.close(); cluster.close(); cluster.close()",
+    "shuts down": "client.shutdown()",
+    "closes in atexit": "atexit.register(client.close)",
+    "drops the client": "del client, made, scattered; gc.collect()",
+    "drops the values": "del views; client.close()",
+    "sys.exit": "sys.exit(3)",
+    "an exception": "raise ValueError('on purpose')",
+    "Ctrl-C": "interrupt()",
+    "os._exit": "os._exit(4)",
+    "unregisters": "if SHARES: unregister(client)",
+    "unregisters and closes": "SHARES and unregister(client); client.close(); cluster.close()",
+    "while it waits for a task": "in_background(client.submit(slow, 3).result)",
+    "while it gathers": "many = client.map(big, range(9, 60)); wait(many); in_background(client.gather, many)",
+    "while it scatters": "in_background(lambda: client.scatter([big(n) for n in range(60)], hash=False))",
+}
+
+SERVERS = {
+    "asynchronous": "cluster = await LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=':0', "
+    "asynchronous=True); client = await Client(cluster, asynchronous=True); servers = [cluster]",
+    "asynchronous threads": "client = await Client(n_workers=2, threads_per_worker=1, dashboard_address=':0', "
+    "processes=False, asynchronous=True); servers = [client.cluster]",
+    "workers": "scheduler = await Scheduler(port=0, dashboard_address=':0'); "
+    "servers = [await Worker(scheduler.address), await Worker(scheduler.address), scheduler]; "
+    "client = await Client(scheduler.address, asynchronous=True)",
+    "a nanny": "scheduler = await Scheduler(port=0, dashboard_address=':0'); "
+    "servers = [await Nanny(scheduler.address, nthreads=1), scheduler]; "
+    "client = await Client(scheduler.address, asynchronous=True)",
+}
+
+ASYNCHRONOUS_ENDINGS = {
+    "closes nothing": "pass",
+    "closes the client": "await client.close()",
+    "closes all": "await client.close(); [await server.close() for server in servers]",
+    "closes the client last": "[await server.close() for server in servers]; await client.close()",
+    "closes the scheduler first": "[await server.close() for server in servers[::-1]]; await client.close()",
+    "closes twice": "await client.close(); await client.close(); [await s.close() for s in servers + servers]",
+    "sys.exit": "sys.exit(3)",
+    "an exception": "raise ValueError('on purpose')",
+    "Ctrl-C": "interrupt()",
+    "os._exit": "os._exit(4)",
+    "unregisters": "await unregister(client) if SHARES else None",
+    "while it gathers": "task = asyncio.create_task(client.gather(client.submit(slow, 3))); await asyncio.sleep(0.1)",
+    "while it scatters": "task = asyncio.create_task(client.scatter([big(n) for n in range(60)], hash=False)); "
+    "await asyncio.sleep(0.01)",
+    "while it closes": "task = asyncio.create_task(client.close()); await asyncio.sleep(0)",
+}
+
+QUICK = {
+    ("threads", "closes nothing"),
+    ("threads", "an exception"),
+    ("threads", "while it waits for a task"),
+    ("threads over TCP", "closes nothing"),
+    ("threads over TCP", "closes the cluster first"),
+    ("threads over TCP", "drops the client"),
+    ("threads over TCP", "while it scatters"),
+    ("processes", "closes nothing"),
+    ("processes", "Ctrl-C"),
+    ("asynchronous threads", "closes nothing"),
+    ("workers", "closes nothing"),
+    ("workers", "closes the client last"),
+    ("workers", "os._exit"),
+}
+
+
+class End(NamedTuple):
+    """How a script has ended."""
+
+    status: int
+    printed: str
+    said: set[str]
+
+
+def run(source: str, *, shares: bool, address: str = "") -> End:
+    """Run a script to its end, in a session of its own, and wait until nothing of that is left."""
+    env = environment({"DASK_LOGGING__DISTRIBUTED": "warning", "PYTHONWARNINGS": "default::ResourceWarning"})
+    with tempfile.TemporaryDirectory() as directory:
+        script = Path(directory, "script.py")
+        script.write_text(source)
+        script = subprocess.Popen(
+            [sys.executable, str(script)],
+            env=env | {"ADDRESS": address} | ({"SHARES": "1"} if shares else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            cwd=directory,
+        )
+        try:
+            printed, said = script.communicate(timeout=90)
+            wait_until(lambda: not session(script.pid), lambda: f"{session(script.pid)} end", seconds=60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(script.pid, signal.SIGKILL)
+    print(f"--- {'with' if shares else 'without'} the plugin:\n{printed}{said}")
+    return End(script.returncode, printed, messages(said))
+
+
+def session(leader: int) -> list[psutil.Process]:
+    """Return the processes of a session."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(OSError, psutil.Error):
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def messages(said: str) -> set[str]:
+    """Return what was said without what differs from run to run: times, addresses, keys, the lines of tracebacks."""
+    lines = [re.sub(r"^[-\d]+ [:\d]+,\d+ - ", "", line) for line in said.splitlines()]
+    lines = [line for line in lines if line and not line.startswith((" ", "Traceback", "During", "The above"))]
+    # Said of whichever worker goes before the client has.
+    lines = [line for line in lines if " caused the cluster to lose " not in line]
+    return {re.sub(r"\b\w*\d[\w./:-]*|(?<=\w)-[\w-]{16,}|\(.*\)", "…", line) for line in lines}
+
+
+def assert_ends_as_without(source: str, address: str = "", *, is_race: bool = False) -> None:
+    """Fail if a script ends in another way with the plugin, says more, or leaves anything.
+
+    What Dask says of a transfer that is cut off depends on the moment: only who says something is compared then.
+    """
+    before = names()
+    end = run(source, shares=True, address=address)
+    assert end.printed == "worked\n"
+    if end.status == 4:  # nobody could clean up: who comes next does
+        rendezvous.purge()
+    wait_until(lambda: names() <= before, lambda: f"no names are left: {names() - before}")
+    assert not [line for line in end.said if "shm" in line]
+    said, expected = of_interest(end, is_race), set[str]()
+    for _ in range(5):  # what is said first, or at all, depends on who is quicker, without the plugin too
+        if said - expected:
+            stock = run(source, shares=False, address=address)
+            assert stock[:2] == end[:2]
+            expected |= of_interest(stock, is_race)
+    assert said <= expected
+
+
+def of_interest(end: End, is_race: bool) -> set[str]:
+    """Return what is compared of what a script said."""
+    return {line.partition(" - ")[0] for line in end.said if " - " in line} if is_race else end.said
+
+
+def cells(clusters: dict[str, str], endings: dict[str, str]) -> list[object]:
+    """Return all pairs; those that are not quick are slow."""
+    return [
+        pytest.param(one, other, id=f"{one}: {other}", marks=[] if (one, other) in QUICK else [pytest.mark.slow])
+        for one in clusters
+        for other in endings
+    ]
+
+
+def script(body: str, setup: str, ending: str, first: str = "") -> str:
+    """Return a script."""
+    return (HEAD + body).replace("SETUP", setup).replace("ENDING", ending).replace("FIRST", first)
+
+
+@pytest.mark.parametrize(("kind", "ending"), cells({k: v for k, v in CLUSTERS.items() if k != "commands"}, ENDINGS))
+def test_a_script_ends_as_without_the_plugin(kind: str, ending: str) -> None:
+    """Its status and all that it says are the same, and no process, thread or name is left of it."""
+    assert_ends_as_without(script(PLAIN, CLUSTERS[kind], ENDINGS[ending]), is_race=ending.startswith("while"))
+
+
+@pytest.mark.parametrize(("kind", "ending"), cells(SERVERS, ASYNCHRONOUS_ENDINGS))
+def test_an_asynchronous_script_ends_as_without_the_plugin(kind: str, ending: str) -> None:
+    """The same for what lives on an event loop of the script's own."""
+    source = script(ASYNCHRONOUS, SERVERS[kind], ASYNCHRONOUS_ENDINGS[ending])
+    assert_ends_as_without(source, is_race=ending.startswith("while"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "first", ["import dask_shm_plugin.membership", "import distributed, dask_shm_plugin.membership"]
+)
+@pytest.mark.parametrize("kind", ["threads", "threads over TCP", "processes"])
+def test_whoever_is_called_first_when_the_interpreter_ends(kind: str, first: str) -> None:
+    """Imported before Dask, the package leaves after it; imported later, before: a script cannot tell."""
+    assert_ends_as_without(script(PLAIN, CLUSTERS[kind], "pass", f"if 'SHARES' in os.environ: {first}"))
+
+
+@pytest.fixture(scope="module")
+def commands(nothing_leaks: None) -> Iterator[Client]:
+    """A client of two workers that were started by a command, for the whole module."""
+    with cluster("--no-nanny", count=1, options={"threshold": "64 KiB", "capacity": "64 MiB"}) as client:
+        yield client
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [ending for ending in ENDINGS if "cluster" not in ENDINGS[ending]])
+def test_a_script_of_a_cluster_of_commands_ends_as_without_the_plugin(commands: Client, ending: str) -> None:
+    """The cluster goes on, and nothing that the script held is left in its arena."""
+    if ending in ("shuts down", "unregisters"):
+        pytest.skip("the cluster is needed")
+    members = totals(commands).members
+    source, address = script(PLAIN, CLUSTERS["commands"], ENDINGS[ending]), commands.scheduler.address
+    assert_ends_as_without(source, address, is_race=ending.startswith("while"))
+    wait_until(lambda: totals(commands).members == members, "it has left")
+    wait_until(lambda: totals(commands).used == 0, lambda: f"the arena empties: {totals(commands)}")
