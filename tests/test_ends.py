@@ -21,6 +21,8 @@ from processes import cluster, environment
 
 from dask_shm_plugin import rendezvous
 
+pytestmark = pytest.mark.timeout(300)  # stock Dask takes half a minute to end some of them
+
 HEAD = """
 import asyncio, atexit, contextlib, gc, os, signal, sys, threading, time
 FIRST
