@@ -1,0 +1,192 @@
+"""Run tests of `distributed` itself, stock and with the plugin in every cluster, and compare.
+
+    python tests/stress --distributed FOLDER [--choice quick|all] [-k EXPRESSION] [FILE ...]
+
+FOLDER holds ``distributed/tests``: a checkout of `distributed` at the version that is installed, or near it. What is released
+on PyPI has no tests. They run against the installed `distributed`, in a copy; a test that fails stock says nothing,
+so those of another version are of use, too. The threshold is one byte: all that can be shared is.
+
+What passes stock and fails with the plugin is run again, up to twice, both ways. It counts if it never passes with the
+plugin and always without. Those that may differ, each with its reason, stand in `known.py`. A test that is skipped
+with the plugin, or of which the process dies, has failed.
+
+Ends with status 1 when a test differs that may not, with 2 when nothing was compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from choices import ALL, QUICK
+from comparing import Comparison, Outcomes, compare
+from known import MAY_DIFFER
+from overlay import lay_out
+from running import Run, Runner
+
+
+def main() -> int:
+    """Read the arguments, run, print; return the exit status."""
+    asked = _arguments()
+    logs = asked.logs or Path(tempfile.mkdtemp(prefix="stress-logs-"))
+    logs.mkdir(parents=True, exist_ok=True)
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="stress-overlay-") as folder:
+        files = lay_out(asked.distributed, Path(folder))
+        arguments = [*(["-k", asked.k] if asked.k else []), *(["--runslow"] if asked.slow else [])]
+        session = _Session(Runner(Path(folder), logs, arguments, asked.timeout))
+        for batch, tests in _batches(asked, files):
+            session.compare(batch, tests)
+            if asked.report:
+                asked.report.write_text(json.dumps(session.details(), indent=1))
+    status = session.report(time.monotonic() - begun)
+    print(f"the output of pytest is in {logs}; status {status}", flush=True)
+    return status
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--distributed", type=Path, required=True, help="folder with distributed/tests")
+    parser.add_argument("--choice", choices=("quick", "all"), default="all", help="which tests (default: all)")
+    parser.add_argument("-k", help="pytest's expression for names of tests")
+    parser.add_argument("--slow", action="store_true", help="those marked as slow, too")
+    parser.add_argument("--timeout", type=int, default=120, help="seconds for one test (default: 120)")
+    parser.add_argument("--logs", type=Path, help="folder for the output of pytest (default: a new temporary one)")
+    parser.add_argument("--report", type=Path, help="file for all outcomes, as JSON")
+    parser.add_argument("files", nargs="*", help="files of tests, with * and ?, in the place of a choice")
+    return parser.parse_args()
+
+
+def _batches(asked: argparse.Namespace, files: list[str]) -> Iterable[tuple[list[str], list[str] | None]]:
+    """Return what runs together: files, and which of their tests."""
+    if asked.choice == "quick" and not asked.files:
+        names = [(file, name) for file in files for name in QUICK.get(file, "").split()]
+        return [([file for file in files if file in QUICK], [f"{file}::{name}" for file, name in names])]
+    patterns = asked.files or ALL
+    chosen = [file for file in files if any(fnmatch.fnmatchcase(file, pattern) for pattern in patterns)]
+    return [([file], None) for file in chosen]
+
+
+class _Session:
+    """What has been compared so far."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._comparisons: list[Comparison] = []
+        self._counts: Counter[str] = Counter()
+        self._runs: list[Run] = []
+        self._uncollected: dict[str, str] = {}
+        self._again: list[tuple[Outcomes, Outcomes]] = []
+
+    def compare(self, files: list[str], tests: list[str] | None) -> None:
+        """Run some files both ways, and say what came of it."""
+        stock = self._run(files, shared=False, only=tests)
+        self._uncollected |= stock.uncollected
+        shared = self._run(files, shared=True, only=tests)
+
+        def again(suspects: list[str]) -> tuple[Outcomes, Outcomes]:
+            places = sorted({test.partition("::")[0] for test in suspects})
+            both = (
+                self._run(places, shared=False, only=suspects).outcomes,
+                self._run(places, shared=True, only=suspects).outcomes,
+            )
+            self._again.append(both)
+            return both
+
+        result = compare(stock.outcomes, shared.outcomes, MAY_DIFFER, again)
+        self._comparisons.append(result)
+        name = files[0] if len(files) == 1 else f"{len(files)} files"
+        print(f"{name}: stock {_summary(stock)}; with the plugin {_summary(shared)}", flush=True)
+        for test in result.differing:
+            outcome = shared.outcomes.get(test)
+            print(f"  DIFFERS {test}: {_last_line(outcome.message) if outcome else 'not run'}", flush=True)
+        for test in result.unsteady:
+            print(f"  unsteady with the plugin: {test}", flush=True)
+        for test in result.unsteady_stock:
+            print(f"  unsteady stock: {test}", flush=True)
+
+    def _run(self, files: list[str], *, shared: bool, only: list[str] | None) -> Run:
+        run = self._runner.run(files, shared=shared, only=only)
+        self._runs.append(run)
+        for counts in run.counts:
+            for event in ("published", "attached", "found", "adopted"):
+                self._counts[event] += counts[event]["count"]
+            self._counts["sent"] += sum(pair["count"] for pair in counts["sent"].values())
+        return run
+
+    def report(self, seconds: float) -> int:
+        """Print the sums, and return the exit status."""
+        differing = [test for one in self._comparisons for test in one.differing]
+        expected = {test: reason for one in self._comparisons for test, reason in one.expected.items()}
+        unsteady = [test for one in self._comparisons for test in one.unsteady]
+        unsteady_stock = [test for one in self._comparisons for test in one.unsteady_stock]
+        only_shared = [test for one in self._comparisons for test in one.only_shared]
+        passed = sum(len(one.passed()) for one in self._comparisons)
+        good_stock = sum(outcome.is_good for one in self._comparisons for outcome in one.stock.values())
+        ran = sum(len(one.stock) for one in self._comparisons)
+        print(f"\ndistributed {version('distributed')}, {seconds:.0f} s")
+        print(f"tests: {ran} run both ways, {good_stock} pass stock, {passed} of these with the plugin, too")
+        print(
+            f"values: {self._counts['published']} published, {self._counts['attached']} mapped "
+            f"({self._counts['found']} found without asking), {self._counts['adopted']} adopted, "
+            f"{self._counts['sent']} sent as bytes; by processes that lived to tell"
+        )
+        for test, reason in expected.items():
+            print(f"may differ: {test}: {reason}")
+        for title, tests in (
+            ("unsteady with the plugin", unsteady),
+            ("unsteady stock", unsteady_stock),
+            ("fails only stock", only_shared),
+            ("cannot be imported stock", list(self._uncollected)),
+        ):
+            if tests:
+                print(f"{title} ({len(tests)}): {', '.join(tests)}")
+        print(f"differing tests: {len(differing)} that may not, {len(expected)} that may")
+        for test in differing:
+            print(f"DIFFERS {test}")
+        print(f"{passed} passed, {len(differing)} failed")
+        if not good_stock or not self._counts["published"]:
+            print("nothing was compared: no test passes stock, or nothing was published")
+            return 2
+        return 1 if differing else 0
+
+    def details(self) -> dict[str, Any]:
+        """Return all that was found, as plain data."""
+        return {
+            "comparisons": [
+                {
+                    **one._asdict(),
+                    "stock": {test: list(outcome) for test, outcome in one.stock.items()},
+                    "shared": {test: list(outcome) for test, outcome in one.shared.items()},
+                }
+                for one in self._comparisons
+            ],
+            "again": [
+                [{test: list(outcome) for test, outcome in outcomes.items()} for outcomes in pair]
+                for pair in self._again
+            ],
+            "counts": dict(self._counts),
+        }
+
+
+def _summary(run: Run) -> str:
+    counted = Counter(outcome.outcome for outcome in run.outcomes.values())
+    return f"{', '.join(f'{n} {name}' for name, n in counted.most_common()) or 'no tests'} in {run.seconds:.0f} s"
+
+
+def _last_line(message: str) -> str:
+    lines = [line for line in message.partition("\n--- captured")[0].splitlines() if line.startswith("E ")]
+    return (lines[-1] if lines else message.strip().rpartition("\n")[2])[:200]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
