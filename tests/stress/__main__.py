@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,13 @@ def main() -> int:
     logs.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="stress-overlay-") as folder:
-        files = lay_out(asked.distributed, Path(folder))
+        try:
+            files = lay_out(asked.distributed, Path(folder))
+        except FileNotFoundError as error:
+            print(f"nothing was compared: {error}", flush=True)
+            return 2
         arguments = [*(["-k", asked.k] if asked.k else []), *(["--runslow"] if asked.slow else [])]
-        session = _Session(Runner(Path(folder), logs, arguments, asked.timeout))
+        session = _Session(Runner(Path(folder), logs, arguments, asked.timeout), is_at_once=asked.at_once)
         for batch, tests in _batches(asked, files):
             session.compare(batch, tests)
             if asked.report:
@@ -59,6 +64,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--choice", choices=("quick", "all"), default="all", help="which tests (default: all)")
     parser.add_argument("-k", help="pytest's expression for names of tests")
     parser.add_argument("--slow", action="store_true", help="those marked as slow, too")
+    parser.add_argument("--at-once", action="store_true", help="stock and with the plugin at the same time")
     parser.add_argument("--timeout", type=int, default=120, help="seconds for one test (default: 120)")
     parser.add_argument("--logs", type=Path, help="folder for the output of pytest (default: a new temporary one)")
     parser.add_argument("--report", type=Path, help="file for all outcomes, as JSON")
@@ -70,7 +76,7 @@ def _batches(asked: argparse.Namespace, files: list[str]) -> Iterable[tuple[list
     """Return what runs together: files, and which of their tests."""
     if asked.choice == "quick" and not asked.files:
         names = [(file, name) for file in files for name in QUICK.get(file, "").split()]
-        return [([file for file in files if file in QUICK], [f"{file}::{name}" for file, name in names])]
+        return [([file for file in files if file in QUICK], [f"{file}::test_{name}" for file, name in names])]
     patterns = asked.files or ALL
     chosen = [file for file in files if any(fnmatch.fnmatchcase(file, pattern) for pattern in patterns)]
     return [([file], None) for file in chosen]
@@ -79,28 +85,23 @@ def _batches(asked: argparse.Namespace, files: list[str]) -> Iterable[tuple[list
 class _Session:
     """What has been compared so far."""
 
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+    def __init__(self, runner: Runner, *, is_at_once: bool) -> None:
+        self._runner, self._threads = runner, ThreadPoolExecutor(2 if is_at_once else 1)
         self._comparisons: list[Comparison] = []
         self._counts: Counter[str] = Counter()
-        self._runs: list[Run] = []
         self._uncollected: dict[str, str] = {}
         self._again: list[tuple[Outcomes, Outcomes]] = []
 
     def compare(self, files: list[str], tests: list[str] | None) -> None:
         """Run some files both ways, and say what came of it."""
-        stock = self._run(files, shared=False, only=tests)
+        stock, shared = self._both(files, tests)
         self._uncollected |= stock.uncollected
-        shared = self._run(files, shared=True, only=tests)
 
         def again(suspects: list[str]) -> tuple[Outcomes, Outcomes]:
             places = sorted({test.partition("::")[0] for test in suspects})
-            both = (
-                self._run(places, shared=False, only=suspects).outcomes,
-                self._run(places, shared=True, only=suspects).outcomes,
-            )
-            self._again.append(both)
-            return both
+            stock_again, shared_again = self._both(places, suspects)
+            self._again.append((stock_again.outcomes, shared_again.outcomes))
+            return self._again[-1]
 
         result = compare(stock.outcomes, shared.outcomes, MAY_DIFFER, again)
         self._comparisons.append(result)
@@ -114,14 +115,13 @@ class _Session:
         for test in result.unsteady_stock:
             print(f"  unsteady stock: {test}", flush=True)
 
-    def _run(self, files: list[str], *, shared: bool, only: list[str] | None) -> Run:
-        run = self._runner.run(files, shared=shared, only=only)
-        self._runs.append(run)
-        for counts in run.counts:
+    def _both(self, files: list[str], only: list[str] | None) -> tuple[Run, Run]:
+        stock, shared = self._threads.map(lambda way: self._runner.run(files, shared=way, only=only), (False, True))
+        for counts in shared.counts:
             for event in ("published", "attached", "found", "adopted"):
                 self._counts[event] += counts[event]["count"]
             self._counts["sent"] += sum(pair["count"] for pair in counts["sent"].values())
-        return run
+        return stock, shared
 
     def report(self, seconds: float) -> int:
         """Print the sums, and return the exit status."""
@@ -154,10 +154,12 @@ class _Session:
         for test in differing:
             print(f"DIFFERS {test}")
         print(f"{passed} passed, {len(differing)} failed")
-        if not good_stock or not self._counts["published"]:
-            print("nothing was compared: no test passes stock, or nothing was published")
+        if differing:
+            return 1
+        if not good_stock or not self._counts["attached"]:
+            print(f"nothing was compared: {'no value was mapped' if good_stock else 'no test passes stock'}")
             return 2
-        return 1 if differing else 0
+        return 0
 
     def details(self) -> dict[str, Any]:
         """Return all that was found, as plain data."""

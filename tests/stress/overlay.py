@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 RUNNERS = "dask_shm_stress"
 """The package as which this folder's modules are imported next to the tests."""
 
-CONFTEST = '''\
+CONFTEST = """\
 import pytest
 from distributed.utils_test import *
 
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords and not config.getoption("--runslow"):
             item.add_marker(pytest.mark.skip(reason="need --runslow option to run"))
-'''
+"""
 """What `conftest.py` of `distributed` does, for sources that come without it."""
 
 

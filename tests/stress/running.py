@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -66,7 +67,7 @@ class Runner:
 
     def __init__(self, folder: Path, logs: Path, arguments: Iterable[str], timeout: int) -> None:
         self._folder, self._logs, self._arguments, self._timeout = folder, logs, list(arguments), timeout
-        self._number = 0
+        self._numbers = itertools.count(1)
 
     def run(self, files: Iterable[str], *, shared: bool, only: Iterable[str] | None = None) -> Run:
         """Run the tests of some files, all or only those named; go on behind a test of which the process has died."""
@@ -94,8 +95,8 @@ class Runner:
 
     def _process(self, files: list[str], only: set[str] | None, scratch: Path, *, shared: bool) -> list[dict[str, Any]]:
         """Run one process of pytest, and return what it has said."""
-        self._number += 1
-        events = scratch / f"events-{self._number}"
+        number = next(self._numbers)
+        events = scratch / f"events-{number}"
         events.touch()
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DASK_")}
         environment |= {EVENTS: str(events), "PYTHONPATH": os.pathsep.join([str(self._folder), *_package()])}
@@ -108,7 +109,7 @@ class Runner:
         options += ["--continue-on-collection-errors", "--durations=20"]
         timeouts = ["-o", "timeout_method=signal", "--timeout", str(self._timeout)]
         command = [sys.executable, "-m", "pytest", "--rootdir", ".", *options, *timeouts, *self._arguments, *files]
-        log = self._logs / f"{self._number:03}-{'plugin' if shared else 'stock'}.log"
+        log = self._logs / f"{number:03}-{'plugin' if shared else 'stock'}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, cwd=self._folder, env=environment, stdout=output, stderr=output, start_new_session=True

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from dask_shm_plugin import codec, preload
 from dask_shm_stress.watching import save_counts
 from distributed import Worker
+
+from dask_shm_plugin import codec, preload
 
 INLINE = ("_INLINE_FRAME", "_INLINE_TOTAL")
 """The bounds of `codec` up to which frames travel inside of a handle, in bytes."""

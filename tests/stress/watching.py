@@ -40,9 +40,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave only the tests that are asked for, and say which these are."""
     only = os.environ.get(ONLY)
     if only:
-        wanted = set(json.loads(Path(only).read_text()))
-        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in wanted])
-        items[:] = [item for item in items if item.nodeid in wanted]
+        wanted = set(json.loads(Path(only).read_text()))  # the name of a test alone stands for all its parameters
+        chosen = [item for item in items if {item.nodeid, item.nodeid.partition("[")[0]} & wanted]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
     write(event="collected", tests=[item.nodeid for item in items])
 
 
@@ -72,7 +73,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         if outcome not in ("passed", "xpassed"):
             message = (report.longreprtext or "")[-20_000:]
         captured = report.capstderr[-20_000:] + report.caplog[-20_000:] if outcome == "failed" else ""
-        write(event="outcome", test=report.nodeid, when=report.when, outcome=outcome, message=message, captured=captured)
+        write(
+            event="outcome", test=report.nodeid, when=report.when, outcome=outcome, message=message, captured=captured
+        )
     if report.when == "teardown":
         write(event="end", test=report.nodeid)
     elif report.when == "call":
