@@ -72,7 +72,7 @@ QUICK: dict[str, str] = {
         failing_worker_with_additional_replicas_on_cluster forget_data_not_supposed_to_have
         worker_who_has_clears_after_failed_connection submit_after_failed_worker_async
     """,
-    "distributed/tests/test_nanny.py": "nanny_restart nanny_worker_class",
+    "distributed/tests/test_nanny.py": "nanny_restart",
     "distributed/tests/test_worker_memory.py": """
         fail_to_pickle_execute_1 fail_to_pickle_execute_2 fail_to_pickle_spill spill_target_threshold
         spill_constrained spill_spill_threshold override_data_worker delete_spilled_keys
@@ -83,9 +83,9 @@ QUICK: dict[str, str] = {
         flight_to_executing_via_cancelled_resumed in_flight_lost_after_resumed cancelled_error
     """,
     "distributed/tests/test_as_completed.py": "as_completed_async as_completed_with_results_async",
-    "distributed/tests/test_dask_collections.py": "dataframes dask_array_collections sparse_arrays",
+    "distributed/tests/test_dask_collections.py": "dask_array_collections sparse_arrays",
     "distributed/protocol/tests/test_serialize.py": """
-        scatter context_specific_serialization context_specific_serialization_class large_pickled_object
+        scatter context_specific_serialization context_specific_serialization_class
     """,
     "distributed/shuffle/tests/test_shuffle.py": """
         shuffle_stable_ordering handle_categorical_data shuffle_with_array_conversion
