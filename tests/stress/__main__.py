@@ -131,6 +131,7 @@ class _Session:
         unsteady = [test for one in self._comparisons for test in one.unsteady]
         unsteady_stock = [test for one in self._comparisons for test in one.unsteady_stock]
         only_shared = [test for one in self._comparisons for test in one.only_shared]
+        noisier = [test for one in self._comparisons for test in one.noisier()]
         passed = sum(len(one.passed()) for one in self._comparisons)
         good_stock = sum(outcome.is_good for one in self._comparisons for outcome in one.stock.values())
         ran = sum(len(one.stock) for one in self._comparisons)
@@ -150,6 +151,7 @@ class _Session:
             ("unsteady with the plugin", unsteady),
             ("unsteady stock", unsteady_stock),
             ("fails only stock", only_shared),
+            ("logs more errors with the plugin", noisier),
             ("cannot be imported stock", list(self._uncollected)),
         ):
             if tests:

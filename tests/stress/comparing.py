@@ -34,6 +34,10 @@ class Comparison(NamedTuple):
     only_shared: list[str]
     """Tests that pass with the plugin and not stock: told, not counted."""
 
+    def noisier(self) -> list[str]:
+        """Return the tests that pass both ways, but log more errors with the plugin: told, not counted."""
+        return [test for test in self.passed() if self.shared[test].noise > self.stock[test].noise]
+
     def passed(self) -> list[str]:
         """Return the tests that pass both ways."""
         return [test for test, outcome in self.stock.items() if outcome.is_good and _of(self.shared, test).is_good]

@@ -77,7 +77,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
             event="outcome", test=report.nodeid, when=report.when, outcome=outcome, message=message, captured=captured
         )
     if report.when == "teardown":
-        write(event="end", test=report.nodeid)
+        errors = sum(line.startswith(("ERROR", "CRITICAL")) for line in report.caplog.splitlines())
+        write(event="end", test=report.nodeid, noise=errors + report.capstderr.count("Traceback (most recent"))
     elif report.when == "call":
         write(event="time", test=report.nodeid, seconds=report.duration)
 
