@@ -36,7 +36,7 @@ class Comparison(NamedTuple):
 
     def noisier(self) -> list[str]:
         """Return the tests that pass both ways, but log more errors with the plugin: told, not counted."""
-        return [test for test in self.passed() if self.shared[test].noise > self.stock[test].noise]
+        return [test for test in self.passed() if len(self.shared[test].noise) > len(self.stock[test].noise)]
 
     def passed(self) -> list[str]:
         """Return the tests that pass both ways."""

@@ -31,6 +31,7 @@ def pytest_collection_modifyitems(config, items):
 
 ADJUSTED = {
     "from dask.optimization import SubgraphCallable\n": "SubgraphCallable = None\n",
+    "from distributed.shuffle import check_minimal_arrow_version\n": "check_minimal_arrow_version = bool\n",
     '@pytest.importorskip("pyarrow")\n': "",
 }
 """What keeps whole files of tests of older versions from being imported today, and is needed by few or none of them."""

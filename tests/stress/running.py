@@ -33,8 +33,8 @@ class Outcome(NamedTuple):
     """As pytest calls it, or "died": with the process, or it was ended as it took too long."""
     message: str = ""
     seconds: float = 0.0
-    noise: int = 0
-    """How many errors were logged and tracebacks printed."""
+    noise: tuple[str, ...] = ()
+    """The errors that were logged, and the tracebacks that were printed."""
 
     @property
     def is_good(self) -> bool:
@@ -166,7 +166,7 @@ def _read(
         elif kind == "end":
             running = None
             if test in outcomes:
-                outcomes[test] = outcomes[test]._replace(noise=event["noise"])
+                outcomes[test] = outcomes[test]._replace(noise=tuple(event["noise"]))
         elif kind == "finished":
             finished = event
     if running is not None and finished is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,23 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
         write(event="uncollected", file=report.nodeid, message=str(report.longrepr)[-2000:])
 
 
+def errors_in(log: str) -> list[str]:
+    """Return the first line of each error that was logged."""
+    return [line for line in log.splitlines() if line.startswith(("ERROR", "CRITICAL"))]
+
+
+def tracebacks_in(printed: str) -> list[str]:
+    """Return the last line, the exception, of each traceback that was printed, but not as a detail of what is logged."""
+    found: list[str] = []
+    before = ""
+    lines = iter(printed.splitlines())
+    for line in lines:
+        if "Traceback (most recent call last)" in line and not re.search(" - (INFO|WARNING|ERROR|CRITICAL) - ", before):
+            found.append(next((after for after in lines if after and not after[0].isspace()), "cut off"))
+        before = line
+    return found
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Any:
     """Say which test begins: if there is no end, the process has died of it."""
@@ -77,8 +95,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
             event="outcome", test=report.nodeid, when=report.when, outcome=outcome, message=message, captured=captured
         )
     if report.when == "teardown":
-        errors = sum(line.startswith(("ERROR", "CRITICAL")) for line in report.caplog.splitlines())
-        write(event="end", test=report.nodeid, noise=errors + report.capstderr.count("Traceback (most recent"))
+        write(event="end", test=report.nodeid, noise=[*errors_in(report.caplog), *tracebacks_in(report.capstderr)])
     elif report.when == "call":
         write(event="time", test=report.nodeid, seconds=report.duration)
 
