@@ -23,13 +23,13 @@ QUICK: dict[str, str] = {
         workers_register_indirect_data replicate replicate_tuple_keys replicate_workers
         replicate_tree_branching client_replicate balanced_with_submit_and_resident_data bad_tasks_fail
         lose_scattered_data partially_lose_scattered_data scatter_compute_lose scatter_compute_store_lose
-        scatter_type retire_workers_2 retire_many_workers scatter_dict_workers retire_workers
-        robust_unserializable robust_undeserializable robust_undeserializable_function serialize_collections
+        scatter_type retire_workers_2 scatter_dict_workers retire_workers robust_unserializable
+        robust_undeserializable robust_undeserializable_function serialize_collections
         serialize_collections_of_futures de_serialization de_serialization_none scatter_error_cancel
-        scatter_and_replicate_avoid_paused_workers direct_async multiple_scatter map_large_kwargs_in_graph
-        retry_dependencies get_mix_futures_and_SubgraphCallable_dask_dataframe
-        dont_hold_on_to_large_messages unpacks_remotedata_namedtuple gather_race_vs_AMM
-        release_persisted_collection badly_serialized_exceptions
+        direct_async multiple_scatter map_large_kwargs_in_graph retry_dependencies
+        get_mix_futures_and_SubgraphCallable_dask_dataframe dont_hold_on_to_large_messages
+        unpacks_remotedata_namedtuple gather_race_vs_AMM release_persisted_collection
+        badly_serialized_exceptions
     """,
     "distributed/tests/test_worker.py": """
         worker_task_data gather gather_missing_keys gather_missing_workers gather_missing_workers_replicated
@@ -41,15 +41,14 @@ QUICK: dict[str, str] = {
     """,
     "distributed/tests/test_scheduler.py": """
         respect_data_in_memory recompute_released_results feed_large_bytestring delete_data broadcast
-        dont_recompute_if_persisted result_type gather_failing_can_recover gather_no_workers
-        gather_bad_worker gather_on_worker gather_on_worker_bad_recipient gather_on_worker_bad_sender
-        gather_on_worker_bad_sender_replicated gather_on_worker_key_not_on_sender
-        gather_on_worker_duplicate_task rebalance rebalance_missing_data1 delete_worker_data
-        scatter_creates_ts missing_data_errant_worker
+        result_type gather_failing_can_recover gather_no_workers gather_bad_worker gather_on_worker
+        gather_on_worker_bad_recipient gather_on_worker_bad_sender gather_on_worker_bad_sender_replicated
+        gather_on_worker_key_not_on_sender gather_on_worker_duplicate_task rebalance rebalance_missing_data1
+        delete_worker_data scatter_creates_ts missing_data_errant_worker
     """,
     "distributed/tests/test_actor.py": """
-        client_actions worker_actions track_dependencies future future_dependencies failed_worker
-        numpy_roundtrip numpy_roundtrip_getattr Actors_create_dependencies worker_actor_handle_is_weakref
+        client_actions worker_actions track_dependencies future future_dependencies numpy_roundtrip
+        numpy_roundtrip_getattr Actors_create_dependencies worker_actor_handle_is_weakref
         serialize_with_pickle worker_client_async
     """,
     "distributed/tests/test_active_memory_manager.py": """
@@ -78,7 +77,7 @@ QUICK: dict[str, str] = {
         spill_constrained spill_spill_threshold override_data_worker delete_spilled_keys
         dict_data_if_no_spill_to_disk
     """,
-    "distributed/tests/test_spill.py": "psize spillbuffer spillbuffer_maxlim spillbuffer_oserror",
+    "distributed/tests/test_spill.py": "psize spillbuffer spillbuffer_maxlim",
     "distributed/tests/test_cancelled_state.py": """
         flight_to_executing_via_cancelled_resumed in_flight_lost_after_resumed cancelled_error
     """,
@@ -87,9 +86,7 @@ QUICK: dict[str, str] = {
     "distributed/protocol/tests/test_serialize.py": """
         scatter context_specific_serialization context_specific_serialization_class
     """,
-    "distributed/shuffle/tests/test_shuffle.py": """
-        shuffle_stable_ordering handle_categorical_data shuffle_with_array_conversion
-    """,
+    "distributed/shuffle/tests/test_shuffle.py": "shuffle_stable_ordering handle_categorical_data",
     "distributed/shuffle/tests/test_merge.py": "merge_by_multiple_columns",
 }
 """The names of tests, without ``test_``. Those that a version does not have are left out."""
