@@ -1,0 +1,201 @@
+"""Run tests of `distributed` itself, stock and with the plugin in every cluster, and compare.
+
+    python tests/stress --distributed FOLDER [--choice quick|all] [-k EXPRESSION] [FILE ...]
+
+FOLDER holds ``distributed/tests``: a checkout of `distributed` at the version that is installed, or near it. What is released
+on PyPI has no tests. They run against the installed `distributed`, in a copy; a test that fails stock says nothing,
+so those of another version are of use, too. The threshold is one byte: all that can be shared is.
+
+What passes stock and fails with the plugin is run again, up to twice, both ways. It counts if it never passes with the
+plugin and always without. Those that may differ, each with its reason, stand in `known.py`. A test that is skipped
+with the plugin, or of which the process dies, has failed.
+
+Ends with status 1 when a test differs that may not, with 2 when nothing was compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from choices import ALL, QUICK
+from comparing import Comparison, Outcomes, compare, reason_for
+from known import BUGS, MAY_DIFFER
+from overlay import lay_out
+from running import Run, Runner
+
+
+def main() -> int:
+    """Read the arguments, run, print; return the exit status."""
+    asked = _arguments()
+    logs = asked.logs or Path(tempfile.mkdtemp(prefix="stress-logs-"))
+    logs.mkdir(parents=True, exist_ok=True)
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="stress-overlay-") as folder:
+        try:
+            files = lay_out(asked.distributed, Path(folder))
+        except FileNotFoundError as error:
+            print(f"nothing was compared: {error}", flush=True)
+            return 2
+        arguments = [*(["-k", asked.k] if asked.k else []), *(["--runslow"] if asked.slow else [])]
+        session = _Session(Runner(Path(folder), logs, arguments, asked.timeout), is_at_once=asked.at_once)
+        for batch, tests in _batches(asked, files):
+            session.compare(batch, tests)
+            if asked.report:
+                asked.report.write_text(json.dumps(session.details(), indent=1))
+    status = session.report(time.monotonic() - begun)
+    print(f"the output of pytest is in {logs}; status {status}", flush=True)
+    return status
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--distributed", type=Path, required=True, help="folder with distributed/tests")
+    parser.add_argument("--choice", choices=("quick", "all"), default="all", help="which tests (default: all)")
+    parser.add_argument("-k", help="pytest's expression for names of tests")
+    parser.add_argument("--slow", action="store_true", help="those marked as slow, too")
+    parser.add_argument("--at-once", action="store_true", help="stock and with the plugin at the same time")
+    parser.add_argument("--timeout", type=int, default=120, help="seconds for one test (default: 120)")
+    parser.add_argument("--logs", type=Path, help="folder for the output of pytest (default: a new temporary one)")
+    parser.add_argument("--report", type=Path, help="file for all outcomes, as JSON")
+    parser.add_argument("files", nargs="*", help="files of tests, with * and ?, in the place of a choice")
+    return parser.parse_args()
+
+
+def _batches(asked: argparse.Namespace, files: list[str]) -> Iterable[tuple[list[str], list[str] | None]]:
+    """Return what runs together: files, and which of their tests."""
+    if asked.choice == "quick" and not asked.files:
+        names = [(file, name) for file in files for name in QUICK.get(file, "").split()]
+        return [([file for file in files if file in QUICK], [f"{file}::test_{name}" for file, name in names])]
+    patterns = asked.files or ALL
+    chosen = [file for file in files if any(fnmatch.fnmatchcase(file, pattern) for pattern in patterns)]
+    return [([file], None) for file in chosen]
+
+
+class _Session:
+    """What has been compared so far."""
+
+    def __init__(self, runner: Runner, *, is_at_once: bool) -> None:
+        self._runner, self._threads = runner, ThreadPoolExecutor(2 if is_at_once else 1)
+        self._comparisons: list[Comparison] = []
+        self._counts: Counter[str] = Counter()
+        self._uncollected: dict[str, str] = {}
+        self._again: list[tuple[Outcomes, Outcomes]] = []
+
+    def compare(self, files: list[str], tests: list[str] | None) -> None:
+        """Run some files both ways, and say what came of it."""
+        stock, shared = self._both(files, tests)
+        self._uncollected |= stock.uncollected
+
+        def again(suspects: list[str]) -> tuple[Outcomes, Outcomes]:
+            places = sorted({test.partition("::")[0] for test in suspects})
+            stock_again, shared_again = self._both(places, suspects)
+            self._again.append((stock_again.outcomes, shared_again.outcomes))
+            return self._again[-1]
+
+        result = compare(stock.outcomes, shared.outcomes, MAY_DIFFER | BUGS, again)
+        self._comparisons.append(result)
+        name = files[0] if len(files) == 1 else f"{len(files)} files"
+        print(f"{name}: stock {_summary(stock)}; with the plugin {_summary(shared)}", flush=True)
+        for test in result.differing:
+            outcome = shared.outcomes.get(test)
+            print(f"  DIFFERS {test}: {_last_line(outcome.message) if outcome else 'not run'}", flush=True)
+        for test in result.unsteady:
+            print(f"  unsteady with the plugin: {test}", flush=True)
+        for test in result.unsteady_stock:
+            print(f"  unsteady stock: {test}", flush=True)
+
+    def _both(self, files: list[str], only: list[str] | None) -> tuple[Run, Run]:
+        stock, shared = self._threads.map(lambda way: self._runner.run(files, shared=way, only=only), (False, True))
+        for counts in shared.counts:
+            for event in ("published", "attached", "found", "adopted"):
+                self._counts[event] += counts[event]["count"]
+            self._counts["sent"] += sum(pair["count"] for pair in counts["sent"].values())
+        return stock, shared
+
+    def report(self, seconds: float) -> int:
+        """Print the sums, and return the exit status."""
+        differing = [test for one in self._comparisons for test in one.differing]
+        expected = {test: reason for one in self._comparisons for test, reason in one.expected.items()}
+        unsteady = [test for one in self._comparisons for test in one.unsteady]
+        unsteady_stock = [test for one in self._comparisons for test in one.unsteady_stock]
+        only_shared = [test for one in self._comparisons for test in one.only_shared]
+        noisier = [test for one in self._comparisons for test in one.noisier()]
+        passed = sum(len(one.passed()) for one in self._comparisons)
+        good_stock = sum(outcome.is_good for one in self._comparisons for outcome in one.stock.values())
+        ran = sum(len(one.stock) for one in self._comparisons)
+        print(f"\ndistributed {version('distributed')}, {seconds:.0f} s")
+        print(f"tests: {ran} run both ways, {good_stock} pass stock, {passed} of these with the plugin, too")
+        print(
+            f"values: {self._counts['published']} published, {self._counts['attached']} mapped "
+            f"({self._counts['found']} found without asking), {self._counts['adopted']} adopted, "
+            f"{self._counts['sent']} sent as bytes; by processes that lived to tell"
+        )
+        for test, reason in expected.items():
+            print(f"{'a known bug' if reason in BUGS.values() else 'may differ'}: {test}: {reason}")
+        for test in (one for comparison in self._comparisons for one in comparison.passed()):
+            if reason_for(test, BUGS) is not None:
+                print(f"no bug any more, to be taken out of known.py: {test}")
+        for title, tests in (
+            ("unsteady with the plugin", unsteady),
+            ("unsteady stock", unsteady_stock),
+            ("fails only stock", only_shared),
+            ("logs more errors with the plugin", noisier),
+            ("cannot be imported stock", list(self._uncollected)),
+        ):
+            if tests:
+                print(f"{title} ({len(tests)}): {', '.join(tests)}")
+        print(f"differing tests: {len(differing)} that may not, {len(expected)} that may")
+        for test in differing:
+            print(f"DIFFERS {test}")
+        print(f"{passed} passed, {len(differing)} failed")
+        if differing:
+            return 1
+        if not good_stock or not self._counts["attached"]:
+            print(f"nothing was compared: {'no value was mapped' if good_stock else 'no test passes stock'}")
+            return 2
+        return 0
+
+    def details(self) -> dict[str, Any]:
+        """Return all that was found, as plain data."""
+        return {
+            "comparisons": [
+                {
+                    **one._asdict(),
+                    "stock": {test: list(outcome) for test, outcome in one.stock.items()},
+                    "shared": {test: list(outcome) for test, outcome in one.shared.items()},
+                }
+                for one in self._comparisons
+            ],
+            "again": [
+                [{test: list(outcome) for test, outcome in outcomes.items()} for outcomes in pair]
+                for pair in self._again
+            ],
+            "counts": dict(self._counts),
+        }
+
+
+def _summary(run: Run) -> str:
+    counted = Counter(outcome.outcome for outcome in run.outcomes.values())
+    return f"{', '.join(f'{n} {name}' for name, n in counted.most_common()) or 'no tests'} in {run.seconds:.0f} s"
+
+
+def _last_line(message: str) -> str:
+    lines = [line for line in message.partition("\n--- captured")[0].splitlines() if line.startswith("E ")]
+    return (lines[-1] if lines else message.strip().rpartition("\n")[2])[:200]
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is running is ended, too
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""One run of tests of `distributed`, in a process of its own, stock or with the plugin in every cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from overlay import RUNNERS
+from watching import COUNTS, EVENTS, ONLY
+
+ROOT = Path(__file__).parent.parent.parent
+SWITCHED_ON = {
+    **{f"DASK_DISTRIBUTED__{role}__PRELOAD": f'["{RUNNERS}.switching"]' for role in ("SCHEDULER", "CLIENT", "WORKER")},
+    "DASK_SHM__THRESHOLD": "1",
+    "DASK_SHM__CAPACITY": "256 MiB",
+}
+
+
+class Outcome(NamedTuple):
+    """What became of one test in one run."""
+
+    outcome: str
+    """As pytest calls it, or "died": with the process, or it was ended as it took too long."""
+    message: str = ""
+    seconds: float = 0.0
+    noise: tuple[str, ...] = ()
+    """The errors that were logged, and the tracebacks that were printed."""
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the test has passed."""
+        return self.outcome in ("passed", "xpassed", "xfailed")
+
+
+class Run(NamedTuple):
+    """What became of all tests of one run."""
+
+    outcomes: dict[str, Outcome]
+    uncollected: dict[str, str]
+    counts: list[dict[str, Any]]
+    """What each process has counted that lived to tell."""
+    seconds: float
+
+
+class Runner:
+    """Runs tests in a laid out folder.
+
+    Parameters
+    ----------
+    folder
+        As `overlay.lay_out` has made it.
+    logs
+        Where the output of pytest goes.
+    arguments
+        Further arguments for pytest.
+    timeout
+        Seconds for one test.
+    """
+
+    def __init__(self, folder: Path, logs: Path, arguments: Iterable[str], timeout: int) -> None:
+        self._folder, self._logs, self._arguments, self._timeout = folder, logs, list(arguments), timeout
+        self._numbers = itertools.count(1)
+
+    def run(self, files: Iterable[str], *, shared: bool, only: Iterable[str] | None = None) -> Run:
+        """Run the tests of some files, all or only those named; go on behind a test of which the process has died."""
+        begun = time.monotonic()
+        outcomes: dict[str, Outcome] = {}
+        uncollected: dict[str, str] = {}
+        rest = None if only is None else set(only)
+        with tempfile.TemporaryDirectory(prefix="stress-") as scratch:
+            counts = Path(scratch, "counts")
+            counts.mkdir()
+            while rest is None or rest:
+                said = self._process(list(files), rest, Path(scratch), shared=shared)
+                collected, finished = _read(said, outcomes, uncollected)
+                rest = (rest if collected is None else set(collected)) or set()
+                if finished is not None:
+                    if finished["has_package"] and not shared:
+                        raise RuntimeError("the stock run has imported the package")
+                    break
+                left = rest - outcomes.keys()
+                if collected is None or left == rest:
+                    raise RuntimeError(f"pytest does not run; its output is in {self._logs}")
+                rest = left
+            told = [json.loads(file.read_text()) for file in counts.glob("*.json")]
+        return Run(outcomes, uncollected, told, time.monotonic() - begun)
+
+    def _process(self, files: list[str], only: set[str] | None, scratch: Path, *, shared: bool) -> list[dict[str, Any]]:
+        """Run one process of pytest, and return what it has said."""
+        number = next(self._numbers)
+        events = scratch / f"events-{number}"
+        events.touch()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("DASK_")}
+        environment |= {EVENTS: str(events), "PYTHONPATH": os.pathsep.join([str(self._folder), *_package()])}
+        if shared:
+            environment |= {**SWITCHED_ON, COUNTS: str(scratch / "counts")}
+        if only is not None:
+            environment[ONLY] = str(scratch / "only")
+            Path(environment[ONLY]).write_text(json.dumps(sorted(only)))
+        options = ["-p", f"{RUNNERS}.watching", "-p", "no:cacheprovider", "-q", "--color=no"]
+        options += ["--continue-on-collection-errors", "--durations=20"]
+        timeouts = ["-o", "timeout_method=signal", "--timeout", str(self._timeout)]
+        command = [sys.executable, "-m", "pytest", "--rootdir", ".", *options, *timeouts, *self._arguments, *files]
+        log = self._logs / f"{number:03}-{'plugin' if shared else 'stock'}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command, cwd=self._folder, env=environment, stdout=output, stderr=output, start_new_session=True
+            )
+            try:
+                self._wait(process, events)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # what its tests have left, too
+                process.wait()
+        return [json.loads(line) for line in events.read_text().splitlines()]
+
+    def _wait(self, process: subprocess.Popen[bytes], events: Path) -> None:
+        """Wait for the end, or for a test that cannot be ended from inside."""
+        size, since = 0, time.monotonic()
+        while process.poll() is None:
+            time.sleep(0.1)
+            now = events.stat().st_size
+            if now != size:
+                size, since = now, time.monotonic()
+            elif time.monotonic() - since > 2 * self._timeout + 60:
+                return
+
+
+def _package() -> list[str]:
+    """Return where the package is, if not only where it is installed."""
+    return [str(ROOT)] if (ROOT / "dask_shm_plugin").is_dir() else []
+
+
+def _read(
+    said: list[dict[str, Any]], outcomes: dict[str, Outcome], uncollected: dict[str, str]
+) -> tuple[list[str] | None, dict[str, Any] | None]:
+    """Add what a process has said to the outcomes; return which tests it found, and its last word."""
+    collected: list[str] | None = None
+    finished: dict[str, Any] | None = None
+    running: str | None = None
+    for event in said:
+        kind, test = event["event"], event.get("test", "")
+        if kind == "collected":
+            collected = event["tests"]
+        elif kind == "uncollected":
+            uncollected[event["file"]] = event["message"]
+        elif kind == "begin":
+            running = test
+        elif kind == "outcome":
+            before = outcomes.get(test)
+            if before is None or before.is_good:  # an error of the clearing up counts as one of the test
+                message = event["message"] + (f"\n--- captured\n{event['captured']}" if event["captured"] else "")
+                outcomes[test] = Outcome(event["outcome"], message, before.seconds if before else 0.0)
+        elif kind == "time" and test in outcomes:
+            outcomes[test] = outcomes[test]._replace(seconds=event["seconds"])
+        elif kind == "end":
+            running = None
+            if test in outcomes:
+                outcomes[test] = outcomes[test]._replace(noise=tuple(event["noise"]))
+        elif kind == "finished":
+            finished = event
+    if running is not None and finished is None:
+        outcomes[running] = Outcome("died", "the process has died, or hung, while this test ran")
+    return collected, finished
