@@ -63,14 +63,15 @@ def test_a_broadcast_is_written_once_and_mapped_by_every_worker(four: Client) ->
 
 def list_nothing(dask_worker: Any) -> None:
     """Let a worker never come to list what a scatter has brought."""
-    dask_worker.plugins["dask-shm"].half._running._publish_unasked = lambda key, value: asyncio.sleep(3600)
+    publisher = dask_worker.plugins["dask-shm"].half._running.publisher
+    publisher.offer = lambda *args, **kwargs: publisher._soon(asyncio.sleep(3600))
 
 
 def list_again(dask_worker: Any) -> None:
     """Undo :func:`list_nothing`."""
-    running = dask_worker.plugins["dask-shm"].half._running
-    del running._publish_unasked
-    for task in running._background:
+    publisher = dask_worker.plugins["dask-shm"].half._running.publisher
+    del publisher.offer
+    for task in publisher._background:
         task.cancel()
 
 

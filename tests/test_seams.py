@@ -7,7 +7,6 @@ import logging
 import distributed.worker
 import pytest
 from distributed import Client, LocalCluster
-from distributed.spill import SpillBuffer
 
 from dask_shm_plugin import SharedMemoryPlugin, notices, seams, stats
 
@@ -112,20 +111,3 @@ def test_who_asks_is_told_among_the_serializers():
 def test_a_request_of_somebody_else_is_left_alone(serializers):
     """Serializers that a user chose are handed on."""
     assert seams.untag(serializers) == ([], serializers)
-
-
-def test_looking_at_a_spilled_value_does_not_unspill_it(tmp_path):
-    """What is on disk is not in memory."""
-    data = SpillBuffer(str(tmp_path), target=1_000_000)
-    data["x"] = value = bytearray(1000)
-    assert seams.in_memory(data, "x") is value
-    told = []
-    stop = seams.on_spill(data, lambda key, value: told.append(key))
-    data.evict()
-    assert told == ["x"]
-    assert seams.in_memory(data, "x") is None
-    assert "x" not in data.fast
-    stop()
-    data["y"] = bytearray(1000)
-    data.evict()
-    assert told == ["x"]
