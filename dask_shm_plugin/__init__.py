@@ -1,4 +1,4 @@
-"""One copy of every large value per node, for Dask.
+"""One copy of every large value on the node where it was made or scattered, for Dask.
 
 >>> from dask_shm_plugin import SharedMemoryPlugin
 >>> client.register_plugin(SharedMemoryPlugin())  # doctest: +SKIP

@@ -15,7 +15,9 @@ from dask_shm_plugin.seams import why_not
 
 
 class SharedMemoryPlugin(SchedulerPlugin):
-    """Keep each large value once per node: ``client.register_plugin(SharedMemoryPlugin())``.
+    """Keep each large value once on the node where it was made or scattered.
+
+    Switched on by ``client.register_plugin(SharedMemoryPlugin())``. Other nodes receive values as with stock Dask.
 
     Reaches all nannies and workers, present and future, and the client that registers it. What is not given here is
     taken from Dask's configuration, namespace ``shm``, in the process where it matters.
