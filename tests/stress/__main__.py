@@ -49,11 +49,15 @@ def main() -> int:
             print(f"nothing was compared: {error}", flush=True)
             return 2
         arguments = [*(["-k", asked.k] if asked.k else []), *(["--runslow"] if asked.slow else [])]
-        session = _Session(Runner(Path(folder), logs, arguments, asked.timeout), is_at_once=asked.at_once)
-        for batch, tests in _batches(asked, files):
-            session.compare(batch, tests)
-            if asked.report:
-                asked.report.write_text(json.dumps(session.details(), indent=1))
+        runner = Runner(Path(folder), logs, arguments, asked.timeout)
+        session = _Session(runner, is_at_once=asked.at_once)
+        try:
+            for batch, tests in _batches(asked, files):
+                session.compare(batch, tests)
+                if asked.report:
+                    asked.report.write_text(json.dumps(session.details(), indent=1))
+        finally:
+            runner.end()
     status = session.report(time.monotonic() - begun)
     print(f"the output of pytest is in {logs}; status {status}", flush=True)
     return status

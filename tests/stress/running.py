@@ -70,6 +70,14 @@ class Runner:
     def __init__(self, folder: Path, logs: Path, arguments: Iterable[str], timeout: int) -> None:
         self._folder, self._logs, self._arguments, self._timeout = folder, logs, list(arguments), timeout
         self._numbers = itertools.count(1)
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._is_over = False
+
+    def end(self) -> None:
+        """End what is running, from whichever thread."""
+        self._is_over = True
+        for process in list(self._running):
+            _end(process)
 
     def run(self, files: Iterable[str], *, shared: bool, only: Iterable[str] | None = None) -> Run:
         """Run the tests of some files, all or only those named; go on behind a test of which the process has died."""
@@ -80,12 +88,12 @@ class Runner:
         with tempfile.TemporaryDirectory(prefix="stress-") as scratch:
             counts = Path(scratch, "counts")
             counts.mkdir()
-            while rest is None or rest:
+            while (rest is None or rest) and not self._is_over:
                 said = self._process(list(files), rest, Path(scratch), shared=shared)
                 collected, finished = _read(said, outcomes, uncollected)
                 rest = (rest if collected is None else set(collected)) or set()
-                if finished is not None:
-                    if finished["has_package"] and not shared:
+                if finished is not None or self._is_over:
+                    if finished and finished["has_package"] and not shared:
                         raise RuntimeError("the stock run has imported the package")
                     break
                 left = rest - outcomes.keys()
@@ -116,12 +124,13 @@ class Runner:
             process = subprocess.Popen(
                 command, cwd=self._folder, env=environment, stdout=output, stderr=output, start_new_session=True
             )
+            self._running.append(process)
             try:
                 self._wait(process, events)
             finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # what its tests have left, too
+                _end(process)
                 process.wait()
+                self._running.remove(process)
         return [json.loads(line) for line in events.read_text().splitlines()]
 
     def _wait(self, process: subprocess.Popen[bytes], events: Path) -> None:
@@ -134,6 +143,12 @@ class Runner:
                 size, since = now, time.monotonic()
             elif time.monotonic() - since > 2 * self._timeout + 60:
                 return
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process, and what its tests have left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _package() -> list[str]:

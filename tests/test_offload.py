@@ -1,0 +1,62 @@
+"""Work that is done in a thread, and once in any case, wherever there are threads or not."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from dask_shm_plugin.offload import in_thread
+
+
+def where(calls: list[threading.Thread]) -> threading.Thread:
+    """Return the thread in which this runs, and note the call."""
+    calls.append(threading.current_thread())
+    return calls[-1]
+
+
+def run_with(executor: ThreadPoolExecutor, calls: list[threading.Thread]) -> threading.Thread:
+    """Return the thread in which a function runs whose loop has this executor."""
+
+    async def run() -> threading.Thread:
+        asyncio.get_running_loop().set_default_executor(executor)
+        return await in_thread(where, calls)
+
+    return asyncio.run(run())
+
+
+def test_in_a_thread_where_there_is_one() -> None:
+    """The event loop goes on meanwhile."""
+    calls: list[threading.Thread] = []
+    assert run_with(ThreadPoolExecutor(1), calls) is not threading.current_thread()
+    assert len(calls) == 1
+
+
+def test_here_where_the_executor_has_ended() -> None:
+    """As it has while Python closes what a script has left open."""
+    executor, calls = ThreadPoolExecutor(1), list[threading.Thread]()
+    executor.shutdown()
+    assert run_with(executor, calls) is threading.current_thread()
+    assert len(calls) == 1
+
+
+def refuse(thread: threading.Thread) -> None:
+    """Stand in for ``Thread.start`` at the limit of threads."""
+    raise RuntimeError("can't start new thread")
+
+
+def test_once_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An executor that could not start one keeps the work for those that it has: it is not done twice."""
+    executor, calls, busy = ThreadPoolExecutor(2), list[threading.Thread](), threading.Event()
+    executor.submit(busy.wait)
+    loop = asyncio.new_event_loop()
+    loop.set_default_executor(executor)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert loop.run_until_complete(in_thread(where, calls)) is threading.current_thread()
+    busy.set()
+    executor.shutdown()
+    loop.close()
+    assert len(calls) == 1
