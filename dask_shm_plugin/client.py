@@ -19,7 +19,8 @@ from dask_shm_plugin import codec, fetch, membership, metrics, notices, rendezvo
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.codec import Published, Serialized
 from dask_shm_plugin.config import Options
-from dask_shm_plugin.exceptions import NotRebuilt, SharedMemoryError
+from dask_shm_plugin.exceptions import SharedMemoryError
+from dask_shm_plugin.handles import NotRebuilt
 from dask_shm_plugin.handover import Courier, Data, DirectRpc, HandOver, Targets, consume
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.role import Role

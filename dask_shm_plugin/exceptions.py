@@ -117,10 +117,6 @@ class Unshareable(SharedMemoryError):
     reason = "unshareable"
 
 
-class NotRebuilt(Exception):
-    """A value's own deserializer has failed, as it would have without us; ``args[0]`` is what it has raised."""
-
-
 def forget_values(error: BaseException | None) -> None:
     """Clear the local variables behind an error.
 

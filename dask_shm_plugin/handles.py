@@ -151,6 +151,10 @@ class Failed:
     error: Exception
 
 
+class NotRebuilt(Exception):
+    """A value's own deserializer has failed, as it would have without us; ``args[0]`` is what it has raised."""
+
+
 def packed(header: dict[str, Any]) -> bytes:
     """Return a header as Dask sends it: the keys of a dict travel there, and msgpack makes an ``int`` of an ``IntEnum``."""
     return bytes(msgpack.dumps(header, default=msgpack_encode_default, use_bin_type=True))

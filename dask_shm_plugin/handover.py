@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dask_shm_plugin.codec import Published
 from dask_shm_plugin.crashpoints import step
-from dask_shm_plugin.exceptions import NotRebuilt
+from dask_shm_plugin.handles import NotRebuilt
 
 logger = logging.getLogger("dask_shm_plugin")
 

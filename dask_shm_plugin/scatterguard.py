@@ -11,7 +11,8 @@ from distributed.core import error_message
 
 from dask_shm_plugin import fetch, reach, seams
 from dask_shm_plugin.arena import Arena
-from dask_shm_plugin.exceptions import NotRebuilt, StaleBlock
+from dask_shm_plugin.exceptions import StaleBlock
+from dask_shm_plugin.handles import NotRebuilt
 
 Received = Callable[[dict[Any, Any]], Awaitable[None]]
 """Called with what a scatter has brought."""

@@ -111,7 +111,7 @@ def test_a_child_is_waited_for_where_the_file_that_shows_its_end_was_closed(
             arena.holdings.unpin()
         publish(arena, bytes([8]) * 4096).close()
         """)
-    assert other("len(arena.holdings)") == 1
+    wait_until(lambda: other("arena.holdings.tidy(), len(arena.holdings)")[1] == 1, "what the child looks at is left")
     other("os.close(go)")
     assert other("os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])") == 7
     wait_until(
