@@ -275,7 +275,7 @@ def attack_handles(chance: random.Random) -> Iterator[str]:
                 old = [*old[-20:], published.pop(chance.choice(list(published))).handle]
                 arena.holdings.tidy()
             mark = mark % 250 + 1
-            published[mark] = codec.publish(Serialized.of(_value(mark)), arena)
+            published[mark] = codec.publish(Serialized.of(_value(mark), {}), arena)
         if old and chance.random() < 0.1:
             came, expected, is_forged = handles._receive(*_fields(chance.choice(old))), None, False
         else:

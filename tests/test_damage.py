@@ -96,8 +96,8 @@ for _row in (Row(1, 1), Row(0, 2), Row(-1, 1), Row(0, -1), Row(1 << 64, 1), Row(
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_handle_of_which_anything_was_changed_is_refused(arena: Arena, change: str) -> None:
     """It is as if it could not be resolved: whoever asked for it asks for bytes."""
-    published = codec.publish(Serialized.of(VALUE), arena)
-    other = codec.publish(Serialized.of(np.zeros(50_000)), arena)
+    published = codec.publish(Serialized.of(VALUE, {}), arena)
+    other = codec.publish(Serialized.of(np.zeros(50_000), {}), arena)
     assert_same(handles._receive(*fields(published.handle)), VALUE)
     came = handles._receive(*fields(published.handle, **CHANGES[change](published.handle)))
     assert came == Unresolved("damaged")
@@ -108,8 +108,8 @@ def test_a_handle_of_which_anything_was_changed_is_refused(arena: Arena, change:
 @pytest.mark.parametrize("change", [change for change in CHANGES if change not in ("another arena", "no arena")])
 def test_a_handle_that_somebody_made_does_no_harm(arena: Arena, change: str) -> None:
     """Its checksum fits, but what it names does not: no byte of another block, no crash, nothing taken for long."""
-    published = codec.publish(Serialized.of(np.full(100_000, 7, np.uint8)), arena)
-    other = codec.publish(Serialized.of(np.full(50_000, 8, np.uint8)), arena)
+    published = codec.publish(Serialized.of(np.full(100_000, 7, np.uint8), {}), arena)
+    other = codec.publish(Serialized.of(np.full(50_000, 8, np.uint8), {}), arena)
     made = fields(published.handle, **CHANGES[change](published.handle))
     with contextlib.suppress(Exception):  # there is no checksum of such a thing
         made[-1] = handles._checksum(*made[:-1])
@@ -121,11 +121,11 @@ def test_a_handle_that_somebody_made_does_no_harm(arena: Arena, change: str) -> 
 
 def test_a_handle_that_is_replayed_is_stale(arena: Arena) -> None:
     """Its place has been used again since."""
-    published = codec.publish(Serialized.of(np.full(100_000, 1)), arena)
+    published = codec.publish(Serialized.of(np.full(100_000, 1), {}), arena)
     old = pickle.dumps(published.handle)
     del published
     arena.holdings.tidy()
-    again = codec.publish(Serialized.of(np.full(100_000, 2)), arena)
+    again = codec.publish(Serialized.of(np.full(100_000, 2), {}), arena)
     came = pickle.loads(old)
     assert (came.reason, came.size) == ("stale", 800_000)
     del again
@@ -178,7 +178,7 @@ def damage(dask_worker: Any) -> None:
 
 def prune(dask_worker: Any) -> None:
     """Do what a worker does every few seconds."""
-    dask_worker.plugins["dask-shm"].half._running.publisher.prune()
+    dask_worker.plugins["dask-shm"].half._running.prune()
 
 
 def listen(dask_worker: Any) -> None:
