@@ -179,6 +179,19 @@ class Block:
         """Drop the reference; the space is free when the last one of all processes goes."""
         self._hold = None
 
+    def detach(self) -> Hold:
+        """Return the reference, which lasts as long as what is returned, and close the block.
+
+        Raises
+        ------
+        ValueError
+            It was closed before.
+        """
+        hold, self._hold = self._hold, None
+        if hold is None:
+            raise ValueError("the block is closed")
+        return hold
+
     def __enter__(self) -> Block:
         return self
 

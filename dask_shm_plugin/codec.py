@@ -26,6 +26,7 @@ from dask_shm_plugin.exceptions import SharedMemoryError, Unshareable
 from dask_shm_plugin.handles import Handle, Span, map_spans, packed
 from dask_shm_plugin.layout import Row
 from dask_shm_plugin.reach import address_of, bounds
+from dask_shm_plugin.references import Hold
 from dask_shm_plugin.segment import round_up
 from dask_shm_plugin.threads import call_in
 
@@ -45,15 +46,18 @@ class Published:
     Notes
     -----
     The references last as long as this object; whoever hands the handle over keeps it until the other side has
-    resolved it. Its finalizer only appends to the arena's queue.
+    resolved it.
     """
 
-    def __init__(self, handle: Handle, blocks: list[Block], copied: int, *, has_overlaps: bool = False) -> None:
+    def __init__(
+        self, arena: Arena, handle: Handle, holds: list[Hold], copied: int, *, has_overlaps: bool = False
+    ) -> None:
+        self._arena = arena
         self.handle = handle
         self.copied = copied
         self.has_overlaps = has_overlaps
         """Whether parts of the value share memory, which those of a rebuilt one do not."""
-        self._blocks = blocks
+        self._holds = holds
         self._pickled = pickle.dumps(handle)
 
     @property
@@ -65,15 +69,11 @@ class Published:
     def is_used_elsewhere(self) -> bool:
         """Whether any other member refers to one of its blocks; where this process keeps away from them, it is none of its."""
         with contextlib.suppress(SharedMemoryError):
-            return any(block.holders > 1 for block in self._blocks)
+            return any(self._arena.holders(hold.row) > 1 for hold in self._holds)
         return False
 
-    def __del__(self) -> None:
-        for block in self._blocks:
-            block.close()
-
     def __repr__(self) -> str:
-        return f"<Published {self.handle.size} bytes, {len(self._blocks)} blocks>"
+        return f"<Published {self.handle.size} bytes, {len(self._holds)} blocks>"
 
 
 class Context(dict[str, Any]):
@@ -223,7 +223,8 @@ def publish(serialized: Serialized, arena: Arena) -> Published:
     ordered = tuple(parts[number] for number in range(len(flat)))
     in_band = sum(len(frame) for frame in serialized.frames if isinstance(frame, (bytes, bytearray)))
     handle = Handle.of(arena.arena_id, header, ordered, serialized.size, in_band)
-    return Published(handle, list(blocks.values()), copied, has_overlaps=_have_overlaps(flat))
+    holds = [block.detach() for block in blocks.values()]
+    return Published(arena, handle, holds, copied, has_overlaps=_have_overlaps(flat))
 
 
 def still_holds(published: Published, serialized: Serialized, arena: Arena) -> bool:

@@ -221,8 +221,9 @@ def lies_in_arena(client: Any, future: Any, address: str) -> bool:
 
 
 def shared_in_data(key: str, dask_worker: Any) -> bool:
-    """Tell whether this worker's value of a key lies in the arena."""
-    return key in dask_worker.data and is_shared(dask_worker.data[key])
+    """Tell whether this worker's value of a key lies in the arena; who read it would keep it from being given up."""
+    value = dask_worker.plugins["dask-shm"].half._running._data.in_memory(key)
+    return value is not None and is_shared(value)
 
 
 def stored_type(key: str, dask_worker: Any) -> str:

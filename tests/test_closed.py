@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from clusters import OPTIONS
 from distributed import Client, Future, Nanny, Scheduler, Worker
-from observing import array, fresh, own_descriptors, wait_until
+from observing import array, fresh, own_descriptors, shared_in_data, wait_until
 
 from dask_shm_plugin import SharedMemoryPlugin, is_shared, membership, unregister
 from dask_shm_plugin.arena import Arena
@@ -40,7 +40,7 @@ async def share(client: Client, workers: list[Worker]) -> tuple[list[Future], se
     small = await client.scatter(np.arange(3), broadcast=True)
     await client.replicate([made])
     for worker in workers:  # who has made it adopts it when others have asked for it
-        while len(workers) > 1 and not is_shared(worker.data[made.key]):
+        while len(workers) > 1 and not shared_in_data(made.key, worker):
             await asyncio.sleep(0.01)
     return [scattered, made, small], {scattered.key, made.key}, small.key
 
@@ -104,7 +104,7 @@ def test_a_closed_worker_lets_its_shared_values_go_and_keeps_its_private_ones(
             all_is_back.extend([a, b])
             kept, shared, private = await share(client, [a, b])
             for worker in (a, b):
-                assert sum(is_shared(value) for value in worker.data.values()) == len(shared)
+                assert all(shared_in_data(key, worker) for key in shared)
             await b.close()
             assert set(b.data) == {private}
             np.testing.assert_array_equal(b.data[private], np.arange(3))
