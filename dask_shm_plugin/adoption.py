@@ -11,44 +11,43 @@ from typing import Any
 
 import numpy as np
 
-from dask_shm_plugin import codec
-from dask_shm_plugin.writers import is_defined_by
+from dask_shm_plugin.writers import is_defined_by, is_immutable
 
 _CONTAINERS = (list, tuple, dict)
 _MANY_COLUMNS = 256
-_SCALARS = (int, float, complex, bool, str, bytes, type(None))
 
 
 def may_adopt(value: object) -> bool:
     """Tell whether a value is of a kind that is rebuilt exactly."""
-    if type(value) in _SCALARS:
+    if is_immutable(value):
         return False
     seen: set[int] = set()
     return _is_exact(value, seen) and len(seen) > (type(value) in _CONTAINERS)
 
 
 def is_faithful(rebuilt: object, value: object) -> bool:
-    """Tell whether a rebuilt value lies in shared memory and is laid out as the private one."""
-    return codec.is_shared(rebuilt) and _same_layout(rebuilt, value)
+    """Tell whether a rebuilt value is laid out as the private one."""
+    return _same_layout(rebuilt, value)
 
 
 def _is_exact(value: Any, seen: set[int]) -> bool:
     kind = type(value)
-    if kind in _SCALARS or issubclass(kind, np.generic):
-        return True
+    if is_immutable(value):
+        # What is not equal to itself is looked for by identity.
+        return kind is tuple or bool(value == value)
     # The same object twice in a container would become two objects.
     if id(value) in seen:
         return False
     seen.add(id(value))
     if kind is dict:
-        return all(type(key) in _SCALARS and _is_exact(item, seen) for key, item in value.items())
+        return all(is_immutable(key) and _is_exact(key, seen) and _is_exact(item, seen) for key, item in value.items())
     if kind in _CONTAINERS:
         return all(_is_exact(item, seen) for item in value)
     if kind is np.ndarray:
         return _is_plain(value.dtype)
     if is_defined_by(kind, "pandas"):
-        return kind.__name__ in ("DataFrame", "Series") and _has_no_objects(value)
-    return is_defined_by(kind, "scipy")
+        return kind.__name__ in ("DataFrame", "Series") and _has_no_objects(value) and _has_no_extras(value)
+    return is_defined_by(kind, "scipy.sparse")
 
 
 def _is_plain(dtype: np.dtype[Any]) -> bool:
@@ -67,6 +66,12 @@ def _has_no_objects(frame: Any) -> bool:
         and all(kind.kind != "O" for kind in kinds if isinstance(kind, np.dtype))
         and not frame.attrs
     )
+
+
+def _has_no_extras(frame: Any) -> bool:
+    """Tell whether nobody has set an attribute of a DataFrame or Series: a journey would lose it."""
+    own = {*vars(type(frame)([])), "_item_cache", "_cacher", "_is_copy"}
+    return own.issuperset(vars(frame))
 
 
 def _same_layout(rebuilt: Any, value: Any) -> bool:

@@ -104,6 +104,35 @@ class Context(dict[str, Any]):
         self._note(None)
         return super().__iter__()
 
+    def __reversed__(self) -> Iterator[str]:
+        self._note(None)
+        return super().__reversed__()
+
+    def __eq__(self, other: object) -> bool:
+        self._note(None)
+        return super().__eq__(other)
+
+    __hash__ = None  # as a dict's
+
+    def __repr__(self) -> str:
+        self._note(None)
+        return super().__repr__()
+
+    def pop(self, *args: Any) -> Any:
+        """Change it."""
+        self._note(None)
+        return super().pop(*args)
+
+    def popitem(self) -> tuple[str, Any]:
+        """Change it."""
+        self._note(None)
+        return super().popitem()
+
+    def setdefault(self, *args: Any) -> Any:
+        """Change it."""
+        self._note(None)
+        return super().setdefault(*args)
+
     def keys(self) -> Any:
         """Look at everything."""
         self._note(None)

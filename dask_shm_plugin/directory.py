@@ -52,7 +52,7 @@ class Directory:
         # Taken back even where the table is damaged: nobody may go by what this process has listed.
         self._marks: MarkBook | None = marks
         self._segment, self._roster, self._member = segment, roster, member
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may read a value, and withdraw it, at any moment
         self._names: OrderedDict[int, bytes] = OrderedDict()  # by place, the oldest first
 
     @step("list value")

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import logging
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -52,7 +53,7 @@ class _Entry:
         self.is_verified = False
         """Whether what is published is the value as it is now, as long as :attr:`is_intact`."""
         self.is_adopted = self.is_private = self.is_listed = self.is_idle = self.is_settling = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._cross_out = cross_out
         self.reads = 0
         """How often the value was handed out."""
@@ -84,8 +85,22 @@ class _Entry:
         """List the value if it is intact, and published as it is now."""
         with self._lock:
             if self.is_intact and self.is_verified and not self.is_listed:
-                enter()
                 self.is_listed = True
+                enter()
+                if not self.is_intact:  # a finalizer has read it meanwhile, in this thread
+                    self.is_listed = True
+                    self._withdraw()
+
+    def give_way(self, swap: Callable[[], None]) -> bool:
+        """Let another value take the place of this one, if it is intact and published as it is now; return whether it has.
+
+        Who has taken this value from the worker's data since it was seen to be alone, and has not told yet, takes it anew.
+        """
+        with self._lock:
+            if not (self.is_intact and self.is_verified):
+                return False
+            swap()
+            return True
 
     def close(self) -> None:
         """List nothing any more."""
@@ -122,10 +137,17 @@ class Ask:
 
 
 class _Flight(NamedTuple):
-    """A publication under way, for exactly this value."""
+    """A publication under way, for exactly this value, as it was when it began."""
 
     value: object
     task: asyncio.Task[Published | Serialized]
+    entry: _Entry | None
+    run: int | None
+
+    def is_of(self, value: object) -> bool:
+        """Tell whether this is what would be published now."""
+        is_intact = self.entry is not None and self.entry.is_intact and self.entry.run == self.run
+        return self.value is value and is_intact
 
 
 class Publisher:
@@ -157,6 +179,7 @@ class Publisher:
         self._entries: dict[Any, _Entry] = {}
         self._adopting: dict[Any, _Entry] = {}
         self._flights: dict[Any, _Flight] = {}
+        self._turns: weakref.WeakValueDictionary[Any, asyncio.Lock] = weakref.WeakValueDictionary()
         self._background: set[asyncio.Task[None]] = set()
         self._is_closed = False
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="dask-shm-copy")
@@ -194,8 +217,10 @@ class Publisher:
             It cannot be serialized.
         """
         flight = self._flights.get(key)
-        if flight is None or flight.value is not value:
-            flight = _Flight(value, asyncio.create_task(self._publish(key, value, serialize)))
+        if flight is None or not flight.is_of(value):
+            entry = self._entry_of(key, value)
+            task = asyncio.create_task(self._publish(key, value, serialize))
+            flight = _Flight(value, task, entry, entry.run if entry is not None else None)
             self._flights[key] = flight
             flight.task.add_done_callback(functools.partial(self._land, key, flight))
             is_own = True
@@ -209,9 +234,11 @@ class Publisher:
 
     def answered(self, ask: Ask) -> None:
         """Take note that an answer is over: what nothing else reaches is listed, and given up for the shared copy."""
-        while ask.entries:  # what failed may be kept by a log, and would keep the values
-            key, entry = ask.entries.popitem()
+        entries = list(ask.entries.items())
+        ask.entries.clear()  # what failed may be kept by a log, and would keep the values
+        for _, entry in entries:
             entry.asks -= 1
+        for key, entry in entries:
             if entry.published is not None:
                 # Others may look for it at once: they need not wait until it is adopted.
                 if self._look(entry):
@@ -290,11 +317,10 @@ class Publisher:
         return entry
 
     def _changed(self, key: Any, *value: object) -> None:
-        """Take note that a key is about to get a value, or to be dropped. Any thread may call this."""
-        self.forget(key)
+        """Take note that a key gets a value, or is dropped. Any thread may call this."""
         adopted = self._adopting.get(key)
-        if value and adopted is not None and adopted.value is value[0]:
-            self._entries[key] = adopted
+        if adopted is None or (value and adopted.value is not value[0]):
+            self.forget(key)
 
     def _look(self, entry: _Entry, known: int = 0) -> bool:
         """Tell whether a value is alone, and take note if it has not been."""
@@ -310,24 +336,33 @@ class Publisher:
     # -- publishing
 
     async def _publish(self, key: Any, value: object, serialize: Serialize) -> Published | Serialized:
-        entry = self._entries.get(key)
-        entry = entry if entry is not None and entry.value is value else None
-        published, run = (entry.published, entry.run) if entry is not None else (None, None)
-        if entry is not None and published is not None and entry.is_intact and entry.is_verified:
-            return published
+        entry = self._entry_of(key, value)
+        run = entry.run if entry is not None else None
+        if entry is not None and entry.published is not None and entry.is_intact and entry.is_verified:
+            return entry.published
         serialized = await serialize()
         if serialized.size < self._threshold or serialized.is_personal:
             return serialized
-        if published is None or not await self._still_holds(published, serialized):
-            try:
-                published = await self._in_thread(codec.publish, serialized, self._arena)
-            except (SharedMemoryError, OSError, MemoryError) as error:
-                notices.refused(error, serialized.size)
-                return serialized
-            if published.copied:
-                COUNTERS.count("published", published.copied)
-        self._remember(key, value, published, run)
+        # Others may have the same in hand: where it has not changed, theirs will do.
+        turn = self._turns.setdefault(key, asyncio.Lock())
+        async with turn:
+            entry = self._entry_of(key, value)
+            published = entry.published if entry is not None else None
+            if published is None or not await self._still_holds(published, serialized):
+                try:
+                    published = await self._in_thread(codec.publish, serialized, self._arena)
+                except (SharedMemoryError, OSError, MemoryError) as error:
+                    notices.refused(error, serialized.size)
+                    return serialized
+                if published.copied:
+                    COUNTERS.count("published", published.copied)
+            self._remember(key, value, published, run)
         return published
+
+    def _entry_of(self, key: Any, value: object) -> _Entry | None:
+        """Return what is known of this very value."""
+        entry = self._entries.get(key)
+        return entry if entry is not None and entry.value is value else None
 
     def _remember(self, key: Any, value: object, published: Published, run: int | None) -> None:
         if self._is_closed or self._data.in_memory(key) is not value:
@@ -355,8 +390,11 @@ class Publisher:
             if not await self._is_alone_soon(entry, known):
                 return
             await self.publish(key, entry.value, functools.partial(serialize, entry.value))
-            if entry.published is not None:
-                await self._settle(key, entry, known)
+            if entry.published is None:
+                if not entry.asks and self._entries.get(key) is entry:
+                    self.forget(key)
+                return
+            await self._settle(key, entry, known)
             if entry.is_listed or self._entries.get(key) is not entry:
                 return
 
@@ -398,23 +436,30 @@ class Publisher:
             entry.is_private = True
             return entry
         shared = await self._in_thread(_rebuild, entry.published.handle)
-        # While the thread was at work the key may have been released, replaced, spilled or read.
-        if not await self._is_settled(key, entry, known):
-            return entry
         if shared is None or not adoption.is_faithful(shared, entry.value):
             entry.is_private = True
             return entry
-        published = entry.published
-        adopted = self._adopting[key] = _Entry(shared, functools.partial(self._listings.cross_out, key))
-        adopted.published, adopted.is_adopted = published, True
+        adopted = _Entry(shared, functools.partial(self._listings.cross_out, key))
+        adopted.published, adopted.is_adopted = entry.published, True
         adopted.begin(0, is_verified=True)
+        # While the thread was at work the key may have been released, replaced, spilled or read.
+        if not await self._is_settled(key, entry, known) or not entry.give_way(lambda: self._swap(key, adopted)):
+            return entry
+        entry.close()
+        self._adopting[key] = adopted
         try:
-            self._data.replace(key, shared)
+            self._data.store(key, shared)
         finally:
             del self._adopting[key]
-        if self._data.in_memory(key) is shared:  # and not spilled at once
-            COUNTERS.count("adopted", published.handle.size)
+        if self._data.in_memory(key) is shared:
+            COUNTERS.count("adopted", adopted.published.handle.size)
+        else:  # spilled at once
+            self.forget(key)
         return adopted
+
+    def _swap(self, key: Any, adopted: _Entry) -> None:
+        self._entries[key] = adopted
+        self._data.swap(key, adopted.value)
 
     def _list(self, key: Any, entry: _Entry) -> None:
         is_same = self._entries.get(key) is entry and self._data.in_memory(key) is entry.value
@@ -450,6 +495,7 @@ def _rebuild(handle: Handle) -> object | None:
     shared: object | None = None
     try:
         shared = handles.resolve(handle)
+        shared = shared if codec.is_shared(shared) else None
     except SharedMemoryError as error:
         notices.kept_private(error)
     except Exception:

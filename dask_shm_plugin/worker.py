@@ -152,6 +152,8 @@ class _Running:
         if shared:
             # The message that brought a value has a reference to it.
             offers = [self.publisher.offer(key, _serialize_unasked, known=1) for key in shared]
+            for offer in offers:
+                offer.add_done_callback(functools.partial(_keep, data))  # until they are done
             await asyncio.wait(offers, timeout=_PATIENCE)
 
     def prune(self) -> None:
@@ -264,6 +266,10 @@ async def _call(handler: Any, comm: Any, keys: Any, serializers: list[str] | Non
         options = {**options, "serializers": serializers}
     answer = handler(comm, keys=keys, **options)
     return await answer if inspect.isawaitable(answer) else answer
+
+
+def _keep(message: dict[Any, Any], done: object) -> None:
+    """Keep a message until this is called."""
 
 
 def _as_it_is(serialized: Serialized) -> Serialize:

@@ -7,8 +7,9 @@ key without being noticed.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, ItemsView, Iterator, Mapping, MutableMapping, ValuesView
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -38,7 +39,7 @@ class WatchedMapping(MutableMapping[Any, Any]):
     notes
         By key, who is told when its value is handed out.
     changes
-        Called with a key before it gets a value, or with the key and nothing else before it is dropped.
+        Called with a key before it gets a value and after that, or with the key and nothing else when it is dropped.
 
     Notes
     -----
@@ -52,20 +53,25 @@ class WatchedMapping(MutableMapping[Any, Any]):
         self.changes: Callable[..., None] = _ignore
 
     def __getitem__(self, key: Any) -> Any:
-        value = self.raw[key]
-        note = self.notes.get(key)
-        if note is not None:
+        while True:
+            value = self.raw[key]
+            note = self.notes.get(key)
+            if note is None:
+                return value
             note.handed_out()
-        return value
+            # Another one may have taken its place before that was told.
+            if self.raw.get(key) is value:
+                return value
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.changes(key, value)
         self.raw[key] = value
+        self.changes(key, value)
 
     def __delitem__(self, key: Any) -> None:
-        if key in self.raw:
-            self.changes(key)
+        self.changes(key)
         del self.raw[key]
+        self.changes(key)
 
     def __contains__(self, key: object) -> bool:
         return key in self.raw
@@ -76,12 +82,66 @@ class WatchedMapping(MutableMapping[Any, Any]):
     def __len__(self) -> int:
         return len(self.raw)
 
+    def __reversed__(self) -> Iterator[Any]:
+        return iter(reversed(self.raw))
+
+    # What a dict has that a mapping has not: a user may have had one here.
+
+    def values(self) -> ValuesView[Any]:
+        """Return the values; each tells when it is come to."""
+        return _Values(self)
+
+    def items(self) -> ItemsView[Any, Any]:
+        """Return keys and values; each tells when it is come to."""
+        return _Items(self)
+
+    def popitem(self) -> tuple[Any, Any]:
+        """Drop the last one."""
+        key = next(reversed(self.raw), None)
+        if key not in self.raw:
+            raise KeyError("there are no values")
+        return key, self.pop(key)
+
+    def clear(self) -> None:
+        """Drop all."""
+        for key in list(self.raw):
+            del self[key]
+
     def copy(self) -> dict[Any, Any]:
         """Return a dict of the same values, as ``dict.copy`` does."""
-        return dict(self)
+        return dict(self.items())
+
+    def __or__(self, other: Any) -> dict[Any, Any]:
+        return self.copy() | dict(other)
+
+    def __ror__(self, other: Any) -> dict[Any, Any]:
+        return dict(other) | self.copy()
+
+    def __reduce__(self) -> Any:
+        return dict, (self.copy(),)
 
     def __repr__(self) -> str:
         return f"<WatchedMapping of {len(self.raw)} values>"
+
+
+class _Values(ValuesView[Any]):
+    """Values that may come and go meanwhile."""
+
+    _mapping: WatchedMapping
+
+    def __iter__(self) -> Iterator[Any]:
+        return (value for _, value in _Items(self._mapping))
+
+
+class _Items(ItemsView[Any, Any]):
+    """Keys and values that may come and go meanwhile."""
+
+    _mapping: WatchedMapping
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        for key in list(self._mapping.raw):
+            with contextlib.suppress(KeyError):
+                yield key, self._mapping[key]
 
 
 class WorkerData:
@@ -104,7 +164,7 @@ class WorkerData:
         self._mapping = mapping
         self._replaced: list[Replacement] = []
         self._watched: WatchedMapping | None = None
-        if isinstance(mapping, SpillBuffer) and type(mapping.fast) is zict.LRU and type(mapping.fast.d) is dict:
+        if _is_dasks_buffer(mapping):
             self._watched = WatchedMapping(mapping.fast.d)
             self._replaced = [Replacement(mapping.fast, "d", self._watched)]
         elif type(mapping) is dict and owners:
@@ -135,8 +195,13 @@ class WorkerData:
         """Return the value of a key, or None where it is not in memory or not watched; hands nothing out."""
         return None if self._watched is None else self._watched.raw.get(key)
 
-    def replace(self, key: Any, value: Any) -> None:
-        """Give a key another value, as the worker does."""
+    def swap(self, key: Any, value: object) -> None:
+        """Let a key that is in memory have another value at once; nobody is told."""
+        if self._watched is not None:
+            self._watched.raw[key] = value
+
+    def store(self, key: Any, value: object) -> None:
+        """Give a key a value, as the worker does: it is weighed, and may be spilled."""
         self._mapping[key] = value
 
     def stop(self) -> None:
@@ -145,9 +210,18 @@ class WorkerData:
         for replacement in self._replaced:
             replacement.undo()
         self._replaced.clear()
+        self._watched = None
 
     def __repr__(self) -> str:
         return f"<WorkerData {self._watched or 'not watched'}>"
+
+
+def _is_dasks_buffer(mapping: Any) -> bool:
+    """Tell whether a mapping is Dask's own, and nobody but its own parts has what it keeps in memory."""
+    if type(mapping) is not SpillBuffer or type(mapping.fast) is not zict.LRU or type(mapping.fast.d) is not dict:
+        return False
+    like: zict.LRU[Any, Any] = zict.LRU(1, {})
+    return sys.getrefcount(mapping.fast.d) == sys.getrefcount(like.d)
 
 
 def _ignore(key: Any, *value: Any) -> None:

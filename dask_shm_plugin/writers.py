@@ -12,7 +12,6 @@ import gc
 import itertools
 import pickle
 import sys
-import types
 import weakref
 from collections import Counter
 from typing import Any, NamedTuple
@@ -22,24 +21,11 @@ import numpy as np
 from dask_shm_plugin.views import Exporter
 
 _MOST_PARTS = 1_000
-"""Parts that are visited, about 1 µs each; a value of more is not alone."""
+"""Objects that are visited, about 1 µs each; a value of more is not alone."""
 
-_IMMUTABLE = (
-    type(None),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    range,
-    slice,
-    type,
-    types.BuiltinFunctionType,
-)
+_IMMUTABLE = frozenset({type(None), bool, int, float, complex, str, bytes, range, object})
 _MANAGED_BUFFER = type(gc.get_referents(memoryview(b""))[0])
 _CONTAINERS = (list, tuple, dict)
-_MEMORY = (np.ndarray, memoryview, pickle.PickleBuffer, _MANAGED_BUFFER, bytearray)
 _FOLLOWED = (memoryview, pickle.PickleBuffer, _MANAGED_BUFFER, *_CONTAINERS)
 _LEAVES = (Exporter, bytearray, weakref.ReferenceType)
 
@@ -53,8 +39,6 @@ class _Part(NamedTuple):
 
     item: object
     holds: list[Any]
-    counts: bool
-    """Whether it matters who else refers to it."""
 
 
 def is_alone(box: list[Any], known: int) -> bool:
@@ -80,7 +64,7 @@ def is_alone(box: list[Any], known: int) -> bool:
     try:
         parts = _parts_of(box)
         return _is_closed(parts, known + 1) and _shape(parts) == _shape(_parts_of(box))
-    except _OutOfSight:
+    except Exception:  # among others _OutOfSight, and whatever a library has against being looked at
         return False
 
 
@@ -99,33 +83,26 @@ def _is_closed(parts: dict[int, _Part], of_root: int) -> bool:
     strong, weak_seen = seen[: len(items)], seen[len(items) :]
     if weak_seen != weak_counts:
         return False
-    for n, (identity, part) in enumerate(parts.items()):
-        references = strong[n] - _OWN - 2 * expected[identity]
-        if part.counts and references != (of_root if n == 0 else 0):
-            return False
-    return True
+    return all(
+        strong[n] - _OWN - 2 * expected[identity] == (of_root if n == 0 else 0) for n, identity in enumerate(parts)
+    )
 
 
 def _parts_of(box: list[Any]) -> dict[int, _Part]:
     """Visit all parts of a value; the first is the value itself."""
     parts: dict[int, _Part] = {}
-    waiting: list[tuple[list[Any], bool]] = [(box[:], True)]
+    waiting, visited = box[:], 0
     while waiting:
-        items, counts = waiting.pop()
-        while items:
-            item = items.pop()
-            if _is_immutable(item):
-                continue
-            found = parts.get(id(item))
-            if found is not None and (found.counts or not counts):
-                continue
-            part = _visit(item, counts)
-            if part is None:
-                continue
-            parts[id(item)] = part
-            if len(parts) > _MOST_PARTS:
-                raise _OutOfSight
-            waiting.append((part.holds[:], part.counts or type(item) in _MEMORY))
+        item = waiting.pop()
+        visited += 1
+        if visited > _MOST_PARTS:
+            raise _OutOfSight
+        if id(item) in parts or is_immutable(item):
+            continue
+        holds = _held_by(item)
+        if holds is not None:
+            parts[id(item)] = _Part(item, holds)
+            waiting += holds
     return parts
 
 
@@ -133,68 +110,89 @@ def _shape(parts: dict[int, _Part]) -> list[tuple[int, list[int]]]:
     return [(identity, list(map(id, part.holds))) for identity, part in parts.items()]
 
 
-def _is_immutable(item: Any) -> bool:
+def is_immutable(item: Any) -> bool:
+    """Tell whether an object is of a kind that nobody can change, or a short tuple of such."""
     kind = type(item)
-    # Not isinstance: a proxy of a user's would be asked for its class, and may do anything.
-    if kind in _IMMUTABLE or issubclass(kind, (np.generic, np.dtype, type)):
-        return True
-    return kind is tuple and all(map(_is_immutable, item))
+    if kind is tuple:
+        return len(item) <= _MOST_PARTS and all(map(_is_scalar, map(type, item)))
+    return _is_scalar(kind) or issubclass(kind, np.dtype) or (issubclass(kind, type) and _is_of_a_library(item))
 
 
-def _visit(item: Any, counts: bool) -> _Part | None:
-    """Return a part, or None for what cannot be seen and need not be."""
+def _is_scalar(kind: type) -> bool:
+    # Not isinstance: a user's class may inherit from any of these, and a row of an array (np.void) looks at the array.
+    return kind in _IMMUTABLE or (
+        issubclass(kind, np.generic) and kind is not np.void and getattr(np, kind.__name__, None) is kind
+    )
+
+
+def _is_of_a_library(kind: type) -> bool:
+    return any(is_defined_by(kind, library) for library in ("builtins", "numpy", "pandas"))
+
+
+def _held_by(item: Any) -> list[Any] | None:
+    """Return the objects to which a part holds references, or None for what may be shared by many."""
     kind = type(item)
     if kind is np.ndarray:
-        return _visit_array(item, counts)
+        return _held_by_array(item)
     if kind in _LEAVES:
-        return _Part(item, [], counts or kind is bytearray)
+        return []
+    if kind in _CONTAINERS and len(item) > _MOST_PARTS:
+        raise _OutOfSight
     if kind in _FOLLOWED:
-        return _Part(item, gc.get_referents(item), counts or kind in _MEMORY)
-    if not counts:
-        return _Part(item, gc.get_referents(item), False) if is_defined_by(kind, "pandas") else None
-    if is_defined_by(kind, "scipy"):
-        return _Part(item, gc.get_referents(item), True)
+        return gc.get_referents(item)
     if is_defined_by(kind, "pandas"):
-        return _visit_pandas(item)
+        return _held_by_pandas(item)
+    if is_defined_by(kind, "scipy.sparse"):
+        return [held for held in gc.get_referents(item) if held is not kind]
     raise _OutOfSight
 
 
-def _visit_array(array: Any, counts: bool) -> _Part | None:
-    if array.dtype.hasobject:
-        if counts:
-            raise _OutOfSight
-        return None
+def _held_by_array(array: Any) -> list[Any]:
+    if array.dtype.hasobject and (array.size > _MOST_PARTS or not all(map(is_immutable, array.flat))):
+        raise _OutOfSight
     if array.base is None and not array.flags.owndata:
         raise _OutOfSight
-    return _Part(array, [] if array.base is None else [array.base], True)
+    return [] if array.base is None else [array.base]
 
 
-def _visit_pandas(item: Any) -> _Part | None:
+def _held_by_pandas(item: Any) -> list[Any] | None:
     import pandas
 
-    if isinstance(item, (pandas.Index, pandas.api.extensions.ExtensionDtype)):
-        # Frames share them, for nobody may change one: only their memory must be out of reach.
-        return _Part(item, gc.get_referents(item), False)
-    if type(item).__module__.startswith("pandas._libs.tslibs") or type(item).__name__ == "BlockPlacement":
+    kind = type(item)
+    if (
+        kind is pandas.RangeIndex
+        or kind.__name__ == "BlockPlacement"
+        or kind.__module__.startswith("pandas._libs.tslibs")
+    ):
         return None
-    if type(item).__name__ in ("BlockManager", "SingleBlockManager"):
-        # Which column lies in which block: frames share these arrays, too, and hand them to nobody.
+    if issubclass(kind, pandas.api.extensions.ExtensionDtype) and kind is not pandas.CategoricalDtype:
+        return None
+    if issubclass(kind, pandas.Index) and _is_of_texts(item):
+        return None  # column labels; nobody writes to texts in Arrow but by its bare buffers
+    held = [one for one in gc.get_referents(item) if one is not kind]
+    if kind.__name__ in ("BlockManager", "SingleBlockManager"):
+        # Which column lies in which block: frames share these arrays, and hand them to nobody.
         private = {id(getattr(item, name, None)) for name in ("_blknos", "_blklocs")}
-        return _Part(item, [held for held in gc.get_referents(item) if id(held) not in private], True)
-    return _Part(item, gc.get_referents(item), True)
+        held = [one for one in held if id(one) not in private]
+    return held
+
+
+def _is_of_texts(index: Any) -> bool:
+    arrow = getattr(getattr(index, "_data", None), "_pa_array", None)
+    return arrow is not None and str(arrow.type) in ("string", "large_string")
 
 
 def is_defined_by(kind: type, library: str) -> bool:
     """Tell whether a library has defined a class: what a class says of itself anybody can write."""
     module = kind.__module__
-    if type(module) is not str or module.partition(".")[0] != library:
+    if type(module) is not str or not f"{module}.".startswith(f"{library}."):
         return False
     return getattr(sys.modules.get(module), kind.__name__, None) is kind
 
 
 def _references_of_this_module() -> int:
     """Return how many references to a part this module itself holds when it counts."""
-    item = [_Part(bytearray(), [], True)]
+    item = [_Part(bytearray(), [])]
     parts = {id(part.item): part for part in item}
     del item
     items = [part.item for part in parts.values()]

@@ -418,6 +418,59 @@ async def test_what_somebody_has_had_meanwhile_stays_as_it_is_left(arena, monkey
 
 
 @in_loop
+async def test_who_asks_after_a_write_joins_no_publication_from_before(arena, monkeypatch, data):
+    """Though it is under way: its copy was made of what the value was."""
+    gate = Gate(monkeypatch, codec, "publish", "after")
+    ours = Worker(arena, data, x=big())
+    before = asyncio.create_task(ours.answer("x"))
+    await gate.wait()
+    ours.data["x"][:] = 7
+    after = asyncio.create_task(ours.answer("x"))
+    await asyncio.sleep(0)
+    gate.open()
+    np.testing.assert_array_equal(handles.resolve((await after).handle), np.full_like(big(), 7))
+    assert isinstance(await before, Published)
+    ours.close()
+
+
+@in_loop
+async def test_what_is_written_while_a_value_is_given_up_is_not_lost(arena, monkeypatch, data):
+    """Somebody takes the value after it was last seen to be alone, and has not told yet."""
+    ours = Worker(arena, data, x=big())
+    settled, watched = Publisher._is_settled, ours.publisher._data
+
+    async def write_afterwards(self, key, entry, known):
+        answer = await settled(self, key, entry, known)
+        if answer and not ours.is_shared("x"):
+            ours.data["x"][0] = 42
+        return answer
+
+    monkeypatch.setattr(Publisher, "_is_settled", write_afterwards)
+    await ours.answer("x")
+    assert watched.in_memory("x")[0] == 42
+    assert handles.resolve((await ours.answer("x")).handle)[0] == 42
+    ours.close()
+
+
+@in_loop
+async def test_what_cannot_be_published_is_offered_once(arena, data):
+    """Nobody has asked: it is not serialized again and again."""
+    ours, times = Worker(arena, data, x=np.ones(10)), []
+
+    async def counting(value):
+        times.append(1)
+        return Serialized.of(value, {})
+
+    await ours.publisher.offer("x", counting)
+    for _ in range(3):
+        ours.publisher.prune(counting)
+        await ours.settled()
+    assert len(times) == 1
+    assert not ours.publisher._entries
+    ours.close()
+
+
+@in_loop
 async def test_keys_that_are_equal_are_one(arena, data):
     """Dask finds under 1.0 what it has under 1."""
     ours = Worker(arena, data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import sys
 import threading
@@ -90,8 +91,8 @@ ALONE: dict[str, Callable[[], Any]] = {
     "cycle": lambda: (lambda x: then(x.append, x) and x)([numbers()]),
     "frame": frame,
     "frame that was looked at": lambda: then(lambda x: (x["x"], x.loc[5], x.x.sum(), x.describe()), frame()),
-    "frame that was copied": lambda: then(lambda x: keep(x.copy()), frame()),
-    "frame that was computed with": lambda: then(lambda x: keep(x + 1), frame(index=np.arange(LENGTH))),
+    "frame that was copied": lambda: then(lambda x: keep(x.copy()), pd.DataFrame(numbers().reshape(-1, 4))),
+    "a few objects that nobody can change": lambda: np.array([1, "a", None], dtype=object),
     "received frame": lambda: received(frame()),
     "merged": lambda: frame().merge(frame(), left_index=True, right_index=True),
     "grouped": lambda: frame().assign(k=np.arange(LENGTH) % 3).groupby("k").sum(),
@@ -152,8 +153,20 @@ NOT_ALONE: dict[str, Callable[[], Any]] = {
     "a shallow copy kept": lambda: then(lambda x: keep(x.copy(deep=False)), frame()),
     "an index over an array": lambda: frame(index=pd.Index(keep(np.arange(LENGTH)), copy=False)),
     "an array of a matrix kept": lambda: then(lambda x: keep(x.data), sparse.random(100, 100, 0.1, format="csr")),
-    "objects": lambda: np.array([1, "a"], dtype=object),
-    "a frame of objects": lambda: pd.DataFrame({"x": pd.Series([1, "a"], dtype=object)}),
+    "objects": lambda: np.array([1, []], dtype=object),
+    "a frame of objects": lambda: pd.DataFrame({"x": pd.Series([1, []], dtype=object)}),
+    "an index kept": lambda: then(lambda x: keep(x.index), frame(index=np.arange(LENGTH))),
+    "labels that change": lambda: pd.DataFrame({Box(numbers()): numbers()}),
+    "categories kept": lambda: then(
+        lambda x: keep(x.c.cat.categories), pd.DataFrame({"c": pd.Categorical([1, 2] * 9)})
+    ),
+    "a row of an array": lambda: [numbers(), keep(np.zeros(9, "f8,f8"))[0]],
+    "a method of an array": lambda: [numbers(), keep(numbers()).sum],
+    "a slice of an array": lambda: [numbers(), slice(keep(numbers()))],
+    "a class": lambda: [numbers(), type("Local", (), {})],
+    "a number of a class of its own": lambda: [numbers(), type("Local", (np.float64,), {})(1.0)],
+    "many numbers": lambda: {"rows": list(range(5_000))},
+    "deep tuples": lambda: functools.reduce(lambda inner, _: (inner, 1), range(5_000), numbers()),
     "Arrow": lambda: pa.table({"x": numbers()}),
     "a frame of texts in Arrow": lambda: pd.DataFrame({"s": pd.array(["a", "b"], dtype="string[pyarrow]")}),
     "foreign": foreign,
