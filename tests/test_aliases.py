@@ -50,9 +50,7 @@ def test_what_is_written_by_whoever_keeps_a_value_is_read(both: tuple[Client, Cl
 
 
 @cases(["array", "frame", "table", "sparse", "list", "masked"], MEMORY)
-def test_memory_that_is_not_the_values_own_is_read_as_it_is(
-    both: tuple[Client, Client], kind: str, memory: str
-) -> None:
+def test_memory_that_is_not_the_values_own_is_read_as_it_is(both: tuple[Client, Client], kind: str, how: str) -> None:
     """A file, a segment of another library, a part of a larger array."""
     compare(both, kind, how, "a view in a global", [*ROUND, *ROUND, *READS])
 
