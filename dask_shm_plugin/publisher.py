@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import threading
 import weakref
 from collections.abc import Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from dask_shm_plugin import adoption, codec, handles, notices, writers
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.codec import Published, Serialized
 from dask_shm_plugin.crashpoints import step
+from dask_shm_plugin.entries import Ask, Entry
 from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.handles import Handle
 from dask_shm_plugin.listings import Listings
@@ -31,117 +31,12 @@ _PAUSES = (0.0, 1e-3, 1e-2)
 """Seconds after which a value is looked at again: threads that have ended may have a reference for a moment longer."""
 
 
-class _Entry:
-    """What is known of the value under a key: what was published of it, and who has had it since.
-
-    A value that nothing else reached at some moment, and that was not handed out since, is what it was then. What was
-    handed out for answers of this worker does not count, if all of these are over.
-
-    Notes
-    -----
-    ``handed_out`` may be called by any thread at any moment. There must never be a moment when the value is listed and
-    a reader has it: the listing is made, and withdrawn, under one lock.
-    """
-
-    def __init__(self, value: object, cross_out: Callable[[], None]) -> None:
-        self.value = value
-        self.published: Published | None = None
-        self.asks = 0
-        """Answers under way that read the value."""
-        self.run = 0
-        """How often it was seen to be alone after it had not been."""
-        self.is_verified = False
-        """Whether what is published is the value as it is now, as long as :attr:`is_intact`."""
-        self.is_adopted = self.is_private = self.is_listed = self.is_idle = self.is_settling = False
-        self._lock = threading.RLock()
-        self._cross_out = cross_out
-        self.reads = 0
-        """How often the value was handed out."""
-        self._safe_at: int | None = None
-
-    @property
-    def is_intact(self) -> bool:
-        """Whether nobody but answers of this worker has had the value since it was alone."""
-        return self._safe_at == self.reads
-
-    def handed_out(self) -> None:
-        """Take note that somebody gets the value."""
-        with self._lock:
-            self.reads += 1
-            self._withdraw()
-
-    def begin(self, reads: int, *, is_verified: bool = False) -> None:
-        """Take note that the value was alone after so many hand-outs; they are counted before it is looked at."""
-        self.run += 1
-        self.is_verified, self._safe_at = is_verified, reads
-
-    def was_read_once_since(self, reads: int) -> None:
-        """Let the one hand-out since then not count, for it was an answer's."""
-        with self._lock:
-            if self._safe_at == reads == self.reads - 1:
-                self._safe_at = self.reads
-
-    def list(self, enter: Callable[[], None]) -> None:
-        """List the value if it is intact, and published as it is now."""
-        with self._lock:
-            if self.is_intact and self.is_verified and not self.is_listed:
-                self.is_listed = True
-                enter()
-                if not self.is_intact:  # a finalizer has read it meanwhile, in this thread
-                    self.is_listed = True
-                    self._withdraw()
-
-    def give_way(self, swap: Callable[[], None]) -> bool:
-        """Let another value take the place of this one, if it is intact and published as it is now; return whether it has.
-
-        Who has taken this value from the worker's data since it was seen to be alone, and has not told yet, takes it anew.
-        """
-        with self._lock:
-            if not (self.is_intact and self.is_verified):
-                return False
-            swap()
-            return True
-
-    def close(self) -> None:
-        """List nothing any more."""
-        with self._lock:
-            self._withdraw()
-            self._safe_at = None
-
-    def _withdraw(self) -> None:
-        if self.is_listed:
-            self.is_listed = False
-            self._cross_out()
-
-
-class Ask:
-    """One answer that is about to be made of some values: it reads each of them once.
-
-    Parameters
-    ----------
-    entries
-        Of the values that are large.
-    """
-
-    def __init__(self, entries: dict[Any, _Entry]) -> None:
-        self.entries = entries
-        self._reads = {key: entry.reads for key, entry in entries.items()}
-        for entry in entries.values():
-            entry.asks += 1
-
-    def has_read(self) -> None:
-        """Take note that the values were read for this answer."""
-        for key, reads in self._reads.items():
-            self.entries[key].was_read_once_since(reads)
-        self._reads.clear()
-
-
 class _Flight(NamedTuple):
     """A publication under way, for exactly this value, as it was when it began."""
 
     value: object
     task: asyncio.Task[Published | Serialized]
-    entry: _Entry | None
+    entry: Entry | None
     run: int | None
 
     def is_of(self, value: object) -> bool:
@@ -176,8 +71,8 @@ class Publisher:
     def __init__(self, arena: Arena, threshold: int, data: WorkerData, address: str) -> None:
         self._arena, self._threshold, self._data = arena, threshold, data
         self._listings = Listings(arena, address)
-        self._entries: dict[Any, _Entry] = {}
-        self._adopting: dict[Any, _Entry] = {}
+        self._entries: dict[Any, Entry] = {}
+        self._adopting: dict[Any, Entry] = {}
         self._flights: dict[Any, _Flight] = {}
         self._turns: weakref.WeakValueDictionary[Any, asyncio.Lock] = weakref.WeakValueDictionary()
         self._background: set[asyncio.Task[None]] = set()
@@ -306,12 +201,12 @@ class Publisher:
 
     # -- entries
 
-    def _entry(self, key: Any) -> _Entry | None:
+    def _entry(self, key: Any) -> Entry | None:
         """Return what is known of a value that is in memory."""
         entry = self._entries.get(key)
         if entry is None and not self._is_closed and self._data.in_memory(key) is not None:
             # Readers are counted from here on, and references later.
-            entry = self._entries[key] = _Entry(
+            entry = self._entries[key] = Entry(
                 self._data.in_memory(key), functools.partial(self._listings.cross_out, key)
             )
         return entry
@@ -322,7 +217,7 @@ class Publisher:
         if adopted is None or (value and adopted.value is not value[0]):
             self.forget(key)
 
-    def _look(self, entry: _Entry, known: int = 0) -> bool:
+    def _look(self, entry: Entry, known: int = 0) -> bool:
         """Tell whether a value is alone, and take note if it has not been."""
         if entry.is_listed:
             return True
@@ -359,7 +254,7 @@ class Publisher:
             self._remember(key, value, published, run)
         return published
 
-    def _entry_of(self, key: Any, value: object) -> _Entry | None:
+    def _entry_of(self, key: Any, value: object) -> Entry | None:
         """Return what is known of this very value."""
         entry = self._entries.get(key)
         return entry if entry is not None and entry.value is value else None
@@ -398,7 +293,7 @@ class Publisher:
             if entry.is_listed or self._entries.get(key) is not entry:
                 return
 
-    async def _settle(self, key: Any, entry: _Entry, known: int = 0) -> None:
+    async def _settle(self, key: Any, entry: Entry, known: int = 0) -> None:
         """Adopt and list a value, if nothing else reaches it and what was published is what it is now."""
         if entry.is_settling:
             return
@@ -411,7 +306,7 @@ class Publisher:
         finally:
             entry.is_settling = False
 
-    async def _is_settled(self, key: Any, entry: _Entry, known: int) -> bool:
+    async def _is_settled(self, key: Any, entry: Entry, known: int) -> bool:
         return (
             await self._is_alone_soon(entry, known)
             and entry.is_intact
@@ -420,7 +315,7 @@ class Publisher:
             and self._data.in_memory(key) is entry.value
         )
 
-    async def _is_alone_soon(self, entry: _Entry, known: int) -> bool:
+    async def _is_alone_soon(self, entry: Entry, known: int) -> bool:
         for pause in _PAUSES:
             if self._look(entry, known):
                 return True
@@ -430,7 +325,7 @@ class Publisher:
         return False
 
     @step("adopt")
-    async def _adopt(self, key: Any, entry: _Entry, known: int) -> _Entry:
+    async def _adopt(self, key: Any, entry: Entry, known: int) -> Entry:
         """Give the private copy up for the shared one, if nobody can tell the difference; return the entry."""
         if not adoption.may_adopt(entry.value) or entry.published is None:
             entry.is_private = True
@@ -439,7 +334,7 @@ class Publisher:
         if shared is None or not adoption.is_faithful(shared, entry.value):
             entry.is_private = True
             return entry
-        adopted = _Entry(shared, functools.partial(self._listings.cross_out, key))
+        adopted = Entry(shared, functools.partial(self._listings.cross_out, key))
         adopted.published, adopted.is_adopted = entry.published, True
         adopted.begin(0, is_verified=True)
         # While the thread was at work the key may have been released, replaced, spilled or read.
@@ -457,11 +352,11 @@ class Publisher:
             self.forget(key)
         return adopted
 
-    def _swap(self, key: Any, adopted: _Entry) -> None:
+    def _swap(self, key: Any, adopted: Entry) -> None:
         self._entries[key] = adopted
         self._data.swap(key, adopted.value)
 
-    def _list(self, key: Any, entry: _Entry) -> None:
+    def _list(self, key: Any, entry: Entry) -> None:
         is_same = self._entries.get(key) is entry and self._data.in_memory(key) is entry.value
         if is_same and entry.published is not None and not self._is_closed:
             entry.list(functools.partial(self._listings.enter, key, entry.published.handle))

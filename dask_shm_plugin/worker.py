@@ -18,12 +18,13 @@ from dask_shm_plugin import codec, config, fetch, metrics, reach, seams
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.codec import Published, Serialized
 from dask_shm_plugin.crashpoints import step
+from dask_shm_plugin.entries import Ask
 from dask_shm_plugin.exceptions import SharedMemoryError, forget_values
 from dask_shm_plugin.joining import Joining
 from dask_shm_plugin.letting_go import let_go_when_closed
 from dask_shm_plugin.meters import WorkerMeter
 from dask_shm_plugin.metrics import COUNTERS
-from dask_shm_plugin.publisher import Ask, Publisher, Serialize
+from dask_shm_plugin.publisher import Publisher, Serialize
 from dask_shm_plugin.role import Role
 from dask_shm_plugin.scatterguard import ScatterGuard
 from dask_shm_plugin.seats import switch_off, switch_on

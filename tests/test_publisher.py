@@ -15,7 +15,7 @@ from distributed.spill import SpillBuffer
 from observing import wait_until
 
 from dask_shm_plugin import codec, handles, membership, publisher
-from dask_shm_plugin.codec import Published, Serialized
+from dask_shm_plugin.codec import Context, Published, Serialized
 from dask_shm_plugin.publisher import Publisher
 from dask_shm_plugin.worker_data import WorkerData
 
@@ -502,6 +502,38 @@ async def test_a_value_is_pickled_once_for_an_answer(arena, data, size):
     await ours.answer("x")
     assert ours.data["x"].pickles == 1
     ours.close()
+
+
+LOOKS = {
+    "item": lambda context: context["recipient"],
+    "get": lambda context: context.get("recipient"),
+    "in": lambda context: "recipient" in context,
+    "dict": dict,
+    "unpacked": lambda context: {**context},
+    "merged": lambda context: {} | context,
+    "list": list,
+    "reversed": lambda context: list(reversed(context)),
+    "items": lambda context: list(context.items()),
+    "values": lambda context: list(context.values()),
+    "text": str,
+    "formatted": lambda context: f"{context}",
+    "compared": lambda context: context == {},
+    "pop": lambda context: context.pop("recipient"),
+    "popitem": lambda context: context.popitem(),
+    "setdefault": lambda context: context.setdefault("recipient", 1),
+    "copied": lambda context: context.copy()["recipient"],
+}
+
+
+@pytest.mark.parametrize("how", LOOKS)
+def test_a_serializer_that_looks_for_whom_it_works_is_noticed(how):
+    """In whichever way it looks; the version of pickle is everybody's."""
+    context = Context({"sender": 1, "recipient": 2, "pickle-protocol": 5})
+    assert context
+    assert context.get("pickle-protocol") == context["pickle-protocol"] == 5
+    assert not context.is_personal
+    LOOKS[how](context)
+    assert context.is_personal
 
 
 class Personal:
