@@ -7,7 +7,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from dask_shm_plugin.offload import in_thread
+
+from dask_shm_plugin.threads import in_thread
 
 
 def where(calls: list[threading.Thread]) -> threading.Thread:
