@@ -28,9 +28,6 @@ MAY_DIFFER: dict[str, str] = {
 """What the test looks at is what the plugin is meant to change."""
 
 BUGS: dict[str, str] = {
-    "distributed/protocol/tests/test_serialize.py::test_context_specific_serialization_class": (
-        "a serializer that takes `context` gets None"
-    ),
     "distributed/tests/test_utils_comm.py::test_gather_from_workers_serialization_error[unpickle]": (
         "a value that cannot be rebuilt is logged by Dask with a view of the arena, which keeps it"
     ),
