@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dask_shm_plugin.writers import is_defined_by, is_immutable
+from dask_shm_plugin.writers import is_bare, is_defined_by, is_immutable
 
 _CONTAINERS = (list, tuple, dict)
 _MANY_COLUMNS = 256
@@ -44,18 +44,10 @@ def _is_exact(value: Any, seen: set[int]) -> bool:
     if kind in _CONTAINERS:
         return all(_is_exact(item, seen) for item in value)
     if kind is np.ndarray:
-        return _is_plain(value.dtype)
+        return not value.dtype.hasobject and is_bare(value.dtype)
     if is_defined_by(kind, "pandas"):
         return kind.__name__ in ("DataFrame", "Series") and _has_no_objects(value) and _has_no_extras(value)
     return is_defined_by(kind, "scipy.sparse")
-
-
-def _is_plain(dtype: np.dtype[Any]) -> bool:
-    """Tell whether elements have no Python objects, and nothing is attached to their type that a journey would lose."""
-    if dtype.hasobject or dtype.metadata:
-        return False
-    parts = [dtype.subdtype[0]] if dtype.subdtype else [field[0] for field in (dtype.fields or {}).values()]
-    return all(map(_is_plain, parts))
 
 
 def _has_no_objects(frame: Any) -> bool:

@@ -112,7 +112,28 @@ class Context(dict[str, Any]):
         self._note(None)
         return super().__eq__(other)
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
     __hash__ = None  # as a dict's
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._note(None)
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        self._note(None)
+        super().__delitem__(name)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Change it."""
+        self._note(None)
+        super().update(*args, **kwargs)
+
+    def clear(self) -> None:
+        """Change it."""
+        self._note(None)
+        super().clear()
 
     def __repr__(self) -> str:
         self._note(None)

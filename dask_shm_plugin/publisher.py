@@ -246,7 +246,7 @@ class Publisher:
             if published is None or not await self._still_holds(published, serialized):
                 try:
                     published = await self._in_thread(codec.publish, serialized, self._arena)
-                except (SharedMemoryError, OSError, MemoryError) as error:
+                except (SharedMemoryError, OSError, MemoryError, RuntimeError) as error:  # the last one: it is closed
                     notices.refused(error, serialized.size)
                     return serialized
                 if published.copied:
@@ -272,7 +272,7 @@ class Publisher:
     async def _still_holds(self, published: Published, serialized: Serialized) -> bool:
         try:
             return bool(await self._in_thread(codec.still_holds, published, serialized, self._arena))
-        except (SharedMemoryError, OSError, MemoryError):
+        except (SharedMemoryError, OSError, MemoryError, RuntimeError):
             # It cannot be looked at: published anew it is right in any case, and costs nothing where it lies in the arena.
             return False
 
@@ -338,12 +338,15 @@ class Publisher:
         adopted.published, adopted.is_adopted = entry.published, True
         adopted.begin(0, is_verified=True)
         # While the thread was at work the key may have been released, replaced, spilled or read.
-        if not await self._is_settled(key, entry, known) or not entry.give_way(lambda: self._swap(key, adopted)):
+        if not await self._is_settled(key, entry, known):
             return entry
-        entry.close()
         self._adopting[key] = adopted
         try:
-            self._data.store(key, shared)
+            if not entry.give_way(lambda: self._swap(key, adopted)):
+                return entry
+            entry.close()
+            if self._data.in_memory(key) is shared:
+                self._data.store(key, shared)
         finally:
             del self._adopting[key]
         if self._data.in_memory(key) is shared:
@@ -353,8 +356,9 @@ class Publisher:
         return adopted
 
     def _swap(self, key: Any, adopted: Entry) -> None:
-        self._entries[key] = adopted
+        # In this order: who has the new value by then, and has told of the old one, tells again.
         self._data.swap(key, adopted.value)
+        self._entries[key] = adopted
 
     def _list(self, key: Any, entry: Entry) -> None:
         is_same = self._entries.get(key) is entry and self._data.in_memory(key) is entry.value

@@ -59,8 +59,8 @@ class WatchedMapping(MutableMapping[Any, Any]):
             if note is None:
                 return value
             note.handed_out()
-            # Another one may have taken its place before that was told.
-            if self.raw.get(key) is value:
+            # Another one may have taken its place before that was told, or to somebody else.
+            if self.raw.get(key) is value and self.notes.get(key) is note:
                 return value
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -116,6 +116,10 @@ class WatchedMapping(MutableMapping[Any, Any]):
 
     def __ror__(self, other: Any) -> dict[Any, Any]:
         return dict(other) | self.copy()
+
+    def __ior__(self, other: Any) -> WatchedMapping:
+        self.update(other)
+        return self
 
     def __reduce__(self) -> Any:
         return dict, (self.copy(),)

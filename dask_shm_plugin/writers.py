@@ -115,7 +115,15 @@ def is_immutable(item: Any) -> bool:
     kind = type(item)
     if kind is tuple:
         return len(item) <= _MOST_PARTS and all(map(_is_scalar, map(type, item)))
-    return _is_scalar(kind) or issubclass(kind, np.dtype) or (issubclass(kind, type) and _is_of_a_library(item))
+    if issubclass(kind, np.dtype):
+        return is_bare(item)
+    return _is_scalar(kind) or (issubclass(kind, type) and _is_of_a_library(item))
+
+
+def is_bare(dtype: np.dtype[Any]) -> bool:
+    """Tell whether nothing is attached to the type of an array's elements: that might be changed."""
+    parts = [dtype.subdtype[0]] if dtype.subdtype else [field[0] for field in (dtype.fields or {}).values()]
+    return not dtype.metadata and all(map(is_bare, parts))
 
 
 def _is_scalar(kind: type) -> bool:
@@ -143,14 +151,25 @@ def _held_by(item: Any) -> list[Any] | None:
     if is_defined_by(kind, "pandas"):
         return _held_by_pandas(item)
     if is_defined_by(kind, "scipy.sparse"):
-        return [held for held in gc.get_referents(item) if held is not kind]
+        return _held_by_instance(item)
     raise _OutOfSight
+
+
+def _held_by_instance(item: Any) -> list[Any]:
+    """Return what an object of a class written in Python, or like one, refers to."""
+    # From Python 3.13 on, the collector may see the attributes in the object, and not the dict of them that somebody keeps.
+    # To ask for that dict may make it.
+    own = getattr(item, "__dict__", None) if sys.version_info >= (3, 13) else None
+    held = [one for one in gc.get_referents(item) if one is not type(item)]
+    if own is not None and all(one is not own for one in held) and sys.getrefcount(own) > _DICT_REFERENCES:
+        raise _OutOfSight
+    return held
 
 
 def _held_by_array(array: Any) -> list[Any]:
     if array.dtype.hasobject and (array.size > _MOST_PARTS or not all(map(is_immutable, array.flat))):
         raise _OutOfSight
-    if array.base is None and not array.flags.owndata:
+    if not is_bare(array.dtype) or (array.base is None and not array.flags.owndata):
         raise _OutOfSight
     return [] if array.base is None else [array.base]
 
@@ -159,21 +178,18 @@ def _held_by_pandas(item: Any) -> list[Any] | None:
     import pandas
 
     kind = type(item)
-    if (
-        kind is pandas.RangeIndex
-        or kind.__name__ == "BlockPlacement"
-        or kind.__module__.startswith("pandas._libs.tslibs")
-    ):
+    if kind.__name__ == "BlockPlacement" or kind.__module__.startswith("pandas._libs.tslibs"):
         return None
     if issubclass(kind, pandas.api.extensions.ExtensionDtype) and kind is not pandas.CategoricalDtype:
         return None
-    if issubclass(kind, pandas.Index) and _is_of_texts(item):
-        return None  # column labels; nobody writes to texts in Arrow but by its bare buffers
-    held = [one for one in gc.get_referents(item) if one is not kind]
+    held = _held_by_instance(item)
     if kind.__name__ in ("BlockManager", "SingleBlockManager"):
         # Which column lies in which block: frames share these arrays, and hand them to nobody.
         private = {id(getattr(item, name, None)) for name in ("_blknos", "_blklocs")}
         held = [one for one in held if id(one) not in private]
+    elif kind is pandas.Index and _is_of_texts(item):
+        # Nobody writes to texts in Arrow but by its bare buffers.
+        held = [one for one in held if one is not item._data]
     return held
 
 
@@ -200,5 +216,13 @@ def _references_of_this_module() -> int:
     return seen[0]
 
 
+def _references_to_a_dict() -> int:
+    """Return how many references the dict of an object has that nobody keeps, as `_held_by_instance` sees it."""
+    item = _OutOfSight()
+    own = getattr(item, "__dict__", None)
+    return sys.getrefcount(own)
+
+
 _COUNTS_ARE_EXACT = hasattr(sys, "getrefcount") and getattr(sys, "_is_gil_enabled", lambda: True)()
 _OWN = _references_of_this_module() if _COUNTS_ARE_EXACT else 0
+_DICT_REFERENCES = _references_to_a_dict() if _COUNTS_ARE_EXACT else 0

@@ -91,7 +91,6 @@ ALONE: dict[str, Callable[[], Any]] = {
     "cycle": lambda: (lambda x: then(x.append, x) and x)([numbers()]),
     "frame": frame,
     "frame that was looked at": lambda: then(lambda x: (x["x"], x.loc[5], x.x.sum(), x.describe()), frame()),
-    "frame that was copied": lambda: then(lambda x: keep(x.copy()), pd.DataFrame(numbers().reshape(-1, 4))),
     "a few objects that nobody can change": lambda: np.array([1, "a", None], dtype=object),
     "received frame": lambda: received(frame()),
     "merged": lambda: frame().merge(frame(), left_index=True, right_index=True),
@@ -155,6 +154,10 @@ NOT_ALONE: dict[str, Callable[[], Any]] = {
     "an array of a matrix kept": lambda: then(lambda x: keep(x.data), sparse.random(100, 100, 0.1, format="csr")),
     "objects": lambda: np.array([1, []], dtype=object),
     "a frame of objects": lambda: pd.DataFrame({"x": pd.Series([1, []], dtype=object)}),
+    "a range kept": lambda: then(lambda x: keep(x.index), frame()),
+    "attributes kept": lambda: then(lambda x: keep(vars(x)), frame()),
+    "attributes of a matrix kept": lambda: then(lambda x: keep(vars(x)), sparse.random(100, 100, 0.1, format="csr")),
+    "a type with something attached": lambda: [numbers(), np.dtype("f8", metadata={"m": keep([1])})],
     "an index kept": lambda: then(lambda x: keep(x.index), frame(index=np.arange(LENGTH))),
     "labels that change": lambda: pd.DataFrame({Box(numbers()): numbers()}),
     "categories kept": lambda: then(
