@@ -116,12 +116,14 @@ class SharedMemoryClient:
 
     @functools.wraps(Client._close)  # Python names it when a client is collected that nobody has closed
     async def _close(self, *args: Any, **kwargs: Any) -> Any:
-        before = self._close_before.old
+        # Dask first: an event loop that ends meanwhile leaves a client that knows that it is closed.
         try:
-            await self.stop()
-        except Exception:
-            logger.debug("could not leave", exc_info=True)
-        return await before(*args, **kwargs)
+            return await self._close_before.old(*args, **kwargs)
+        finally:
+            try:
+                await self.stop()
+            except Exception:
+                logger.debug("could not leave", exc_info=True)
 
     # -- gather
 
