@@ -182,15 +182,22 @@ def _held_by_pandas(item: Any) -> list[Any] | None:
         return None
     if issubclass(kind, pandas.api.extensions.ExtensionDtype) and kind is not pandas.CategoricalDtype:
         return None
+    if kind is pandas.Index and _is_of_texts(item):
+        return _held_by_labels(item)
     held = _held_by_instance(item)
     if kind.__name__ in ("BlockManager", "SingleBlockManager"):
         # Which column lies in which block: frames share these arrays, and hand them to nobody.
         private = {id(getattr(item, name, None)) for name in ("_blknos", "_blklocs")}
         held = [one for one in held if id(one) not in private]
-    elif kind is pandas.Index and _is_of_texts(item):
-        # Nobody writes to texts in Arrow but by its bare buffers.
-        held = [one for one in held if one is not item._data]
     return held
+
+
+def _held_by_labels(index: Any) -> list[Any]:
+    """Return what an index of texts refers to, but the texts: nobody writes to them but by the bare buffers of Arrow."""
+    if sys.getrefcount(index.__dict__) >= _DICT_REFERENCES:  # one less than where a variable has the dict as well
+        raise _OutOfSight
+    references = getattr(index, "_references", None)
+    return [] if references is None else [references]
 
 
 def _is_of_texts(index: Any) -> bool:
