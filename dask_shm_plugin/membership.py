@@ -45,8 +45,10 @@ _by_cluster: dict[str, _Joined] = {}
 _lingering: weakref.WeakSet[Arena] = weakref.WeakSet()
 """Arenas that this process has left in all its roles, but into which views of it still look. Each is kept by its tidying
 thread until the last of them is gone."""
-_missing: set[str] = set()
-"""Clusters whose rendezvous could not be found when it was last looked for."""
+_missing: dict[str, int] = {}
+"""At how many looks in a row, one a second, the name of a cluster's arena was missing."""
+_LOOKS = 4
+
 _is_over = False
 """Whether the interpreter is about to end, and this process has left all arenas for good."""
 
@@ -222,14 +224,13 @@ def _look_after(cluster: str) -> None:
         joined = _by_cluster.get(cluster)
         if joined is not None:
             _end(cluster, joined, [role for role in joined.roles if role.owner() is None])
-        was_missing = cluster in _missing
-        _missing.discard(cluster)
+        looks = _missing.pop(cluster, 0)
         if cluster in _by_cluster and not _by_cluster[cluster].meeting.can_be_found:
-            _missing.add(cluster)
+            _missing[cluster] = looks + 1
     finally:
         _lock.release()
-    # A parent that ends has removed it, and its children are about to be ended: those who live on restore it at the next look.
-    if was_missing:
+    # A parent that ends has removed it, and its children are about to be ended: those who live on restore it some looks later.
+    if looks >= _LOOKS:
         _restore(cluster)
 
 
