@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from alias_programs import KEEPERS, KINDS, MEMORY, READS, WRITES, Program
@@ -14,14 +14,6 @@ from hypothesis import strategies as st
 
 #: As many as one has time for: a program takes a third of a second on either cluster.
 PROGRAMS = int(os.environ.get("DASK_SHM_TEST_PROGRAMS", "25"))
-
-
-def cases(kinds: list[str], others: Iterable[str]) -> pytest.MarkDecorator:
-    """Try each kind with each of the others on workers of one thread, and two of the kinds on workers of three."""
-    argnames = ("both", "kind", "how")
-    pairs = [(threads, kind) for threads in (1, 3) for kind in (kinds if threads == 1 else kinds[:2])]
-    made = [pytest.param(n, kind, how, id=f"{n}-{kind}-{how}") for n, kind in pairs for how in others]
-    return pytest.mark.parametrize(argnames, made, indirect=["both"])
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["one thread", "three threads"])
@@ -43,19 +35,24 @@ def compare(both: tuple[Client, Client], kind: str, memory: str, keeper: str, st
 ROUND = ["another worker", "by the keeper"]
 
 
-@cases(["array", "frame", "table", "dict", "object"], KEEPERS)
-def test_what_is_written_by_whoever_keeps_a_value_is_read(both: tuple[Client, Client], kind: str, how: str) -> None:
+@pytest.mark.parametrize("keeper", KEEPERS)
+@pytest.mark.parametrize("kind", ["array", "frame", "table", "dict", "object"])
+def test_what_is_written_by_whoever_keeps_a_value_is_read(both: tuple[Client, Client], kind: str, keeper: str) -> None:
     """A view, a cache, a global, an attribute, an actor: three times, by readers on each side."""
-    compare(both, kind, "own", how, [*ROUND, *ROUND, *ROUND, *READS])
+    compare(both, kind, "own", keeper, [*ROUND, *ROUND, *ROUND, *READS])
 
 
-@cases(["array", "frame", "table", "sparse", "list", "masked"], MEMORY)
-def test_memory_that_is_not_the_values_own_is_read_as_it_is(both: tuple[Client, Client], kind: str, how: str) -> None:
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("kind", ["array", "frame", "table", "sparse", "list", "masked"])
+def test_memory_that_is_not_the_values_own_is_read_as_it_is(
+    both: tuple[Client, Client], kind: str, memory: str
+) -> None:
     """A file, a segment of another library, a part of a larger array."""
-    compare(both, kind, how, "a view in a global", [*ROUND, *ROUND, *READS])
+    compare(both, kind, memory, "a view in a global", [*ROUND, *ROUND, *READS])
 
 
-@cases(["array", "wide frame", "series", "table", "dict"], ["in the data", "another value", "as an input"])
+@pytest.mark.parametrize("how", ["in the data", "another value", "as an input"])
+@pytest.mark.parametrize("kind", ["array", "wide frame", "series", "table", "dict"])
 def test_what_is_written_without_dasks_knowledge_is_read(both: tuple[Client, Client], kind: str, how: str) -> None:
     """Who knows the worker can write to its data."""
     compare(both, kind, "own", "nobody", ["another worker", how, "a third worker", "another worker", how, *READS])
