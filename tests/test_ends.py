@@ -163,6 +163,11 @@ QUICK = {
 }
 
 
+#: What stock Dask says of some runs of a script and not of others: of a worker that goes before the client has, of a task that
+#: moves to the next worker meanwhile, and of a process whose end two threads have waited for.
+NOW_AND_THEN = " caused the cluster to lose ", "Async instruction", "exit status was already read"
+
+
 class End(NamedTuple):
     """How a script has ended."""
 
@@ -210,8 +215,7 @@ def messages(said: str) -> set[str]:
     """Return what was said without what differs from run to run: times, addresses, keys, the lines of tracebacks."""
     lines = [re.sub(r"^[-\d]+ [:\d]+,\d+ - ", "", line) for line in said.splitlines()]
     lines = [line for line in lines if line and not line.startswith((" ", "Traceback", "During", "The above"))]
-    # Said of a worker that goes before the client has, and of a task that moves to the next one meanwhile.
-    lines = [line for line in lines if " caused the cluster to lose " not in line and "Async instruction" not in line]
+    lines = [line for line in lines if not any(said in line for said in NOW_AND_THEN)]
     return {re.sub(r"\b\w*\d[\w./:-]*|(?<=\w)-[\w-]{16,}|\(.*\)", "…", line) for line in lines}
 
 
