@@ -327,18 +327,19 @@ class Publisher:
     @step("adopt")
     async def _adopt(self, key: Any, entry: Entry, known: int) -> Entry:
         """Give the private copy up for the shared one, if nobody can tell the difference; return the entry."""
-        if not adoption.may_adopt(entry.value) or entry.published is None:
+        published = entry.published
+        if published is None or not adoption.may_adopt(entry.value):
             entry.is_private = True
             return entry
-        shared = await self._in_thread(_rebuild, entry.published.handle)
+        shared = await self._in_thread(_rebuild, published.handle)
         if shared is None or not adoption.is_faithful(shared, entry.value):
             entry.is_private = True
             return entry
         adopted = Entry(shared, functools.partial(self._listings.cross_out, key))
-        adopted.published, adopted.is_adopted = entry.published, True
+        adopted.published, adopted.is_adopted = published, True
         adopted.begin(0, is_verified=True)
-        # While the thread was at work the key may have been released, replaced, spilled or read.
-        if not await self._is_settled(key, entry, known):
+        # While the thread was at work the key may have been released, replaced, spilled, read, or published anew.
+        if not await self._is_settled(key, entry, known) or entry.published is not published:
             return entry
         self._adopting[key] = adopted
         try:
@@ -350,7 +351,7 @@ class Publisher:
         finally:
             del self._adopting[key]
         if self._data.in_memory(key) is shared:
-            COUNTERS.count("adopted", adopted.published.handle.size)
+            COUNTERS.count("adopted", published.handle.size)
         else:  # spilled at once
             self.forget(key)
         return adopted
