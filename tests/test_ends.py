@@ -212,8 +212,8 @@ def session(leader: int) -> list[psutil.Process]:
 
 
 def messages(said: str) -> set[str]:
-    """Return what was said without what differs from run to run: times, addresses, keys, the lines of tracebacks."""
-    lines = [re.sub(r"^[-\d]+ [:\d]+,\d+ - ", "", line) for line in said.splitlines()]
+    """Return what was said without what differs from run to run: times, directories, addresses, keys, tracebacks' lines."""
+    lines = [re.sub(r"^[-\d]+ [:\d]+,\d+ - |^/\S*/", "", line) for line in said.splitlines()]
     lines = [line for line in lines if line and not line.startswith((" ", "Traceback", "During", "The above"))]
     lines = [line for line in lines if not any(said in line for said in NOW_AND_THEN)]
     return {re.sub(r"\b\w*\d[\w./:-]*|(?<=\w)-[\w-]{16,}|\(.*\)", "…", line) for line in lines}
