@@ -254,17 +254,18 @@ def _receive(*fields: Any) -> Any:
 
 def arrive(handle: Handle) -> Any:
     """Return the value of a handle, or an :class:`Unresolved`, or on an event loop a :class:`Deferred`."""
-    if handle.in_band > _AT_ONCE and asyncio._get_running_loop() is not None:
+    is_on_loop = asyncio._get_running_loop() is not None
+    if is_on_loop and handle.in_band > _AT_ONCE:
         return Deferred(handle)
-    return become(handle)
+    return become(handle, may_defer=is_on_loop)
 
 
-def become(handle: Handle) -> Any:
-    """Return the value of a handle, or an :class:`Unresolved`, or a :class:`Failed`."""
+def become(handle: Handle, *, may_defer: bool = False) -> Any:
+    """Return the value of a handle, or an :class:`Unresolved`, or a :class:`Failed`; a :class:`Deferred` where it may be one."""
     is_writeable = _views.get(handle.arena_id) != "read-only"
     try:
         with context_meter.meter("deserialize"):
-            return _mapped_or_copied(handle, writeable=is_writeable)
+            return _mapped_or_copied(handle, writeable=is_writeable, may_defer=may_defer)
     except SharedMemoryError as error:
         return Unresolved(error.reason, handle.size)
     except Exception as error:
@@ -273,11 +274,11 @@ def become(handle: Handle) -> Any:
         return Failed(error) if is_writeable else Unresolved("deserializer", handle.size)
 
 
-def _mapped_or_copied(handle: Handle, *, writeable: bool) -> Any:
+def _mapped_or_copied(handle: Handle, *, writeable: bool, may_defer: bool) -> Any:
     try:
         value = resolve(handle, writeable=writeable)
     except MappingRefused as error:
-        if asyncio._get_running_loop() is not None:
+        if may_defer:
             return Deferred(handle)
         notices.refused(error, handle.size)
         return resolve(handle, writeable=writeable, take=Arena.read)

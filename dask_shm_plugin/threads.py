@@ -29,21 +29,29 @@ async def call_in(executor: Executor | None, function: Callable[..., _T], *args:
     Parameters
     ----------
     executor
-        Which threads, or None for the one in which Dask serializes what is large.
+        Which threads, or None for the one in which Dask serializes what is large; where that cannot be started, the caller
+        does it.
     function, args
         What to call.
     """
-    box: list[Any] = [function, *args]
+    # An executor that cannot start a thread may have kept the call all the same: it must not be made twice.
+    calls: list[Callable[[], _T]] = [functools.partial(function, *args)]
+    results: list[_T] = []
     del function, args
-    await (offload(_call, box) if executor is None else run_in_executor_with_context(executor, _call, box))
-    result: _T = box.pop()
-    return result
+    if executor is not None:
+        await run_in_executor_with_context(executor, _call, calls, results)
+        return results.pop()
+    try:
+        await offload(_call, calls, results)
+    except RuntimeError:
+        if not calls:  # the function has raised it
+            raise
+        _call(calls, results)
+    return results.pop()
 
 
-def _call(box: list[Any]) -> None:
-    function, *args = box
-    box.clear()
-    box.append(function(*args))
+def _call(calls: list[Callable[[], _T]], results: list[_T]) -> None:
+    results.append(calls.pop()())
 
 
 async def in_thread(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -52,7 +60,6 @@ async def in_thread(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.
     For what must be done in any case. What might as well be left rather fails where there are no threads.
     """
     call = functools.partial(contextvars.copy_context().run, function, *args, **kwargs)
-    # An executor that cannot start a thread may have kept the call all the same: it must not be made twice.
     calls = [call]
     try:
         done = asyncio.get_running_loop().run_in_executor(None, lambda: calls.pop()())

@@ -6,9 +6,10 @@ import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import distributed.utils
 import pytest
 
-from dask_shm_plugin.threads import in_thread
+from dask_shm_plugin.threads import call_in, in_thread
 
 
 def where(calls: list[threading.Thread]) -> threading.Thread:
@@ -60,3 +61,23 @@ def test_once_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) ->
     executor.shutdown()
     loop.close()
     assert len(calls) == 1
+
+
+def test_what_dask_does_in_its_thread_is_done_here_where_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once; and an error of the work itself is no reason to do it again."""
+    calls = list[threading.Thread]()
+
+    def fail() -> None:
+        where(calls)
+        raise RuntimeError("my own")
+
+    monkeypatch.setattr(distributed.utils, "_offload_executor", ThreadPoolExecutor(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert asyncio.run(call_in(None, where, calls)) is threading.current_thread()
+        with pytest.raises(RuntimeError, match="my own"):
+            asyncio.run(call_in(None, fail))
+    assert asyncio.run(call_in(None, where, calls)) is not threading.current_thread()
+    with pytest.raises(RuntimeError, match="my own"):
+        asyncio.run(call_in(None, fail))
+    assert len(calls) == 4
