@@ -186,6 +186,8 @@ def enter(name: str, *, create: bool) -> Rendezvous | None:
         try:
             is_locked = _lock(fd, name)
         except BaseException:
+            if create and not os.fstat(fd).st_size:  # nobody else would remove what this process has made
+                Rendezvous(name, fd).remove()
             _close(fd)
             raise
         if is_locked:

@@ -67,7 +67,6 @@ class Role:
 
     async def join(self, *, create: bool) -> Arena | None:
         """Join the arena of this node, or make it; return None when there is none or it cannot be used."""
-        self.may_join_later, self.kept_out_by = False, None
         reason = seams.why_not()
         if reason:
             warn_once(f"Sharing is off: {reason}")
@@ -75,12 +74,15 @@ class Role:
         try:
             if self.cluster is None:
                 self.cluster = await seams.cluster_of(self._scheduler)
-            return await in_thread(self._join, self.cluster, create=create)
+            arena = await in_thread(self._join, self.cluster, create=create)
+            # Until then, what kept it out before is what keeps it out.
+            self.may_join_later, self.kept_out_by = False, None
+            return arena
         except SharedMemoryError as error:
             self.may_join_later, self.kept_out_by = not isinstance(error, SwitchedOff), error.reason
             warn_once(f"Sharing is off in this process: {error}")
         except Exception as error:
-            self.kept_out_by = SharedMemoryError.reason
+            self.may_join_later, self.kept_out_by = False, SharedMemoryError.reason
             warn_once(f"Sharing is off in this process: {type(error).__name__}: {error}")
             logger.debug("could not join", exc_info=True)
         return None

@@ -164,8 +164,14 @@ QUICK = {
 
 
 #: What stock Dask says of some runs of a script and not of others: of a worker that goes before the client has, of a task that
-#: moves to the next worker meanwhile, and of a process whose end two threads have waited for.
-NOW_AND_THEN = " caused the cluster to lose ", "Async instruction", "exit status was already read"
+#: moves to the next worker meanwhile, of a process whose end two threads have waited for, and of a heartbeat that comes too late.
+NOW_AND_THEN = (
+    " caused the cluster to lose ",
+    "Async instruction",
+    "exit status was already read",
+    "heartbeat from unregistered worker",
+    "unaware of this worker",
+)
 
 
 class End(NamedTuple):
@@ -189,6 +195,8 @@ def run(source: str, *, shares: bool, address: str = "") -> End:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # A shell lets what it runs in the background ignore Ctrl-C, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             cwd=directory,
         )
         try:

@@ -63,7 +63,9 @@ def test_once_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) ->
     assert len(calls) == 1
 
 
-def test_what_dask_does_in_its_thread_is_done_here_where_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_dask_does_in_its_thread_is_done_here_where_that_cannot_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Once; and an error of the work itself is no reason to do it again."""
     calls = list[threading.Thread]()
 
