@@ -80,5 +80,6 @@ def _layout(value: Any) -> Any:
         return value.dtype, value.shape, value.strides, value.flags.writeable
     if type(value).__module__.partition(".")[0] == "pandas":
         columns = [value.iloc[:, n] for n in range(value.shape[1])] if value.ndim == 2 else [value]
-        return [_layout(column._values) for column in columns if isinstance(column._values, np.ndarray)]
+        arrays = [getattr(column._values, "_ndarray", column._values) for column in columns]  # of dates, too
+        return [_layout(array) for array in arrays if isinstance(array, np.ndarray)]
     return None

@@ -18,7 +18,7 @@ from distributed.protocol.serialize import Serialize, serialize, to_serialize
 from distributed.protocol.serialize import Serialized as DaskSerialized
 from distributed.utils import ensure_memoryview
 
-from dask_shm_plugin import arrow, views
+from dask_shm_plugin import outofband, views
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.block import Block, Descriptor
 from dask_shm_plugin.crashpoints import step
@@ -31,8 +31,11 @@ from dask_shm_plugin.segment import round_up
 from dask_shm_plugin.threads import call_in
 
 _ALIGNMENT = 64
-_INLINE_FRAME = arrow.SMALL
+_INLINE_FRAME = outofband.SMALL
 _INLINE_TOTAL = 64 << 10
+_MANY_FRAMES = 1000
+_STREAM = 16 << 10
+"""Bytes of a pickle stream that may say how a value is put together, and nothing of what it holds."""
 
 _T = TypeVar("_T")
 
@@ -195,11 +198,22 @@ class Serialized(NamedTuple):
             It cannot be serialized: Dask shall say so.
         """
         noting = Context(context)
-        in_place = arrow.keep_in_place(value, _is_mapped) if len(views.ATLAS) else value
         with context_meter.meter("serialize"):
-            header, frames = serialize(to_serialize(in_place), on_error="raise", context=noting)
+            header, frames = serialize(
+                to_serialize(outofband.keep_out_of_band(value, _is_mapped)), on_error="raise", context=noting
+            )
         size = sum(memoryview(frame).nbytes for frame in frames)
         return cls(header, list(frames), size, noting.is_personal)
+
+    @property
+    def in_band(self) -> int:
+        """Bytes that whoever rebuilds the value has to copy: pickle streams, ``bytes``."""
+        return sum(len(frame) for frame in self.frames if isinstance(frame, (bytes, bytearray)))
+
+    @property
+    def is_copied_by_readers(self) -> bool:
+        """Whether a copy in the arena would come on top of those that its owner and each of its readers have."""
+        return 2 * self.in_band > self.size
 
     @property
     def message(self) -> Serialize:
@@ -255,6 +269,8 @@ def publish(serialized: Serialized, arena: Arena) -> Published:
     """
     if any(serialized.header.get("compression") or ()):
         raise Unshareable("the value's own serializer has compressed it")
+    if len(serialized.frames) > _MANY_FRAMES and serialized.size < len(serialized.frames) * _INLINE_FRAME:
+        raise Unshareable("it consists of very many small parts")
     header = packed(serialized.header)
     flat = [ensure_memoryview(frame) for frame in serialized.frames]
     blocks: dict[Row, Block] = {}
@@ -271,8 +287,7 @@ def publish(serialized: Serialized, arena: Arena) -> Published:
             parts |= _copy(flat, missing, arena, blocks, undo)
         undo.pop_all()
     ordered = tuple(parts[number] for number in range(len(flat)))
-    in_band = sum(len(frame) for frame in serialized.frames if isinstance(frame, (bytes, bytearray)))
-    handle = Handle.of(arena.arena_id, header, ordered, serialized.size, in_band)
+    handle = Handle.of(arena.arena_id, header, ordered, serialized.size, serialized.in_band)
     holds = [block.detach() for block in blocks.values()]
     return Published(arena, handle, holds, copied, has_overlaps=_have_overlaps(flat))
 
@@ -351,12 +366,14 @@ def _copy(
 
 
 def is_shared(value: object) -> bool:
-    """Tell whether all buffers of a value, at least one, are mapped from an arena; small ones do not count."""
+    """Tell whether a value is mapped from an arena, but for small buffers and at most a hundredth of its bytes."""
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         return _is_mapped(*bounds(value))
-    frames = [ensure_memoryview(frame) for frame in Serialized.of(value, {}).frames if not isinstance(frame, bytes)]
+    serialized = Serialized.of(value, {})
+    frames = [ensure_memoryview(frame) for frame in serialized.frames if not isinstance(frame, bytes)]
     large = [frame for frame in frames if frame.nbytes > _INLINE_FRAME]
-    return bool(large) and all(_is_mapped(address_of(frame), frame.nbytes) for frame in large)
+    is_mapped = bool(large) and all(_is_mapped(address_of(frame), frame.nbytes) for frame in large)
+    return is_mapped and serialized.in_band <= max(_STREAM, serialized.size // 100)
 
 
 def _have_overlaps(frames: list[memoryview]) -> bool:

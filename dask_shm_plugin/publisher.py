@@ -30,6 +30,9 @@ Serialize = Callable[[], Awaitable[Serialized]]
 _PAUSES = (0.0, 1e-3, 1e-2)
 """Seconds after which a value is looked at again: threads that have ended may have a reference for a moment longer."""
 
+_ON_THE_WAY = 1.0
+"""Seconds for which, at least, a handle finds what it names; whoever comes later asks again for bytes."""
+
 
 class _Flight(NamedTuple):
     """A publication under way, for exactly this value, as it was when it began."""
@@ -89,7 +92,9 @@ class Publisher:
             self._look(entry)
         return Ask(found)
 
-    async def publish(self, key: Any, value: object, serialize: Serialize) -> Published | Serialized:
+    async def publish(
+        self, key: Any, value: object, serialize: Serialize, *, is_wanted: bool = True
+    ) -> Published | Serialized:
         """Publish the value of a key, unless that was done.
 
         Parameters
@@ -98,6 +103,8 @@ class Publisher:
             As they are in the worker's data.
         serialize
             Called at most once.
+        is_wanted
+            Whether somebody waits for it.
 
         Returns
         -------
@@ -114,7 +121,7 @@ class Publisher:
         flight = self._flights.get(key)
         if flight is None or not flight.is_of(value):
             entry = self._entry_of(key, value)
-            task = asyncio.create_task(self._publish(key, value, serialize))
+            task = asyncio.create_task(self._publish(key, value, serialize, is_wanted=is_wanted))
             flight = _Flight(value, task, entry, entry.run if entry is not None else None)
             self._flights[key] = flight
             flight.task.add_done_callback(functools.partial(self._land, key, flight))
@@ -230,13 +237,17 @@ class Publisher:
 
     # -- publishing
 
-    async def _publish(self, key: Any, value: object, serialize: Serialize) -> Published | Serialized:
+    async def _publish(
+        self, key: Any, value: object, serialize: Serialize, *, is_wanted: bool
+    ) -> Published | Serialized:
         entry = self._entry_of(key, value)
         run = entry.run if entry is not None else None
         if entry is not None and entry.published is not None and entry.is_intact and entry.is_verified:
             return entry.published
         serialized = await serialize()
         if serialized.size < self._threshold or serialized.is_personal:
+            return serialized
+        if serialized.is_copied_by_readers and not is_wanted:
             return serialized
         # Others may have the same in hand: where it has not changed, theirs will do.
         turn = self._turns.setdefault(key, asyncio.Lock())
@@ -252,7 +263,23 @@ class Publisher:
                 if published.copied:
                     COUNTERS.count("published", published.copied)
             self._remember(key, value, published, run)
+        if serialized.is_copied_by_readers:
+            self._forget_soon(key, published)
         return published
+
+    def _forget_soon(self, key: Any, published: Published) -> None:
+        """Forget what was published when nobody is on the way to it: its owner and each reader have a copy of their own."""
+
+        def look_again() -> None:
+            entry = self._entries.get(key)
+            if entry is not None and entry.published is published:
+                if entry.asks or published.is_used_elsewhere:
+                    self._forget_soon(key, published)
+                else:
+                    self.forget(key)
+
+        # The scheduler hands answers on, and does not say when they have arrived.
+        asyncio.get_running_loop().call_later(_ON_THE_WAY, look_again)
 
     def _entry_of(self, key: Any, value: object) -> Entry | None:
         """Return what is known of this very value."""
@@ -284,7 +311,7 @@ class Publisher:
             # What something else reaches would have to be serialized again for each answer.
             if not await self._is_alone_soon(entry, known):
                 return
-            await self.publish(key, entry.value, functools.partial(serialize, entry.value))
+            await self.publish(key, entry.value, functools.partial(serialize, entry.value), is_wanted=False)
             if entry.published is None:
                 if not entry.asks and self._entries.get(key) is entry:
                     self.forget(key)

@@ -141,6 +141,7 @@ def count(client: Client, path: str, *args: Any) -> tuple[list[float], int]:
     return seen, pickles[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["on-request", "on-completion", "no room"])
 @pytest.mark.parametrize("size", [(SMALL, 0), (LARGE, 0), (SMALL, ITEMS)], ids=["small", "buffer", "stream"])
 @pytest.mark.parametrize("path", PATHS)

@@ -224,6 +224,12 @@ def mixed_frame(n: int) -> pd.DataFrame:
     )
 
 
+def dated_frame(n: int) -> pd.DataFrame:
+    zoned = pd.DatetimeIndex(dated(n), tz="UTC").tz_convert("America/Sao_Paulo")
+    spans = pd.to_timedelta(integers(n), unit="s").as_unit("s")
+    return pd.DataFrame({"when": dated(n), "zoned": zoned, "span": spans}, index=zoned.as_unit("ns"))
+
+
 def multi_index(n: int) -> pd.MultiIndex:
     return pd.MultiIndex.from_product([["a", "b"], range(n // 2)], names=["letter", None])
 
@@ -244,10 +250,14 @@ FRAMES: dict[str, Callable[[int], Any]] = {
     "frame_duplicated_columns": lambda n: pd.DataFrame(numbers(n).reshape(-1, 2), columns=["x", "x"]),
     "frame_with_attrs": with_attrs,
     "frame_by_date": lambda n: pd.DataFrame({"x": numbers(n)}, index=pd.date_range("2026", periods=n, freq="s")),
+    "frame_of_dates": dated_frame,
+    "frame_of_one_unit": lambda n: pd.DataFrame(dated(n).reshape(-1, 4).astype("M8[ms]")),
+    "dates": lambda n: pd.date_range("2026", periods=n, freq="h", tz="Europe/Vienna"),
     "series": lambda n: pd.Series(numbers(n), name="values"),
+    "series_of_dates": lambda n: pd.Series(dated(n)),
 }
 KINDS |= FRAMES
-BUFFERS |= FRAMES.keys()
+BUFFERS |= FRAMES.keys() - {"frame_mixed"}  # its Python objects are in the pickle
 if not IS_NUMPY_2:
     # What is neither in C nor in Fortran order was pickled in band.
     BUFFERS.remove("frame_of_rows")
