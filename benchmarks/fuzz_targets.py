@@ -184,7 +184,7 @@ class Camp:
             lambda: arena.roster.remove_role("worker", "tcp://other"),
             arena.roster.roles,
             lambda: (arena.weights.weigh(), arena.weights.count_holders(rows), arena.weights.size_of(rows[0])),
-            lambda: (arena.holders(rows[0]), arena.weights.private_memory(os.getpid())),
+            lambda: (arena.holders(rows[0]), arena.budget.private_memory(os.getpid())),
             lambda: arena.roster.is_live(Member(number(chance), number(chance))),
         ]
         for deed in chance.choices(deeds, k=5):

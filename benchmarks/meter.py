@@ -69,7 +69,7 @@ def cost(count: int, members: int) -> float:
             stack.enter_context(neighbour(arena, [block.descriptor for block in blocks]))
         for _ in range(ROUNDS):
             start = time.perf_counter()
-            arena.weights.private_memory(os.getpid())
+            arena.budget.private_memory(os.getpid())
             arena.weights.weigh()
             times.append(time.perf_counter() - start)
     for block in blocks:

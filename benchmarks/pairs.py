@@ -4,8 +4,8 @@ They live at the same time, each in a process of its own, and never work togethe
 work is done once unmeasured. Each answer of the one must equal the answer of the other, or the run ends with an error.
 
 Memory, where it is watched, is the highest growth in a round, read every 20 ms: of ``Shmem`` of the machine since the
-cluster was idle for the first time (freed pages of the arena stay warm and count; for the cluster without the plugin,
-whose warm pages they are not, ``Shmem`` is read again before each round), of the ``RssAnon`` of the client's and all
+cluster was idle for the first time (freed pages of the arena count as long as they are there; for the cluster without the
+plugin, whose pages they are not, ``Shmem`` is read again before each round), of the ``RssAnon`` of the client's and all
 workers' processes since before the round was prepared, and of both together. Other programs that use shared memory, the loopback
 or the processors meanwhile spoil the figures.
 """
@@ -108,7 +108,7 @@ class Arm:
         prepared = work.prepare(self._client, seed)
         if not self._with_plugin:
             self._shared = machine.shared()
-        figures: Round = {}
+        figures: Round = {"shared_before": self._shared}
         with contextlib.ExitStack() as stack:
             if self._watch_memory:
                 watch = stack.enter_context(Watch(self._processes, (self._shared, private)))
@@ -155,12 +155,12 @@ def serve(pipe: Connection, with_plugin: bool, settings: Settings) -> None:
 
 
 @contextlib.contextmanager
-def clusters(settings: Settings) -> Iterator[dict[str, Connection]]:
-    """Start both, and give the pipes through which they take orders."""
+def clusters(settings: Settings, arms: Sequence[str] = ARMS) -> Iterator[dict[str, Connection]]:
+    """Start both, or one, and give the pipes through which they take orders."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     try:
-        for arm in ARMS:
+        for arm in arms:
             pipes[arm], theirs = context.Pipe()
             process = context.Process(target=serve, args=(theirs, arm == "plugin", settings))
             process.start()

@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from dask_shm_plugin import layout, liveness, tidying
 from dask_shm_plugin.access import Access, map_table
 from dask_shm_plugin.block import Block, Descriptor, Draft
 from dask_shm_plugin.blockbook import TRIMMING
+from dask_shm_plugin.budget import Budget
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.directory import Directory
 from dask_shm_plugin.exceptions import (
@@ -59,7 +61,7 @@ class Arena:
     segment
         The open segment; the arena closes it.
     warm
-        Bytes of freed memory that stay resident, to be written again quickly.
+        Seconds for which freed memory stays resident, to be written again quickly.
 
     Attributes
     ----------
@@ -86,7 +88,7 @@ class Arena:
     process stays a member, with the lock that shows it, until the last of its views is gone.
     """
 
-    def __init__(self, segment: Segment, warm: int = 0) -> None:
+    def __init__(self, segment: Segment, warm: float = 0) -> None:
         self.segment = segment
         self._pid = os.getpid()
         self._mutex = liveness.Mutex(segment.fd)
@@ -98,16 +100,17 @@ class Arena:
         self.in_use = threading.RLock()
         self.upkeep: Callable[[], None] = lambda: None
         self.member = self._join()
-        self.holdings = Holdings(segment, self._mutex, self._access, self.member, warm)
-        self.trimmer = Trimmer(self, segment, self._access, BLOCKS_FROM, warm)
-        self.pages = Pages(segment, BLOCKS_FROM, self._access, self.trimmer)
+        self.holdings = Holdings(segment, self._mutex, self._access, self.member)
+        self.budget = Budget(self._access, self.member)
+        self.trimmer = Trimmer(self, segment, self._access, BLOCKS_FROM, self.budget, warm)
+        self.pages = Pages(segment, BLOCKS_FROM, self._access, self.trimmer, self.budget)
         self.roster = Roster(self._access, segment, self.member)
         self.directory = Directory(table.marks, segment, self.roster, self.member)
         self.weights = Weights(self._access, self.member)
         tidying.start(self)
 
     @classmethod
-    def create(cls, capacity: int, warm: int = 0) -> Arena:
+    def create(cls, capacity: int, warm: float = 0) -> Arena:
         """Create an arena for ``capacity`` bytes of blocks and become its first member."""
         capacity = capacity // PAGE * PAGE
         if capacity <= 0:
@@ -122,7 +125,7 @@ class Arena:
             raise
 
     @classmethod
-    def attach(cls, at: Whereabouts, arena_id: bytes, warm: int = 0) -> Arena:
+    def attach(cls, at: Whereabouts, arena_id: bytes, warm: float = 0) -> Arena:
         """Join the arena that another process has.
 
         Raises
@@ -352,10 +355,12 @@ class Arena:
         def reserve(table: Table) -> Extent | None:
             if self._leaving:
                 raise ArenaUnavailable("this process is leaving the arena")
-            offset = self._free_space.room(table).place(length)
+            room = self._free_space.room(table)
+            offset = room.place(length)
             if offset is None:
                 return None
             extent = Extent(offset, length)
+            table.note_use(table.capacity - room.left + length, time.monotonic(), self.trimmer.warm)
             self._take(table, hold, extent, size)
             return extent
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import re
 from typing import Any, NamedTuple
 
 import dask.config
-from dask.utils import parse_bytes
+from dask.utils import parse_bytes, parse_timedelta
 
 from dask_shm_plugin import limits
 from dask_shm_plugin.exceptions import SharedMemoryError
@@ -19,7 +20,7 @@ _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
 
 class Options(NamedTuple):
-    """The settings of one process; sizes in bytes.
+    """The settings of one process; sizes in bytes, times in seconds.
 
     Notes
     -----
@@ -30,21 +31,15 @@ class Options(NamedTuple):
     threshold: int
     publish: str
     views: str
-    warm: int
+    warm: float
 
-    def capacity_here(self, room: int | None = None) -> int:
-        """Return the capacity for an arena on this node, in bytes.
-
-        Parameters
-        ----------
-        room
-            Bytes of which a percentage is a share, if these are not all that this node may use.
-        """
+    def capacity_here(self) -> int:
+        """Return the capacity for an arena on this node, in bytes."""
         percent = _PERCENT.fullmatch(str(self.capacity))
         if percent and float(percent[1]) > 100:
             raise ValueError(f"shm.capacity is {self.capacity!r}; a node has no more than 100%")
         if percent:
-            return int((limits.memory_limit() if room is None else room) * float(percent[1]) / 100)
+            return int(limits.memory_limit() * float(percent[1]) / 100)
         return _bytes("capacity", self.capacity)
 
 
@@ -83,7 +78,7 @@ def options(given: dict[str, Any]) -> Options:
         threshold=_bytes("threshold", merged["threshold"]),
         publish=merged["publish"],
         views=merged["views"],
-        warm=_bytes("warm", merged["warm"]),
+        warm=_seconds("warm", merged["warm"]),
     )
     # What is wrong with it shall be said here; how much it is can be told only where the arena is made.
     with contextlib.suppress(SharedMemoryError):
@@ -101,3 +96,16 @@ def _bytes(name: str, value: Any) -> int:
     if size < 0:
         raise ValueError(f"shm.{name} is {value!r}; it must not be negative")
     return size
+
+
+def _seconds(name: str, value: Any) -> float:
+    remedy = f"shm.{name} is {value!r}; it must be a number of seconds or a text like '2 s'"
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError(remedy)
+    try:
+        seconds = float(parse_timedelta(value))
+    except (ValueError, KeyError) as error:
+        raise ValueError(remedy) from error
+    if not 0 <= seconds < math.inf:
+        raise ValueError(remedy)
+    return seconds

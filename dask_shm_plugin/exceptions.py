@@ -63,6 +63,12 @@ class NoHeadRoom(ArenaFull):
     reason = "no-head-room"
 
 
+class LimitsReached(ArenaFull):
+    """The workers of this node use as much memory, shared values included, as their limits allow altogether."""
+
+    reason = "limits-reached"
+
+
 class TableFull(ArenaFull):
     """Every row of the table is taken; raise ``shm.threshold`` so that fewer and larger values are shared."""
 

@@ -39,8 +39,6 @@ class Holdings:
         Of the arena.
     member
         This process.
-    warm
-        Bytes of mappings without views that are kept.
 
     Notes
     -----
@@ -48,13 +46,13 @@ class Holdings:
     never be a moment when a view is mapped and its block is not claimed: a claim comes before its mapping and goes after it.
     """
 
-    def __init__(self, segment: Segment, mutex: Mutex, access: Access, member: Member, warm: int) -> None:
+    def __init__(self, segment: Segment, mutex: Mutex, access: Access, member: Member) -> None:
         self._pid = os.getpid()
         self._segment, self._mutex, self._access, self._member = segment, mutex, access, member
         self._arena_id = access.table.arena_id
         self._gone = Bin()
         self._references = References(self._gone.put)
-        self._mappings = Mappings(segment, warm)
+        self._mappings = Mappings(segment)
         self._tidying = threading.RLock()
         self._is_behind = False
         access.repair = self._repair

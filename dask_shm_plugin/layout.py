@@ -3,7 +3,7 @@
 ::
 
     header   magic+version, arena id (2 words), capacity, last incarnation, rows in use, how often pages were
-             given back, reserved
+             given back, high-water mark (3 words), reserved
     members  see ``memberbook``
     roles    see ``rolebook``
     marks    see ``markbook``
@@ -22,7 +22,7 @@ from typing import NamedTuple
 from dask_shm_plugin import markbook, memberbook, rolebook
 from dask_shm_plugin.syscalls import LARGE
 
-VERSION = 6
+VERSION = 7
 MAGIC = int.from_bytes(b"daskshm" + bytes([VERSION]), "little")
 
 SPREAD = 4
@@ -31,8 +31,8 @@ SPREAD = 4
 MEMBERS = memberbook.SLOTS
 BLOCKS = 16384
 
-MAGIC_WORD, ID_WORD, CAPACITY_WORD, INCARNATION_WORD, ROWS_WORD, TRIMS_WORD = 0, 1, 3, 4, 5, 6
-HEADER = 8
+MAGIC_WORD, ID_WORD, CAPACITY_WORD, INCARNATION_WORD, ROWS_WORD, TRIMS_WORD, MARK_WORD = 0, 1, 3, 4, 5, 6, 7
+HEADER = 16
 BLOCK = 8
 """Words of one row of blocks."""
 
@@ -69,11 +69,6 @@ class Extent(NamedTuple):
 
     offset: int
     length: int
-
-
-def at_most(size: int) -> int:
-    """Return how many bytes of memory a segment of some size may take: the table, and blocks up to the capacity."""
-    return TABLE_BYTES + (size - BLOCKS_FROM) // SPREAD
 
 
 def claims_offset(slot: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from dask_shm_plugin.exceptions import DescriptorsExhausted
@@ -39,48 +39,26 @@ class _Group(NamedTuple):
             return None
 
 
-class Arena(NamedTuple):
-    """An arena that is there already: the most that it may take, in bytes, and one of the processes that have it."""
-
-    pid: int
-    size: int
-
-
 class Limit(NamedTuple):
-    """A limit on memory, in bytes: whose it is, how much it is, and what arenas below it may take of that."""
+    """A limit on memory: whose it is, and how much it is or has left, in bytes."""
 
     name: str
     size: int
-    promised: int
-
-    @property
-    def left(self) -> int:
-        """What can still be planned with."""
-        return max(0, self.size - self.promised)
 
 
-def tightest(arenas: Sequence[Arena] = ()) -> Limit:
-    """Return which of physical memory and the limits of every control group above this process leaves least.
-
-    Parameters
-    ----------
-    arenas
-        Those that are there already. What they may take counts against the limits that they have in common with this
-        process.
+def tightest() -> Limit:
+    """Return the least of physical memory and the limits of every control group above this process.
 
     Raises
     ------
     DescriptorsExhausted
         Nothing can be read.
     """
-    groups_of = {arena: {group.folder for group in _groups(arena.pid)} for arena in arenas}
-    limits = [Limit("physical memory", _physical(), sum(arena.size for arena in arenas))]
-    for group in _groups():
-        size = group.limit()
-        if size is not None:
-            promised = sum(arena.size for arena in arenas if group.folder in groups_of[arena])
-            limits.append(Limit(f"control group {group.folder}", size, promised))
-    return min(limits, key=lambda limit: limit.left)
+    limits = [Limit("physical memory", _physical())]
+    limits += [
+        Limit(f"control group {group.folder}", size) for group in _groups() if (size := group.limit()) is not None
+    ]
+    return min(limits, key=lambda limit: limit.size)
 
 
 def memory_limit() -> int:
@@ -89,7 +67,12 @@ def memory_limit() -> int:
 
 
 def head_room() -> int:
-    """Return how many bytes of new shared memory may be written, with a margin: beyond that, the kernel kills or stalls.
+    """Return how many bytes of new shared memory may be written; see :func:`least_left`."""
+    return least_left().size
+
+
+def least_left() -> Limit:
+    """Return what leaves least for new shared memory, less a margin, and how much that is: beyond it, the kernel kills or stalls.
 
     The least of what the machine has available and what each control group above this process has left, where cached
     files count as free.
@@ -101,8 +84,12 @@ def head_room() -> int:
     """
     # What is not shared any more is sent, and every copy is private: a group that is full of shared memory must leave room.
     margin = min(_MARGIN, _known_limit() // 10)
-    left = (_left(group) for group in _groups())
-    return min(_available(), *(size for size in left if size is not None), 1 << 62) - margin
+    left = [Limit("physical memory", _available() - margin)]
+    for group in _groups():
+        size = _left(group)
+        if size is not None:
+            left.append(Limit(f"control group {group.folder}", size - margin))
+    return min(left, key=lambda limit: limit.size)
 
 
 def _left(group: _Group) -> int | None:
@@ -146,16 +133,16 @@ def _known_limit() -> int:
     return memory_limit()
 
 
-def _groups(pid: int | str = "self") -> Iterator[_Group]:
-    """Return the control groups of a process and all above it, of version 2 and of version 1's memory controller."""
-    for folder, is_unified in _folders(pid):
+def _groups() -> Iterator[_Group]:
+    """Return the control groups of this process and all above them, of version 2 and of version 1's memory controller."""
+    for folder, is_unified in _folders():
         while folder.startswith(_ROOT):
             yield _Group(folder, *(_UNIFIED if is_unified else _LEGACY))
             folder = os.path.dirname(folder)
 
 
-def _folders(pid: int | str) -> Iterator[tuple[str, bool]]:
-    for line in os.fsdecode(_read(f"/proc/{pid}/cgroup")).splitlines():
+def _folders() -> Iterator[tuple[str, bool]]:
+    for line in os.fsdecode(_read("/proc/self/cgroup")).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             for root in (_ROOT, f"{_ROOT}/unified"):

@@ -18,7 +18,7 @@ from dask_shm_plugin.exceptions import MappingRefused
 from dask_shm_plugin.segment import Segment
 
 _SMALLEST = 1 << 20
-_MOST = 64
+_MOST, _MOST_BYTES = 64, 1 << 30
 
 
 class Mapping(NamedTuple):
@@ -36,8 +36,6 @@ class Mappings:
     ----------
     segment
         Of the arena.
-    keep
-        Bytes of mappings without views that are kept at most: what stays warm of the arena itself.
 
     Notes
     -----
@@ -45,9 +43,9 @@ class Mappings:
     somebody has written to: its page would be a copy of an earlier block's.
     """
 
-    def __init__(self, segment: Segment, keep: int) -> None:
+    def __init__(self, segment: Segment) -> None:
         # Where address space is limited, a process may need it for other things.
-        self._segment, self._keep = segment, 0 if syscalls.address_space_is_limited() else keep
+        self._segment, self._keep = segment, 0 if syscalls.address_space_is_limited() else _MOST_BYTES
         self._lock = threading.Lock()
         self._kept: list[Mapping] = []
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 SLOTS = 256
-_ENTRY = 4
+_ENTRY = 8
 WORDS = SLOTS * _ENTRY
 """Words of eight bytes that a book takes."""
 
@@ -30,19 +30,20 @@ class MemberBook:
     Parameters
     ----------
     words
-        ``WORDS`` words; per slot ``[incarnation | state, pid, start time, other shared memory]``. The first word is
-        written last, and never becomes zero again.
+        ``WORDS`` words; per slot ``[incarnation | state, pid, start time, other shared memory, private memory, limit,
+        reserved x 2]``. The first word is written last, and never becomes zero again.
     """
 
     def __init__(self, words: memoryview) -> None:
         self._words = words
         entries = np.frombuffer(words, dtype=np.uint64).reshape(SLOTS, _ENTRY)
-        self._states, self._pids = entries[:, 0], entries[:, 1]
+        self._entries, self._states, self._pids = entries, entries[:, 0], entries[:, 1]
 
     def enter(self, member: Member, pid: int, started: int) -> None:
         """Enter a process in a vacant slot."""
         at = member.slot * _ENTRY
-        self._words[at + 1], self._words[at + 2], self._words[at + 3] = pid, started, 0
+        for n, word in enumerate((pid, started, 0, 0, 0), 1):
+            self._words[at + n] = word
         self._words[at] = member.incarnation << _STATE_BITS | _LIVE
 
     def cross_out(self, member: Member) -> None:
@@ -58,13 +59,27 @@ class MemberBook:
         """Note how much shared memory, in bytes, a member's process uses that is not the arena's."""
         self._words[member.slot * _ENTRY + 3] = size
 
-    def other_shared(self, pid: int, started: int) -> int | None:
-        """Return what a process has noted by :meth:`note_other_shared`, or None where it is no member."""
-        for slot in self.slots():
-            at = int(slot) * _ENTRY
+    def other_shared(self, member: Member) -> int:
+        """Return what a member has noted by :meth:`note_other_shared`."""
+        return self._words[member.slot * _ENTRY + 3]
+
+    def find(self, pid: int, started: int) -> Member | None:
+        """Return the member that a process is, if it is one."""
+        for member in self.members():
+            at = member.slot * _ENTRY
             if (self._words[at + 1], self._words[at + 2]) == (pid, started):
-                return self._words[at + 3]
+                return member
         return None
+
+    def note_memory(self, member: Member, private: int, limit: int) -> None:
+        """Note how much memory, in bytes, a member's process has of its own, and how much its workers may have; zero: no worker."""
+        at = member.slot * _ENTRY
+        self._words[at + 4], self._words[at + 5] = private, limit
+
+    def memory_of_workers(self) -> list[tuple[int, int, int]]:
+        """Return process, private memory and limit of each member that has noted a limit."""
+        entries = self._entries[self.slots()][:, [1, 4, 5]].tolist()
+        return [(pid, private, limit) for pid, private, limit in entries if limit]
 
     def slots(self) -> npt.NDArray[np.intp]:
         """Return the slots that are taken."""

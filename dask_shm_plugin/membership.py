@@ -59,7 +59,7 @@ def join(
     address: str,
     *,
     capacity: Callable[[], int] | None = None,
-    warm: int = 0,
+    warm: float = 0,
     owner: object = None,
 ) -> Arena | None:
     """Make this process, in one of its roles, a member of a cluster's arena on this node.
@@ -73,7 +73,7 @@ def join(
     capacity
         Called for the bytes of a new arena when there is none; without it, None is returned in that case.
     warm
-        Bytes of freed memory that stay resident.
+        Seconds for which freed memory stays resident.
     owner
         Who will end the role. Where that is collected before, as after an event loop that was left without closing
         anything, the role is ended by the tidying thread.
@@ -147,7 +147,7 @@ def all_arenas() -> list[Arena]:
     return [joined.arena for joined in list(_by_cluster.values())]
 
 
-def _meet(name: str, capacity: Callable[[], int] | None, warm: int) -> tuple[Arena, Rendezvous] | None:
+def _meet(name: str, capacity: Callable[[], int] | None, warm: float) -> tuple[Arena, Rendezvous] | None:
     meeting = rendezvous.enter(name, create=capacity is not None)
     if meeting is None:
         return None
@@ -170,15 +170,14 @@ def _meet(name: str, capacity: Callable[[], int] | None, warm: int) -> tuple[Are
     return arena, meeting
 
 
-def _find_or_create(meeting: Rendezvous, capacity: Callable[[], int] | None, warm: int) -> Arena | None:
+def _find_or_create(meeting: Rendezvous, capacity: Callable[[], int] | None, warm: float) -> Arena | None:
     said = meeting.read()
     arena = _attach(said, warm) if said else None
     if arena is None and capacity is not None:
         if said and meeting.is_attended and any(listed.is_alive for listed in said.listed):
             raise ArenaUnavailable("the arena of this cluster exists, but its members' memory cannot be opened")
-        with rendezvous.planning():
-            rendezvous.purge()
-            return _listed(Arena.create(capacity(), warm), meeting, ())
+        rendezvous.purge()
+        return _listed(Arena.create(capacity(), warm), meeting, ())
     return _listed(arena, meeting, said.listed) if arena is not None and said is not None else None
 
 
@@ -197,7 +196,7 @@ def _with_us(arena: Arena, listed: Iterable[Listed]) -> Meeting:
     return Meeting(arena.arena_id, arena.segment.device, arena.segment.inode, (*others, own))
 
 
-def _attach(said: Meeting, warm: int) -> Arena | None:
+def _attach(said: Meeting, warm: float) -> Arena | None:
     # A process must never be in one arena twice: its record locks would not keep the one from the other.
     for arena in list(_lingering):
         if arena.arena_id == said.arena_id and arena.stay():

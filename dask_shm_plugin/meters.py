@@ -1,14 +1,15 @@
 """What Dask is told about memory, and what it acts on.
 
 Told to the scheduler: private memory, and this process's share of each block. Acted on: pause and spill look at private
-memory and at what spilling would free; terminate looks at private memory. What neighbours do pauses and kills nobody.
+memory and at what spilling would free; terminate looks at private memory. What neighbours do pauses and kills nobody, as long
+as the node is within bounds. Where all workers together use as much of the sum of their limits as lets a single one pause, or be
+terminated, each answers for its share, too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-import os
 from typing import Any
 
 from distributed import Status
@@ -39,6 +40,7 @@ class WorkerMeter:
     def __init__(self, worker: Any, arena: Arena) -> None:
         self._worker, self._arena = worker, arena
         self._spilling = Spilling(worker.data, arena, _largest(worker.memory_manager))
+        arena.budget.set_limit(self, worker.memory_manager.memory_limit)
         self._read_before = seams.Replacement(worker.monitor, "get_process_memory", self.read)
         callback = worker.periodic_callbacks.get("memory_monitor")
         self._watch_before = callback and seams.Replacement(callback, "callback", self._watch)
@@ -49,14 +51,23 @@ class WorkerMeter:
             self._watch_before.undo()
         self._read_before.undo()
         self._spilling.stop()
+        with contextlib.suppress(SharedMemoryError, OSError):
+            self._arena.budget.forget(self)
 
     def read(self) -> int:
         """Return bytes of memory: what is acted on while Dask decides whether to act, what is reported otherwise."""
         try:
-            private = self._arena.weights.private_memory(os.getpid())
-            return private + (self._spilling.alone() if _IS_ACTING.get() else self._arena.weights.weigh().share)
+            private = self._arena.budget.measure()
+            counts_alone = _IS_ACTING.get() and not self._is_short()
+            return private + (self._spilling.alone() if counts_alone else self._arena.weights.weigh().share)
         except (SharedMemoryError, OSError):
             return int(self._read_before.old())
+
+    def _is_short(self) -> bool:
+        """Tell whether the workers of this node use, altogether, as much as lets one of them pause."""
+        with contextlib.suppress(SharedMemoryError, OSError):
+            return self._arena.budget.use() > (self._worker.memory_manager.memory_pause_fraction or 1)
+        return False
 
     async def _watch(self) -> None:
         """Stand in for ``WorkerMemoryManager.memory_monitor``.
@@ -64,14 +75,15 @@ class WorkerMeter:
         Pauses for private memory first, then spills, and pauses for the rest only when spilling did not help.
         """
         manager = self._worker.memory_manager
+        is_short = self._spilling.counts_shares = self._is_short()
         self._spilling.reweigh()
         with _acting():
-            if not self._spilling.alone():  # all that counts is private
+            if is_short or not self._spilling.alone():  # as with stock Dask, or all that counts is private
                 await self._watch_before.old()
                 return
             if self._worker.status == Status.running:
                 with contextlib.suppress(SharedMemoryError, OSError):
-                    manager._maybe_pause_or_unpause(self._worker, self._arena.weights.private_memory(os.getpid()))
+                    manager._maybe_pause_or_unpause(self._worker, self._arena.budget.measure())
             await manager._maybe_spill(self._worker, self.read())
             manager._maybe_pause_or_unpause(self._worker, self.read())
 
@@ -118,7 +130,10 @@ class NannyMeter:
         """
         manager = self._nanny.memory_manager
         with contextlib.suppress(SharedMemoryError, OSError, AttributeError):
-            private = self._arena.weights.private_memory(self._nanny.process.process.pid)
-            if private <= manager.memory_limit * manager.memory_terminate_fraction:
+            bound, pid = manager.memory_terminate_fraction, self._nanny.process.process.pid
+            used = self._arena.budget.private_memory(pid)
+            if self._arena.budget.use() > bound:
+                used += self._arena.budget.share(pid)
+            if used <= manager.memory_limit * bound:
                 return
         self._watch_before.old()

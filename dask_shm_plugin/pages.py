@@ -7,8 +7,9 @@ from typing import TypeVar
 
 from dask_shm_plugin import limits
 from dask_shm_plugin.access import Access
+from dask_shm_plugin.budget import Budget
 from dask_shm_plugin.crashpoints import step
-from dask_shm_plugin.exceptions import FileSizeLimited, MemoryExhausted, NoHeadRoom
+from dask_shm_plugin.exceptions import FileSizeLimited, LimitsReached, MemoryExhausted, NoHeadRoom
 from dask_shm_plugin.largepages import LargePages
 from dask_shm_plugin.layout import Extent
 from dask_shm_plugin.segment import Segment, round_up
@@ -36,6 +37,8 @@ class Pages:
         To the table, which knows the drafts of every member, and when pages were given back.
     trimmer
         Gives back warm memory that nobody needs, to keep within the capacity and where pages are missing.
+    budget
+        What the workers of this node may use altogether.
 
     Notes
     -----
@@ -46,9 +49,9 @@ class Pages:
     this draft in the table. There must never be a moment when two writers rely on the same room.
     """
 
-    def __init__(self, segment: Segment, blocks_from: int, access: Access, trimmer: Trimmer) -> None:
+    def __init__(self, segment: Segment, blocks_from: int, access: Access, trimmer: Trimmer, budget: Budget) -> None:
         self._segment, self._blocks_from, self._access = segment, blocks_from, access
-        self._trimmer = trimmer
+        self._trimmer, self._budget = trimmer, budget
         self._window = Window(segment)
         self._large = LargePages(segment, self._window)
 
@@ -143,10 +146,17 @@ class Pages:
 
     def _find_room(self, extent: Extent, start: int, length: int) -> None:
         missing = self._segment.missing(start, length)
-        if missing:
-            self._trimmer.make_room(missing)
-        if missing and not self._is_room(missing, extent):
+        if not missing:
+            return
+        self._trimmer.make_room(missing)
+        is_beyond = self._budget.use(self._trimmer.pages() + missing) > 1
+        if is_beyond or not self._is_room(missing, extent):
             self._trimmer.trim_all()
+            if is_beyond and self._budget.use(self._trimmer.pages() + missing) > 1:
+                raise LimitsReached(
+                    "the workers of this node use as much memory, shared values included, as their limits allow altogether; "
+                    "release results, or raise memory_limit"
+                )
             if not self._is_room(missing, extent):
                 raise NoHeadRoom(
                     f"the machine or its control group has less than {missing} bytes left; free memory or raise the limit"

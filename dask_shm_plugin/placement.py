@@ -46,6 +46,11 @@ class Room:
         lowest = int(fits.argmax())
         return int(begins[lowest]) if fits[lowest] else None
 
+    @property
+    def left(self) -> int:
+        """Bytes that further blocks may have."""
+        return self._left
+
     def has(self, offset: int, length: int) -> bool:
         """Tell whether nobody has anything of a part."""
         gap = int(self._starts.searchsorted(offset, side="right"))

@@ -33,8 +33,8 @@ class SharedMemoryPlugin(SchedulerPlugin):
         finished.
     views : {"copy-on-write", "read-only"}, optional
         Whether shared arrays are as writeable as without the plugin, each write staying in its process, or read-only.
-    warm : str or int, optional
-        Bytes of freed shared memory that stay resident, to be used again quickly.
+    warm : str or float, optional
+        How long freed shared memory stays resident, to be used again quickly: seconds, or a text such as "2s".
 
     Raises
     ------
@@ -50,7 +50,7 @@ class SharedMemoryPlugin(SchedulerPlugin):
         threshold: str | int | None = None,
         publish: str | None = None,
         views: str | None = None,
-        warm: str | int | None = None,
+        warm: str | float | None = None,
     ) -> None:
         given = {"capacity": capacity, "threshold": threshold, "publish": publish, "views": views, "warm": warm}
         self.given = {name: value for name, value in given.items() if value is not None}
@@ -75,13 +75,14 @@ class SharedMemoryPlugin(SchedulerPlugin):
 
 
 def is_shared(value: object) -> bool:
-    """Tell whether a value lies in shared memory: whether all its buffers, at least one, are mapped from there.
+    """Tell whether a value lies in shared memory, all of it.
 
     Parameters
     ----------
     value
-        Anything that Dask can send. Buffers of up to 1 KiB do not count, and neither do Python objects, such as the
-        strings of an object array, which no memory mapping can hold.
+        Anything that Dask can send. Not counted are buffers of up to 1 KiB, and what a pickle of it holds beside its
+        buffers, up to 16 KiB or a hundredth of the value. So a DataFrame with a column of Python objects is not shared,
+        though its other columns may be.
     """
     if why_not():
         return False
@@ -153,9 +154,10 @@ def stats(client: Client) -> Any:
     -------
     dict
         For each arena ("host-id") a dict: ``capacity``, ``used`` and ``resident`` in bytes, ``blocks``, ``members``,
-        ``workers`` (addresses), and the counters ``published``, ``attached``, ``adopted`` (each ``count`` and
-        ``bytes``) and ``sent`` (the same for each reason), summed over its workers and this process. The first five are
-        None while a process that stands still (stopped, in a debugger) has the lock of the arena.
+        ``room`` (bytes that further values may take now) and ``bound_by`` (what leaves no more: ``shm.capacity``, physical
+        memory or a control group), ``workers`` (addresses), and the counters ``published``, ``attached``, ``found``,
+        ``adopted`` (each ``count`` and ``bytes``) and ``sent`` (the same for each reason), summed over its workers and this
+        process. The first seven are None while a process that stands still (stopped, in a debugger) has the lock of the arena.
     """
     return client.sync(_stats, client)
 
@@ -177,9 +179,13 @@ async def _stats(client: Client) -> dict[str, dict[str, Any]]:
     return {f"{hosts.get(arena, 'here')}-{arena[:8]}": _summary(said) for arena, said in by_arena.items()}
 
 
+_STATE = ("capacity", "used", "resident", "room", "bound_by", "blocks", "members")
+
+
 def _summary(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    state = next((report for report in reports if "used" in report), {})
-    summary = {name: state.get(name) for name in ("capacity", "used", "resident", "blocks", "members")}
+    # Not all of them need be in the same control group.
+    state = min((report for report in reports if "used" in report), key=lambda report: report["room"], default={})
+    summary = {name: state.get(name) for name in _STATE}
     summary["workers"] = sorted(report["worker"] for report in reports if "worker" in report)
     # Several workers, and the client, may be one process, which counts once.
     for counters in {report["process"]: report["counters"] for report in reports}.values():

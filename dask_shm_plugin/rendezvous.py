@@ -20,7 +20,6 @@ memory does not go with it, and members make a new rendezvous for it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import stat
@@ -33,8 +32,7 @@ from typing import NamedTuple
 from dask_shm_plugin import layout, liveness, syscalls
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import ArenaBusy, ArenaUnavailable
-from dask_shm_plugin.layout import MEMBERS, at_most
-from dask_shm_plugin.limits import Arena
+from dask_shm_plugin.layout import MEMBERS
 from dask_shm_plugin.segment import NAME_PREFIX, SHM_DIRECTORY, Whereabouts
 
 _MAGIC = b"dask-shm rdv"
@@ -43,8 +41,6 @@ _ENTRY = struct.Struct("<QQQ")
 _SIZE = 4096 * -(-(_HEAD.size + MEMBERS * _ENTRY.size) // 4096)
 _CHANGE, _PRESENCE = 0, 1
 _PATIENCE = 2.0
-_PATIENCE_TO_PLAN = 0.5
-"""Less than what those wait who meanwhile want to change the rendezvous."""
 
 _opening = threading.Lock()
 _opened: dict[int, tuple[int, int]] = {}
@@ -203,39 +199,6 @@ def exists(name: str) -> bool:
     return os.path.exists(f"{SHM_DIRECTORY}{name}")
 
 
-@contextlib.contextmanager
-def planning() -> Iterator[None]:
-    """Be the only one on this node who looks what others have and makes an arena beside them; not for ever.
-
-    Any other program may lock the same directory. Who has waited in vain plans all the same.
-    """
-    try:
-        with _opening:
-            fd = os.open(SHM_DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            _note(fd)
-    except OSError:
-        yield
-        return
-    try:
-        deadline = time.monotonic() + _PATIENCE_TO_PLAN
-        while not _flock(fd) and time.monotonic() < deadline:
-            time.sleep(0.005)
-        yield
-    finally:
-        if fd in _opened:  # a child has closed it already
-            fcntl.flock(fd, fcntl.LOCK_UN)
-            del _opened[fd]
-            os.close(fd)
-
-
-def _flock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
 def purge() -> None:
     """Remove what crashed processes of this user have left: rendezvous and segments that nobody attends."""
     prefix = f"{NAME_PREFIX}{os.getuid()}-"
@@ -243,36 +206,6 @@ def purge() -> None:
         for entry in os.listdir(SHM_DIRECTORY):
             if entry.startswith(prefix):
                 _purge_one(f"/{entry}")
-
-
-def arenas() -> list[Arena]:
-    """Return the living arenas of this user that have met here, whichever cluster is theirs."""
-    found: dict[tuple[int, int], Arena] = {}
-    prefix = f"{NAME_PREFIX}{os.getuid()}-"
-    with contextlib.suppress(OSError):
-        for entry in os.listdir(SHM_DIRECTORY):
-            if entry.startswith(prefix):
-                for at in _said_in(f"/{entry}"):
-                    # Looked at, never opened: to close it would drop the locks that this process may have on it.
-                    with contextlib.suppress(OSError):
-                        status = os.stat(f"/proc/{at.pid}/fd/{at.fd}")
-                        if (status.st_dev, status.st_ino) == (at.device, at.inode):
-                            found[at.device, at.inode] = Arena(at.pid, at_most(status.st_size))
-    return list(found.values())
-
-
-def _said_in(name: str) -> list[Whereabouts]:
-    """Return where an arena can be found, as it stands; what is being written may be missing."""
-    with contextlib.suppress(ArenaUnavailable, OSError):
-        fd = _open(name, create=False)
-        if fd is not None:
-            meeting = Rendezvous(name, fd)
-            try:
-                said = meeting.read()
-                return list(said.whereabouts()) if said else []
-            finally:
-                meeting.close()
-    return []
 
 
 @step("purge")

@@ -6,10 +6,10 @@ import contextlib
 import logging
 from typing import Any
 
-from dask_shm_plugin import handles, limits, membership, rendezvous, seams
+from dask_shm_plugin import handles, limits, membership, seams
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.config import Options
-from dask_shm_plugin.exceptions import MemoryExhausted, SharedMemoryError, SwitchedOff
+from dask_shm_plugin.exceptions import SharedMemoryError, SwitchedOff
 from dask_shm_plugin.notices import warn_once
 from dask_shm_plugin.threads import in_thread
 
@@ -27,18 +27,12 @@ class _Plan:
 
     def capacity(self) -> int:
         """Return the capacity of a new arena."""
-        limit = limits.tightest(rendezvous.arenas())
-        size = self._options.capacity_here(limit.left)
-        if size == 0:
-            raise MemoryExhausted(
-                f"other arenas on this machine may take all {limit.size} bytes of {limit.name}; "
-                "close these clusters, or set shm.capacity in bytes"
-            )
+        limit, left = limits.tightest(), limits.least_left()
         self.chosen = (
-            f"shm.capacity is {self._options.capacity!r}; the limit is {limit.size} bytes ({limit.name}), "
-            f"of which other arenas may take {limit.promised}"
+            f"shm.capacity is {self._options.capacity!r}; the limit is {limit.size} bytes ({limit.name}); "
+            f"now {left.size} bytes can be had ({left.name})"
         )
-        return size
+        return self._options.capacity_here()
 
 
 class Role:
@@ -102,13 +96,16 @@ class Role:
 
     def report(self, arena: Arena, counters: dict[str, Any]) -> dict[str, Any]:
         """Return what this process did, and what the arena holds unless somebody who stands still has its lock."""
-        report = {
+        report: dict[str, Any] = {
             "arena": arena.arena_id.hex(),
             "process": f"{arena.member.slot}:{arena.member.incarnation}",
             "counters": counters,
         }
         with contextlib.suppress(SharedMemoryError, OSError):
-            report |= arena.stats()._asdict()
+            stats, left = arena.stats(), limits.least_left()
+            free = stats.capacity - stats.used
+            room, bound_by = min((free, "shm.capacity"), (max(0, left.size), left.name))
+            report.update(stats._asdict(), room=room, bound_by=bound_by)
         return report
 
     async def withdraw(self) -> None:

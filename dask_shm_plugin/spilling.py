@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import zict
@@ -49,6 +49,8 @@ class Spilling:
     def __init__(self, data: Any, arena: Arena, largest: int) -> None:
         self._data, self._arena, self._largest = data, arena, largest
         self._held: dict[Any, _Held] = {}
+        self.counts_shares = False
+        """Whether a value that others hold, too, weighs its share, because this node runs short."""
         self._replaced: list[seams.Replacement] = []
         if type(data) is SpillBuffer and type(data.fast) is zict.LRU:
             self._weight = data.weight
@@ -118,12 +120,15 @@ class Spilling:
         """Return the weights of values less what would not be freed."""
         rows = list({row: None for held in of.values() for row in held.rows})
         holders = dict(zip(rows, self._arena.weights.count_holders(rows), strict=True))
-        return {
-            key: max(
-                0, held.weight - sum(n for row, n in held.rows.items() if self._is_too_large(held) or holders[row] > 1)
-            )
-            for key, held in of.items()
-        }
+        return {key: max(0, held.weight - sum(self._others(held, holders))) for key, held in of.items()}
+
+    def _others(self, held: _Held, holders: dict[Row, int]) -> Iterator[int]:
+        """Return the bytes of each block of a value that are not this worker's to free."""
+        for row, size in held.rows.items():
+            if self._is_too_large(held) or not (self.counts_shares or holders[row] <= 1):
+                yield size
+            elif holders[row] > 1:
+                yield size - size // int(holders[row])
 
     def _is_too_large(self, held: _Held) -> bool:
         """Tell whether a value would not fit into the memory of this worker when it is read back: it stays."""
@@ -158,7 +163,7 @@ class Spilling:
 
     def _frees_enough(self, key: Any) -> bool:
         held = self._held.get(key)
-        return held is None or 2 * self._data.fast.weights[key] >= held.weight
+        return held is None or self.counts_shares or 2 * self._data.fast.weights[key] >= held.weight
 
     def _evict_or_not(self) -> int:
         """Stand in for ``SpillBuffer.evict``, which never raises, and returns -1 where it could not evict."""

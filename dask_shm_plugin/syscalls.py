@@ -23,7 +23,7 @@ MapCall = Callable[[int, int, int], int]
 _PROT_NONE, _PROT_READ, _PROT_WRITE = 0, 1, 2
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 0x01, 0x02
-_MADV_DONTNEED, _MADV_DONTFORK, _MADV_POPULATE_READ, _MADV_COLLAPSE = 4, 10, 22, 25
+_MADV_DONTNEED, _MADV_DONTFORK, _MADV_DONTDUMP, _MADV_POPULATE_READ, _MADV_COLLAPSE = 4, 10, 16, 22, 25
 _UNMAP_STEP, _BREATHER = 64 << 20, 5e-5
 LARGE = 2 << 20
 """Bytes of a large page: what one entry of the second level of a page table maps, where pages have 4 KiB."""
@@ -202,8 +202,13 @@ def seal_size(fd: int) -> None:
 
 
 def map_shared(fd: int, offset: int, length: int) -> int:
-    """Map ``length`` bytes of a file so that writes reach every process, and return the address."""
-    return _map(fd, offset, length, _MAP_SHARED)
+    """Map ``length`` bytes of a file so that writes reach every process, and return the address.
+
+    A core dump leaves it out: it would read, and so make, every page that the file lacks.
+    """
+    address = _map(fd, offset, length, _MAP_SHARED)
+    _libc().madvise(address, length, _MADV_DONTDUMP)
+    return address
 
 
 def map_private(fd: int, offset: int, length: int) -> int:

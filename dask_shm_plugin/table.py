@@ -35,6 +35,7 @@ from dask_shm_plugin.layout import (
     ID_WORD,
     INCARNATION_WORD,
     MAGIC_WORD,
+    MARK_WORD,
     ROWS_WORD,
     TABLE_BYTES,
     TRIMS_WORD,
@@ -120,6 +121,37 @@ class Table:
         """Let :attr:`trims` grow."""
         self._words[TRIMS_WORD] = (self._words[TRIMS_WORD] + 1) % (1 << 64)
 
+    def note_use(self, used: int, now: float, period: float) -> None:
+        """Note that drafts and blocks take so many bytes.
+
+        Parameters
+        ----------
+        used
+            Bytes.
+        now, period
+            A clock that all members share, and how long a period is, in seconds.
+        """
+        began, most = self._words[MARK_WORD], self._words[MARK_WORD + 1]
+        age = now - began / 1000
+        if 0 <= age <= period:
+            if used > most:
+                self._words[MARK_WORD + 1] = used
+        else:
+            self._words[MARK_WORD + 2] = most if 0 <= age <= 2 * period else used
+            self._words[MARK_WORD + 1] = used
+            self._words[MARK_WORD] = int(now * 1000)
+
+    def most_used(self, now: float, period: float) -> int:
+        """Return the most bytes that drafts and blocks have taken for one to two periods, or less where nothing was reserved.
+
+        Needs no mutex, as an estimate. Parameters as of :meth:`note_use`.
+        """
+        began, most, before = self._words[MARK_WORD : MARK_WORD + 3].tolist()
+        age = now - began / 1000
+        if not 0 <= age <= 2 * period:
+            return 0
+        return int(max(most, before) if age <= period else most)
+
     # -- members
 
     def vacant(self) -> list[int]:
@@ -148,9 +180,21 @@ class Table:
         """Note how much shared memory, in bytes, a member's process uses that is not the arena's."""
         self._book.note_other_shared(member, size)
 
-    def other_shared(self, pid: int, started: int) -> int | None:
-        """Return what a process has noted by :meth:`note_other_shared`, or None where it is no member."""
-        return self._book.other_shared(pid, started)
+    def other_shared(self, member: Member) -> int:
+        """Return what a member has noted by :meth:`note_other_shared`."""
+        return self._book.other_shared(member)
+
+    def find(self, pid: int, started: int) -> Member | None:
+        """Return the member that a process is, if it is one. Needs no mutex, like :meth:`members`."""
+        return self._book.find(pid, started)
+
+    def note_memory(self, member: Member, private: int, limit: int) -> None:
+        """Note how much memory, in bytes, a member's process has of its own, and how much its workers may have; zero: no worker."""
+        self._book.note_memory(member, private, limit)
+
+    def memory_of_workers(self) -> list[tuple[int, int, int]]:
+        """Return process, private memory and limit, in bytes, of each member that has noted a limit. Needs no mutex."""
+        return self._book.memory_of_workers()
 
     def members(self) -> list[Member]:
         """Return all members. Needs no mutex: who comes or goes meanwhile may be missing, or still be there."""

@@ -1,4 +1,9 @@
-"""Which freed memory goes back to the operating system: what is resident, free, and more than shall stay warm."""
+"""Which freed memory goes back to the operating system.
+
+What stays resident is what drafts and blocks take now, or have taken at most within the last seconds. A new page that would be
+more than that takes the place of a free one. So an arena never has more pages than it has recently used, and an idle one has
+no free page.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,9 @@ from typing import Protocol
 
 import numpy as np
 
-from dask_shm_plugin import placement
+from dask_shm_plugin import limits, placement
 from dask_shm_plugin.access import Access
+from dask_shm_plugin.budget import NEAR, Budget
 from dask_shm_plugin.exceptions import MemoryExhausted
 from dask_shm_plugin.layout import Extent
 from dask_shm_plugin.references import Hold
@@ -18,6 +24,8 @@ from dask_shm_plugin.segment import Segment, round_up
 from dask_shm_plugin.table import Table
 
 _STEP = 64 << 20
+_SLACK = 8 << 20
+"""Bytes beyond the high-water mark from which free pages are looked for while others are made: a small block is not worth it."""
 _TAKES = 0.2
 """Seconds for which a draft waits for what others are giving back to the system."""
 
@@ -45,43 +53,54 @@ class Trimmer:
         To its table.
     blocks_from
         Where in the segment the blocks begin.
+    budget
+        What the workers of this node may use altogether.
     warm
-        Bytes of freed memory that stay resident.
+        Seconds for which, at least, freed memory stays resident; up to twice as long.
 
     Notes
     -----
     Thread-safe. Holes are punched under a draft: there must never be a moment when somebody else could reserve that place.
     """
 
-    def __init__(self, arena: Trimmed, segment: Segment, access: Access, blocks_from: int, warm: int) -> None:
+    def __init__(
+        self, arena: Trimmed, segment: Segment, access: Access, blocks_from: int, budget: Budget, warm: float
+    ) -> None:
         self._arena, self._segment, self._access = arena, segment, access
-        self._blocks_from, self.warm = blocks_from, warm
+        self._blocks_from, self._budget, self.warm = blocks_from, budget, warm
         self._is_refused = False
 
     def trim(self) -> None:
-        """Return freed memory beyond ``warm`` to the operating system, and what is beyond the capacity in any case."""
-        self._trim_to(min(self.warm, self._access.table.capacity - self._used()))
+        """Return freed memory that was not needed of late; all of it where the machine or its workers run short."""
+        spare = max(0, self._most_used() - self._used())
+        is_short = spare and (limits.head_room() < spare or self._budget.use(self.pages()) > NEAR)
+        self._trim_to(0 if is_short else spare)
 
     def trim_all(self) -> None:
         """Return all freed memory to the operating system."""
         self._trim_to(0)
 
     def make_room(self, missing: int) -> None:
-        """Return so much freed memory that with ``missing`` more bytes there are pages for the capacity, not more.
+        """Return so much freed memory that ``missing`` more bytes of pages are not more than the high-water mark.
 
         Raises
         ------
         MemoryExhausted
             The kernel takes no pages back.
         """
-        table = self._access.table
-        if self._segment.resident - table.reserved_bytes() + missing > table.capacity:
-            self._trim_to(table.capacity - self._used() - missing)
-            if self._is_refused:
+        capacity, used, most = self._access.table.capacity, self._used(), self._most_used()
+        pages = self.pages() + missing
+        if pages > min(max(used, most) + _SLACK, capacity):
+            self._trim_to(max(used, most) - used - missing)
+            if self._is_refused and pages > capacity:
                 raise MemoryExhausted(
                     "this kernel or sandbox takes no pages back (fallocate with FALLOC_FL_PUNCH_HOLE), and there are pages "
                     "for the whole capacity; raise shm.capacity"
                 )
+
+    def pages(self) -> int:
+        """Return the bytes of pages that there are for blocks."""
+        return self._segment.resident - self._access.table.reserved_bytes()
 
     def wait(self) -> None:
         """Wait, for a bounded time, until nobody gives pages back."""
@@ -89,14 +108,18 @@ class Trimmer:
         while self._access.table.blocks.is_trimmed() and time.monotonic() < until:
             time.sleep(0.001)
 
+    def _most_used(self) -> int:
+        table = self._access.table
+        return min(table.most_used(time.monotonic(), self.warm), table.capacity)
+
     def _used(self) -> int:
         return int(np.sum(self._access.table.blocks.taken_by_now()[:, 1]))
 
-    def _trim_to(self, warm: int) -> None:
+    def _trim_to(self, spare: int) -> None:
         stuck: dict[int, int] = {}
         while (
             not self._is_refused
-            and (extent := find(self._segment, self._access.table, self._blocks_from, warm, stuck)) is not None
+            and (extent := find(self._segment, self._access.table, self._blocks_from, spare, stuck)) is not None
         ):
             hold = self._arena.take_if_free(extent)
             if hold is None:
@@ -116,7 +139,7 @@ class Trimmer:
 
 
 def find(
-    segment: Segment, table: Table, blocks_from: int, warm: int, stuck: Mapping[int, int] = MappingProxyType({})
+    segment: Segment, table: Table, blocks_from: int, spare: int, stuck: Mapping[int, int] = MappingProxyType({})
 ) -> Extent | None:
     """Find a part to give back, or None; the highest first, because blocks are placed low.
 
@@ -129,7 +152,7 @@ def find(
         Of one arena.
     blocks_from
         Where in the segment the blocks begin.
-    warm
+    spare
         Bytes of free memory that stay. Less than none, where drafts that are not written yet shall find room.
     stuck
         Where in the segment parts begin that could not be given back, and where they end.
@@ -138,9 +161,9 @@ def find(
     taken = np.minimum(table.blocks.taken_by_now(), np.uint64(table.span))
     # Less than there is, while drafts are written: where all shall go, it is not asked.
     free = segment.resident - table.reserved_bytes() - int(np.sum(taken[:, 1]))
-    if warm and free <= warm:
+    if spare and free <= spare:
         return None
-    at_most = min(_STEP, round_up(free - warm)) if warm else _STEP
+    at_most = min(_STEP, round_up(free - spare)) if spare else _STEP
     for offset, length in placement.gaps(taken, table.span)[::-1]:
         end = blocks_from + int(offset + length)
         first = segment.first_page(end - int(length), int(length))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from dask_shm_plugin import footprint, liveness
+from dask_shm_plugin import footprint
 from dask_shm_plugin.access import Access
 from dask_shm_plugin.layout import Row
 from dask_shm_plugin.memberbook import Member
@@ -33,8 +32,6 @@ class Weights:
 
     def __init__(self, access: Access, member: Member) -> None:
         self._access, self._member = access, member
-        self._pid = os.getpid()
-        self._started = liveness.start_time(self._pid)
 
     def weigh(self) -> Weight:
         """Weigh what this process refers to."""
@@ -53,16 +50,3 @@ class Weights:
         # Without a measurement the last one stands; it must not keep anybody from tidying up.
         with contextlib.suppress(OSError):
             self._access.table.note_other_shared(self._member, footprint.other_shared())
-
-    def private_memory(self, pid: int) -> int:
-        """Return the bytes of a process that it shares with nobody through an arena.
-
-        Raises
-        ------
-        OSError
-            The process is gone.
-        """
-        used = footprint.read(pid)
-        started = self._started if pid == self._pid else liveness.start_time(pid)
-        shared = self._access.table.other_shared(pid, started)
-        return used.anonymous + used.file + (used.shared if shared is None else min(shared, used.shared))

@@ -41,8 +41,9 @@ NONSENSE: list[dict[str, Any]] = [
     {"publish": "sometimes"},
     {"publish": 1},
     {"views": "writeable"},
-    {"warm": "-1 GiB"},
+    {"warm": "-1s"},
     {"warm": "hot"},
+    {"warm": "1 GiB"},
 ]
 
 SENSE: list[dict[str, Any]] = [
@@ -57,7 +58,8 @@ SENSE: list[dict[str, Any]] = [
     {"views": "copy-on-write"},
     {"views": "read-only"},
     {"warm": 0},
-    {"warm": "1 GiB"},
+    {"warm": "500 ms"},
+    {"warm": 1.5},
 ]
 
 
@@ -168,6 +170,7 @@ def test_stats_describe_the_arena_of_the_node(four: Client) -> None:
     assert arena["capacity"] == 256 * MIB
     assert BIG * 8 <= arena["used"] <= arena["resident"] <= arena["capacity"]
     assert arena["blocks"] == 1
+    assert (arena["room"], arena["bound_by"]) == (arena["capacity"] - arena["used"], "shm.capacity")
     for counter in ("published", "attached", "adopted"):
         assert arena[counter].keys() == {"count", "bytes"}
         assert arena[counter]["count"] >= 1

@@ -11,7 +11,10 @@ from typing import Any
 import poor_kernel
 import pytest
 
-pytestmark = pytest.mark.skipif(not poor_kernel.can_be_had(), reason="no numbers of its system calls are known")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not poor_kernel.can_be_had(), reason="no numbers of its system calls are known"),
+]
 
 ALL_BUT_LOCKS = [what for what in poor_kernel.LACKS if what != "locks"]
 

@@ -62,7 +62,7 @@ class Death(NamedTuple):
     @property
     def is_entered(self) -> bool:
         """Whether the process stands in the table as a member."""
-        return self.table is not None and self.table.other_shared(self.pid, self.started) is not None
+        return self.table is not None and self.table.find(self.pid, self.started) is not None
 
     @property
     def is_over(self) -> bool:

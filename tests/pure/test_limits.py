@@ -13,7 +13,7 @@ from other_processes import Process
 
 from dask_shm_plugin import limits
 from dask_shm_plugin.exceptions import DescriptorsExhausted
-from dask_shm_plugin.limits import Arena, Limit, head_room, memory_limit, tightest
+from dask_shm_plugin.limits import Limit, head_room, memory_limit, tightest
 
 GIB = 1 << 30
 PHYSICAL = 64 * GIB
@@ -140,22 +140,10 @@ def test_every_limit_above_this_process_counts(
     assert memory_limit() == expected
 
 
-def test_other_arenas_count_against_the_limits_that_they_share_with_us(
-    machine: Callable[..., None], tmp_path: Path
-) -> None:
-    """One in another control group takes nothing from ours, but from the machine's memory it does."""
-    machine("0::/jobs/1\n", {"/jobs/1/memory.max": f"{8 * GIB}\n", "/jobs/memory.max": f"{20 * GIB}\n"})
-    for pid, membership in ((7, "0::/jobs/1/step\n"), (8, "0::/jobs/2\n"), (9, "0::/\n")):
-        (tmp_path / f"proc/{pid}").mkdir()
-        (tmp_path / f"proc/{pid}/cgroup").write_text(membership)
-    assert tightest() == Limit("control group /sys/fs/cgroup/jobs/1", 8 * GIB, 0)
-    assert tightest([Arena(7, 3 * GIB)]).left == 5 * GIB
-    assert tightest([Arena(8, 3 * GIB)]).left == 8 * GIB
-    assert tightest([Arena(7, 3 * GIB), Arena(8, 14 * GIB)]) == Limit(
-        "control group /sys/fs/cgroup/jobs", 20 * GIB, 17 * GIB
-    )
-    assert tightest([Arena(9, 60 * GIB)]) == Limit("physical memory", PHYSICAL, 60 * GIB)
-    assert tightest([Arena(9, 2 * PHYSICAL)]).left == 0
+def test_the_tightest_limit_has_a_name(machine: Callable[..., None]) -> None:
+    """So that a user can be told what to raise."""
+    machine("0::/jobs/1\n", {"/jobs/1/memory.max": f"{20 * GIB}\n", "/jobs/memory.max": f"{8 * GIB}\n"})
+    assert tightest() == Limit("control group /sys/fs/cgroup/jobs", 8 * GIB)
 
 
 def test_a_process_without_descriptors_is_not_told_that_memory_is_unlimited(process: Callable[[], Process]) -> None:

@@ -19,7 +19,7 @@ class TestOneProcess:
     """A process is one member, whatever roles live in it."""
 
     def test_the_first_makes_the_arena(self, cluster: str) -> None:
-        """Of the capacity that it is told, with the warmth that it is told."""
+        """Of the capacity that it is told, for as long warm as it is told."""
         arena = membership.join(cluster, "nanny", "tcp://a", capacity=lambda: 3 * MIB, warm=MIB)
         assert arena.stats().capacity == 3 * MIB
         assert arena.trimmer.warm == MIB

@@ -74,16 +74,26 @@ class TestOtherMemory:
     def test_it_is_known_of_members_only(self, table: Table, alice: Member, bob: Member) -> None:
         """By pid and time of start: a number alone may be somebody else's by now."""
         table.note_other_shared(alice, 12345)
-        assert table.other_shared(11, 111) == 12345
-        assert table.other_shared(22, 222) == 0
-        assert table.other_shared(11, 112) is None
-        assert table.other_shared(33, 333) is None
+        assert table.other_shared(alice) == 12345
+        assert table.find(11, 111) == alice
+        assert table.other_shared(table.find(22, 222)) == 0
+        assert table.find(11, 112) is None
+        assert table.find(33, 333) is None
         table.reclaim(alice)
-        assert table.other_shared(11, 111) is None
+        assert table.find(11, 111) is None
 
     def test_the_next_in_a_slot_begins_with_nothing(self, table: Table, alice: Member) -> None:
         """It is another process."""
         table.note_other_shared(alice, 12345)
+        table.note_memory(alice, 1, 2)
         table.reclaim(alice)
-        table.join(alice.slot, 44, 444)
-        assert table.other_shared(44, 444) == 0
+        assert table.other_shared(table.join(alice.slot, 44, 444)) == 0
+        assert table.memory_of_workers() == []
+
+    def test_the_memory_of_those_counts_who_have_a_limit(self, table: Table, alice: Member, bob: Member) -> None:
+        """The others are no workers."""
+        table.note_memory(alice, 5, 10)
+        table.note_memory(bob, 7, 0)
+        assert table.memory_of_workers() == [(11, 5, 10)]
+        table.note_memory(bob, 7, 20)
+        assert table.memory_of_workers() == [(11, 5, 10), (22, 7, 20)]

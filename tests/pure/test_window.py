@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def roomy() -> Iterator[Arena]:
     """An arena that keeps all its pages."""
-    arena = Arena.create(16 * MIB, warm=16 * MIB)
+    arena = Arena.create(16 * MIB, warm=1000)
     yield arena
     arena.close()
 
@@ -108,6 +109,18 @@ def test_an_old_kernel_that_fills_no_page_table_writes_by_a_system_call(
     assert written == [len(DATA)] * 2
 
 
+def test_a_core_dump_makes_no_pages(roomy: Arena) -> None:
+    """It would read every page of what is mapped for writing, and those that the segment lacks would be made."""
+    put(roomy)
+    mapped, flags = "", []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        mapped = line if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line) else mapped
+        if line.startswith("VmFlags:") and f" {roomy.segment.inode} " in mapped and mapped.split()[1].endswith("s"):
+            flags.append(line.split()[1:])
+    assert len(flags) >= 2  # the table, and what is written through
+    assert all("dd" in flag for flag in flags)
+
+
 def test_a_segment_that_somebody_cuts_short_is_not_written(roomy: Arena) -> None:
     """A store behind its end would be answered by SIGBUS."""
     put(roomy)
@@ -129,7 +142,7 @@ def test_no_child_inherits_the_mapping_and_none_outlives_the_membership(process:
         return sum("rw-s" in line and "dask-shm" in line for line in lines)
 
     parent = process()
-    parent("arena = Arena.create(16 << 20, warm=16 << 20)")
+    parent("arena = Arena.create(16 << 20, warm=1000)")
     parent("for _ in range(2): publish(arena, bytes(1 << 20)).close(); arena.holdings.tidy()")
     assert mapped(parent) == 2  # and the table
     child = parent.fork()
@@ -143,7 +156,7 @@ def test_what_another_process_has_given_back_is_not_written_in_place(
 ) -> None:
     """However sure this process was that the pages are there."""
     arena = join(CLUSTER)
-    arena.trimmer.warm = 16 * MIB
+    arena.trimmer.warm = 1000
     other = process()
     other(JOIN, cluster=CLUSTER)
     for _ in range(3):
