@@ -45,7 +45,6 @@ from dask_shm_plugin import SharedMemoryPlugin, stats
 WORKERS = 4
 LIMIT = "700 MiB"
 CAPACITY = "1536 MiB"
-WARM = 128 << 20
 MIB = 1 << 20
 PAGE = os.sysconf("SC_PAGE_SIZE")
 EVERY = 0.2
@@ -240,7 +239,7 @@ def measure() -> dict[str, Any]:
         LocalCluster(n_workers=WORKERS, threads_per_worker=1, memory_limit=LIMIT, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
-        client.register_plugin(SharedMemoryPlugin(capacity=CAPACITY, warm=WARM))
+        client.register_plugin(SharedMemoryPlugin(capacity=CAPACITY))
         client.amm.stop()
         settled(client)
         sampler = Sampler(client)
@@ -251,7 +250,7 @@ def measure() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores, Linux {platform.release().partition('-')[0]}",
-        "cluster": f"{WORKERS} workers of {LIMIT}, shm.capacity {CAPACITY}, shm.warm {WARM // MIB} MiB",
+        "cluster": f"{WORKERS} workers of {LIMIT}, shm.capacity {CAPACITY}",
         "sent": arena["sent"],
         "median_difference_mib": round(float(np.median(differences)), 1),
         "phases": sampler.phases,

@@ -15,7 +15,7 @@ class Store:
     """An arena that keeps all freed pages warm."""
 
     def __init__(self, folder: Path, capacity: int) -> None:
-        self._arena = Arena.create(capacity, warm=capacity)
+        self._arena = Arena.create(capacity, warm=1 << 20)
         self._blocks: dict[Any, Block] = {}
         self.whereabouts = (self._arena.segment.whereabouts, self._arena.arena_id, capacity)
 
