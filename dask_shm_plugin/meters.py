@@ -40,7 +40,8 @@ class WorkerMeter:
     def __init__(self, worker: Any, arena: Arena) -> None:
         self._worker, self._arena = worker, arena
         self._spilling = Spilling(worker.data, arena, _largest(worker.memory_manager))
-        arena.budget.set_limit(self, worker.memory_manager.memory_limit)
+        with contextlib.suppress(SharedMemoryError, OSError):  # it is measured again and again
+            arena.budget.set_limit(self, worker.memory_manager.memory_limit)
         self._read_before = seams.Replacement(worker.monitor, "get_process_memory", self.read)
         callback = worker.periodic_callbacks.get("memory_monitor")
         self._watch_before = callback and seams.Replacement(callback, "callback", self._watch)
