@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dask_shm_plugin import codec, handles, layout, membership, rendezvous
+from dask_shm_plugin import codec, handles, layout, memberbook, membership, rendezvous
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.block import Block, Descriptor
 from dask_shm_plugin.codec import Published, Serialized
@@ -240,7 +240,7 @@ def _scribble(chance: random.Random, arena: Arena) -> tuple[int, int, int]:
     first, count = chance.choice(
         [
             (0, 8),
-            (layout.MEMBERS_AT, 4 * members),
+            (layout.MEMBERS_AT, memberbook._ENTRY * members),
             (layout.ROLES_AT, 128),
             (layout.BLOCKS_AT, 8 * rows),
             (layout.BLOCKS_AT, 8 * rows),

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from distributed import Client, Future, get_client, get_worker, wait
-from observing import addresses, drop_replica
+from observing import addresses, drop_replica, wait_until
 from scipy import sparse
 
 LENGTH = 1 << 14
@@ -224,7 +224,8 @@ class Program:
 
     def __init__(self, client: Client, kind: str, memory: str, keeper: str) -> None:
         self._client, self._kind, self._keeper = client, kind, keeper
-        self._a, self._b, self._c = addresses(client)
+        # A client that has just lost its connection to the scheduler knows of no workers for a moment.
+        self._a, self._b, self._c = wait_until(lambda: addresses(client), "the workers are known")
         self._name = f"alias-{uuid.uuid4().hex}"
         self._numbers = itertools.count(1)
         self._value = self._on_a(make, self._name, kind, memory, keeper, key=f"value-{self._name}")

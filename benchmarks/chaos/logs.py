@@ -42,11 +42,13 @@ _FRAME = re.compile(r'File "([^"]+)", line \d+, in (\S+)')
 
 
 def tracebacks_of_ours(folder: Path) -> dict[str, int]:
-    """Count the tracebacks in the logs that end in this package, or in an error of it."""
+    """Count the tracebacks in the logs that end in this package, or in an error of it; a cancellation is the caller's."""
     found: Counter[str] = Counter()
     for log in folder.glob("*.log"):
         for frames, error in _TRACE.findall(log.read_text(errors="replace")):
             places = _FRAME.findall(frames)
+            if error.startswith("asyncio.exceptions.CancelledError"):
+                continue
             if "dask_shm_plugin." in error or (places and "/dask_shm_plugin/" in places[-1][0]):
                 found[f"{error[:120]} in {places[-1][1] if places else '?'}"] += 1
     return dict(found)

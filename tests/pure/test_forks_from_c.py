@@ -13,7 +13,7 @@ from other_processes import JOIN
 FORK = """
 import ctypes, gc, os, sys
 from other_processes import publish
-from dask_shm_plugin import membership, segment
+from dask_shm_plugin import membership, rendezvous, segment
 from dask_shm_plugin.exceptions import ArenaUnavailable
 
 segment.NAME_PREFIX = rendezvous.NAME_PREFIX = sys.argv[1]

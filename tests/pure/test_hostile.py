@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from other_processes import JOIN, Process, join, publish, wait_until
 
-from dask_shm_plugin import layout, membership, rendezvous, segment, stateword
+from dask_shm_plugin import layout, memberbook, membership, rendezvous, segment, stateword
 from dask_shm_plugin.arena import Arena
 from dask_shm_plugin.block import Descriptor
 from dask_shm_plugin.exceptions import ArenaUnavailable, SharedMemoryError, StaleBlock, TableCorrupt
@@ -191,7 +191,7 @@ class TestTable:
 
     def test_a_member_that_was_crossed_out_notices(self, scene: Callable[..., None], arena: Arena) -> None:
         """The others would not count its claims."""
-        scribble(arena, layout.MEMBERS_AT + 4 * arena.member.slot, 0)
+        scribble(arena, layout.MEMBERS_AT + memberbook._ENTRY * arena.member.slot, 0)
         scene()
 
     def test_a_claim_that_was_crossed_out_is_noticed_by_itself(self, scene: Callable[..., None], arena: Arena) -> None:
@@ -207,7 +207,7 @@ class TestTable:
         other = joined()
         block = publish(arena, b"x" * PAGE)
         other("block = arena.attach_block(at); view = block.view(0, 10)", at=block.descriptor)
-        word = layout.MEMBERS_AT + 4 * other("arena.member.slot")
+        word = layout.MEMBERS_AT + memberbook._ENTRY * other("arena.member.slot")
         scribble(arena, word, read(arena, word) & ~1)
         block.close()
         arena.holdings.tidy()
@@ -221,7 +221,7 @@ class TestTable:
     def test_a_claim_on_a_generation_to_come_is_noticed(self, scene: Callable[..., None], arena: Arena) -> None:
         """Nobody would know who holds the block; so it is not freed."""
         block = publish(arena, b"x")
-        scribble(arena, layout.MEMBERS_AT + 4 * 9 + 1, 1)
+        scribble(arena, layout.MEMBERS_AT + memberbook._ENTRY * 9 + 1, 1)
         scribble(arena, layout.claims_offset(9) // 8 + block.row.index, 1 << 50)
         block.close()
         arena.holdings.tidy()

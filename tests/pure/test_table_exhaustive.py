@@ -36,8 +36,8 @@ PLACES = np.array(
 """The words that make a state."""
 SIZES = [at + 3 for at in _BLOCK]
 AT = {int(place): n for n, place in enumerate(PLACES)}
-IGNORED = {at + n for at in _MEMBER for n in (1, 2, 3)} | {*SIZES}
-"""Words that no operation reads: numbers of processes, sizes."""
+IGNORED = {at + n for at in _MEMBER for n in (1, 2, 3, 4, 5)} | {*SIZES}
+"""Words that no operation reads: numbers of processes, their memory, sizes."""
 
 Words = tuple[int, ...]
 
