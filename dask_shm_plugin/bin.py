@@ -21,6 +21,8 @@ class Bin:
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Note | None] = queue.SimpleQueue()
         self.put = self._queue.put
+        self.is_waited_for = False
+        """Whether a thread may have an item that it is about to put back: from 3.13 on, Python hands it over while that sleeps."""
 
     def wake(self) -> None:
         """Let :meth:`wait` return."""
@@ -28,8 +30,12 @@ class Bin:
 
     def wait(self, seconds: float) -> None:
         """Wait until something was put here."""
-        with contextlib.suppress(queue.Empty):
-            self.put(self._queue.get(timeout=seconds))
+        self.is_waited_for = True
+        try:
+            with contextlib.suppress(queue.Empty):
+                self.put(self._queue.get(timeout=seconds))
+        finally:
+            self.is_waited_for = False
 
     def empty(self) -> list[Note]:
         """Take everything out."""

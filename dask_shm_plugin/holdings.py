@@ -116,7 +116,7 @@ class Holdings:
         # What was taken out of the list and not given back, for whatever reason, is looked for the next time.
         was_behind, self._is_behind = self._is_behind, True
         notes = self._gone.empty()
-        if was_behind:
+        if was_behind or self._gone.is_waited_for:
             notes = self._references.gone()
         if not notes:
             self._is_behind = False
