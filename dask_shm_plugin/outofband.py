@@ -87,12 +87,12 @@ def _table(value: Any, is_mapped: IsMapped) -> Any:
 
 
 def _pandas(value: Any, is_mapped: IsMapped) -> Any:
-    # Looked for before anything is pickled: what has neither is pickled once, as without us.
-    if not any(_has_dates(column) or _is_whole_and_mapped(column, is_mapped) for column in _columns(value)):
-        return value
     buffers: list[pickle.PickleBuffer] = []
     file = io.BytesIO()
     try:
+        # Looked for before anything is pickled: what has neither is pickled once, as without us.
+        if not any(_has_dates(column) or _is_whole_and_mapped(column, is_mapped) for column in _columns(value)):
+            return value
         pickler = _Pickler(file, is_mapped, buffers.append)
         pickler.dump(value)
     except Exception:
