@@ -63,6 +63,17 @@ def shared_memory(pids: Iterable[int]) -> int:
     return sum(int(line.split()[1]) * KIB for line in lines if line.startswith("Pss_Shmem:"))
 
 
+def arena_pages(pids: Iterable[int]) -> int:
+    """Return the bytes of memory in the segments of the package that some processes have open, mapped or not."""
+    found = {}
+    for pid in pids:
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            if _is_ours(os.readlink(fd)):
+                status = fd.stat()
+                found[status.st_dev, status.st_ino] = 512 * status.st_blocks
+    return sum(found.values())
+
+
 def private_memory(pid: int | str = "self") -> int:
     """Return the bytes of anonymous memory that a process holds for itself alone."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():

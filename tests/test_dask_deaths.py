@@ -36,11 +36,10 @@ CELLS = [
 @pytest.fixture(scope="module")
 def cluster(nothing_leaks: None) -> Iterator[Client]:
     """A client of two workers that know crash points, for the whole module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DASK_SHM_CRASHPOINTS", "1")
-        # A cluster gives a nanny up whose worker dies twice within that time.
-        with dask.config.set({"distributed.deploy.lost-worker-timeout": "1h"}), local_cluster(2) as client:
-            yield client
+    env = {"DASK_SHM_CRASHPOINTS": "1"}
+    # A cluster gives a nanny up whose worker dies twice within that time.
+    with dask.config.set({"distributed.deploy.lost-worker-timeout": "1h"}), local_cluster(2, env=env) as client:
+        yield client
 
 
 def die_at(moment: str) -> None:

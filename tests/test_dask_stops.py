@@ -44,10 +44,8 @@ CELLS = [
 @pytest.fixture(scope="module")
 def cluster(nothing_leaks: None) -> Iterator[Client]:
     """A client of three workers that know crash points, for the whole module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DASK_SHM_CRASHPOINTS", "1")
-        with local_cluster(3) as client:
-            yield client
+    with local_cluster(3, env={"DASK_SHM_CRASHPOINTS": "1"}) as client:
+        yield client
 
 
 def stop_at(moment: str) -> None:

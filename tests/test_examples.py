@@ -48,7 +48,10 @@ def run(example: str, *arguments: str) -> str:
 
 
 @linux
-@pytest.mark.parametrize("example", CASES)
+@pytest.mark.parametrize(
+    "example",
+    [case if case == "quickstart.py" else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_an_example_runs_and_prints_what_it_promises(example: str) -> None:
     """Each example ends well and shows its result."""
     argument, expected = CASES[example]

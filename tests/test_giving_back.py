@@ -18,6 +18,7 @@ from typing import Any
 
 import dask
 import numpy as np
+import psutil
 import pytest
 from clusters import local_cluster, register
 from describing import assert_descriptions_equal, assert_same, describe
@@ -27,6 +28,7 @@ from observing import (
     BIG,
     MIB,
     addresses,
+    arena_pages,
     array,
     fresh,
     lies_in_arena,
@@ -342,11 +344,13 @@ def test_when_all_processes_are_killed_the_memory_is_free_and_the_name_is_purged
     try:
         assert process.stdout is not None
         assert int(process.stdout.readline()) >= 64 * MIB
-        assert shmem() - before > 48 * MIB
+        family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+        assert arena_pages(family) > 48 * MIB
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    wait_until(lambda: shmem() - before < 16 * MIB, "the kernel frees the memory")
+    # What else is tested on this machine comes and goes.
+    wait_until(lambda: shmem() - before < 16 * MIB, "the kernel frees the memory", seconds=60)
     left = names() - others
     assert sum(Path("/dev/shm", name).stat().st_size for name in left) < MIB
     with local_cluster(1) as client:

@@ -7,7 +7,7 @@ import operator
 import os
 import time
 from collections.abc import Iterator
-from multiprocessing import shared_memory
+from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
 import dask
@@ -24,7 +24,7 @@ from observing import (
     fresh,
     holders,
     pids,
-    shmem,
+    shared_memory,
     totals,
     undisturbed,
     wait_until,
@@ -106,12 +106,12 @@ def test_the_sum_of_what_is_reported_is_what_is_there(two: Client) -> None:
     def excess() -> float:
         return sum(reported(two).values()) - sum(anonymous(two).values()) - expected
 
-    before, expected = shmem(), 0
+    expected, everybody = 0, [os.getpid(), *pids(two).values()]
     assert undisturbed(excess, lambda n: abs(n) < 4 * MIB) < 4 * MIB
     # Twice as much, as it is when dirtied, fits below the target: nothing is spilled while it is measured.
     future = two.scatter(array(fresh(), 4 * PART), broadcast=True)
     look(two, future)
-    expected = shmem() - before
+    expected = shared_memory(everybody)
     assert expected > 0.95 * 4 * PART * 8
     assert abs(undisturbed(excess, lambda n: abs(n) < 8 * MIB)) < 16 * MIB
     a, b = addresses(two)
@@ -146,7 +146,7 @@ def test_the_memory_that_users_share_themselves_is_not_hidden(two: Client) -> No
 
 def keep_shared_memory(size: int, dask_worker: Any) -> None:
     """Make shared memory that has nothing to do with the plugin, and fill it."""
-    memory = shared_memory.SharedMemory(create=True, size=size)
+    memory = SharedMemory(create=True, size=size)
     memory.buf[:] = b"x" * size
     dask_worker.users_own = memory
 

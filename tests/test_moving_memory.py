@@ -103,6 +103,7 @@ def digests(client: Client, future: Any, workers: Iterable[str]) -> list[int]:
     return client.gather([client.submit(digest, future, workers=[address], pure=False) for address in workers])
 
 
+@pytest.mark.slow
 def test_a_broadcast_is_one_copy_in_memory_and_nothing_on_the_wire(client: Client) -> None:
     """Four workers read 64 MiB: shared memory grows by one copy, no private memory, the loopback by less than 2 %."""
     value = big(fresh())

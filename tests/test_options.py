@@ -33,7 +33,7 @@ NONSENSE: list[dict[str, Any]] = [
     {"capacity": -1},
     {"capacity": "-1 MiB"},
     {"capacity": "150%"},
-    {"capacity": object()},
+    {"capacity": ...},
     {"threshold": -1},
     {"threshold": "many"},
     {"threshold": "64 parsecs"},

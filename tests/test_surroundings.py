@@ -208,6 +208,7 @@ def all_places_taken() -> Iterator[Callable[[Client], subprocess.Popen[str]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("new_processes")
 def test_a_worker_that_finds_no_place_joins_when_there_is_one(
     all_places_taken: Callable[[Client], subprocess.Popen[str]], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,6 +266,7 @@ def test_an_idle_cluster_takes_nothing_from_others_and_each_says_what_it_may_tak
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("new_processes")
 def test_a_capacity_of_nothing_switches_sharing_off(
     capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -283,6 +285,7 @@ def test_a_capacity_of_nothing_switches_sharing_off(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("new_processes")
 def test_a_capacity_above_what_is_installed_promises_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     """It is a limit, not a reservation: values are shared as long as there is memory."""
     with local_cluster(2, OPTIONS | {"capacity": 4 * psutil.virtual_memory().total}) as client:

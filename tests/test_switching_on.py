@@ -118,6 +118,7 @@ def remote(remote_cluster: Client) -> Client:
     return remote_cluster
 
 
+@pytest.mark.slow
 def test_a_client_in_another_process_registers_for_the_whole_cluster(remote: Client) -> None:
     """Scheduler and workers were started by commands that know nothing of the plugin."""
     a, b = addresses(remote)
@@ -126,6 +127,7 @@ def test_a_client_in_another_process_registers_for_the_whole_cluster(remote: Cli
     assert totals(remote).arenas == 1
 
 
+@pytest.mark.slow
 def test_workers_that_join_later_take_part(remote: Client) -> None:
     """A further command, with a nanny or without, joins the same arena."""
     a, b = addresses(remote)
@@ -203,6 +205,7 @@ if __name__ == "__main__":
     assert run_script(script, env=environment(preload)).split() == ["True", "True", "True"]
 
 
+@pytest.mark.slow
 def test_a_local_cluster_shares_with_workers_that_are_added(nothing_leaks: None) -> None:
     """Scaling up after the registration, from no worker at all, reaches every new worker."""
     with local_cluster(0) as client:
@@ -236,6 +239,7 @@ def test_worker_commands_with_a_preload_share_one_arena() -> None:
             assert_client_takes_part(late)
 
 
+@pytest.mark.slow
 def test_a_scheduler_with_a_preload_switches_the_whole_cluster_on() -> None:
     """`dask scheduler --preload`: plain workers, with and without nanny, share."""
     env = environment(THRESHOLD)
@@ -263,6 +267,7 @@ def what_stands_in_front(dask_worker: Worker) -> list[str]:
     return [name for name, it in found.items() if type(getattr(it, "__self__", it)).__module__.startswith("dask_shm")]
 
 
+@pytest.mark.slow
 def test_many_clients_that_register_at_the_same_time_leave_nothing_behind() -> None:
     """Dask may tear a plugin down before it is set up, for another of the same name: one is on, and then none."""
 
@@ -288,6 +293,7 @@ def test_many_clients_that_register_at_the_same_time_leave_nothing_behind() -> N
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_a_setting_that_makes_no_sense_on_a_node_leaves_that_node_as_it_is() -> None:
     """Said once on the node, as a warning; the cluster works, and what stands there is Dask's."""
     env = environment({"DASK_SHM__THRESHOLD": "nonsense"})

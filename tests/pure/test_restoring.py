@@ -6,10 +6,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from other_processes import LEAVE, LOOK, Process, join, publish, wait_until
 
 from dask_shm_plugin import membership, rendezvous
 from dask_shm_plugin.rendezvous import exists, name_for
+
+pytestmark = pytest.mark.slow
 
 
 def remove(cluster: str) -> None:
