@@ -11,8 +11,9 @@ import inspect
 import pickle
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
+from types import CodeType
 from typing import Any, NamedTuple
 
 import distributed.client
@@ -47,12 +48,19 @@ def _takes(function: Any, *names: str) -> bool:
 
 
 def _names(function: Any, *names: str) -> bool:
-    return set(names) <= set(inspect.unwrap(function).__code__.co_names)
+    return set(names) <= set(_named_in(inspect.unwrap(function).__code__))
 
 
-def _packs(function: Any, *names: str) -> bool:
-    # What does it are functions within the function.
-    return all(name in inspect.getsource(function) for name in names)
+def _named_in(constant: Any) -> Iterator[str]:
+    """Yield the names and strings of a function's code and of the functions in it; its source may not be there."""
+    if isinstance(constant, str):
+        yield constant
+    elif isinstance(constant, (tuple, frozenset)):
+        for item in constant:
+            yield from _named_in(item)
+    elif isinstance(constant, CodeType):
+        yield from constant.co_names
+        yield from _named_in(constant.co_consts)
 
 
 _MANAGER = distributed.worker_memory.WorkerMemoryManager
@@ -92,10 +100,10 @@ SEAMS = (
             _names(
                 distributed.comm.core.Comm.__init__, "local_info", "remote_info", "handshake_options", "allow_offload"
             )
-            and _packs(
-                distributed.comm.tcp.TCP.write, "to_frames", '"sender": self.local_info', "**self.handshake_options"
+            and _names(
+                distributed.comm.tcp.TCP.write, "to_frames", "sender", "local_info", "recipient", "handshake_options"
             )
-            and _packs(distributed.comm.utils.to_frames, "OFFLOAD_THRESHOLD", "safe_sizeof", "offload")
+            and _names(distributed.comm.utils.to_frames, "OFFLOAD_THRESHOLD", "safe_sizeof", "offload")
         ),
     ),
     Seam(
@@ -117,8 +125,8 @@ SEAMS = (
         "distributed.protocol.core.dumps, .loads",
         "a header is packed as Dask packs it",
         lambda: (
-            _packs(distributed.protocol.core.dumps, "msgpack_encode_default", "use_bin_type")
-            and _packs(distributed.protocol.core.loads, "msgpack_decode_default", "use_list", "msgpack_opts")
+            _names(distributed.protocol.core.dumps, "msgpack_encode_default", "use_bin_type")
+            and _names(distributed.protocol.core.loads, "msgpack_decode_default", "use_list", "msgpack_opts")
         ),
     ),
     Seam(
@@ -138,8 +146,10 @@ SEAMS = (
             issubclass(distributed.spill.SpillBuffer, zict.Buffer)
             and _takes(zict.Buffer, "fast")
             and _takes(zict.LRU, "d")
-            and _packs(zict.LRU, "self.d[key]", "del self.d[key]", "self.d.values()")
-            and _packs(distributed.worker.Worker, "data=self.memory_manager.data", "return self.memory_manager.data")
+            and all(_names(method, "d") for method in (zict.LRU.__getitem__, zict.LRU.__delitem__, zict.LRU.set_noevict))
+            and _names(zict.LRU.values, "d", "values")
+            and _names(distributed.worker.Worker.__init__, "memory_manager", "data")
+            and _names(vars(distributed.worker.Worker)["data"].fget, "memory_manager", "data")
             and "data" in distributed.worker_state_machine.WorkerState.__annotations__
         ),
     ),
@@ -168,7 +178,7 @@ SEAMS = (
         "reports private memory and a share of what is shared",
         lambda: (
             _names(distributed.system_monitor.SystemMonitor.update, "get_process_memory")
-            and "get_process_memory" in inspect.getsource(_MANAGER._spill)
+            and _names(_MANAGER._spill, "get_process_memory")
         ),
     ),
     Seam(
@@ -184,7 +194,7 @@ SEAMS = (
 
 @functools.cache
 def why_not() -> str | None:
-    """Return why sharing cannot be switched on in this process, or None. Looked for once: it takes 30 ms."""
+    """Return why sharing cannot be switched on in this process, or None."""
     if not sys.platform.startswith("linux"):
         return f"shared memory needs Linux, this is {sys.platform}; Dask works as without the plugin"
     moved = [seam.name for seam in SEAMS if not _still_holds(seam)]

@@ -32,6 +32,19 @@ def test_a_seam_that_moved_is_named(monkeypatch):
     assert "Worker.gone" in str(seams.why_not())
 
 
+def test_names_are_found_in_the_code_of_inner_functions_and_only_if_they_are_there():
+    """No source is needed: some installations have none."""
+
+    def outer(it):
+        def inner():
+            return {"sender": it.told, **it.more}
+
+        return inner
+
+    assert seams._names(outer, "sender", "told", "more")
+    assert not seams._names(outer, "sender", "receiver")
+
+
 def test_a_moved_seam_turns_the_plugin_off_with_one_warning(monkeypatch, caplog):
     """The cluster works as without the plugin."""
     monkeypatch.setattr(seams, "SEAMS", (seams.Seam("Worker.gone", "for the test", lambda: False),))
