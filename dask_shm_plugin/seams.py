@@ -146,7 +146,9 @@ SEAMS = (
             issubclass(distributed.spill.SpillBuffer, zict.Buffer)
             and _takes(zict.Buffer, "fast")
             and _takes(zict.LRU, "d")
-            and all(_names(method, "d") for method in (zict.LRU.__getitem__, zict.LRU.__delitem__, zict.LRU.set_noevict))
+            and all(
+                _names(method, "d") for method in (zict.LRU.__getitem__, zict.LRU.__delitem__, zict.LRU.set_noevict)
+            )
             and _names(zict.LRU.values, "d", "values")
             and _names(distributed.worker.Worker.__init__, "memory_manager", "data")
             and _names(vars(distributed.worker.Worker)["data"].fget, "memory_manager", "data")
