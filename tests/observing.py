@@ -195,9 +195,17 @@ def settle(client: Any) -> None:
         wait_until(lambda: totals(client).used == 0, "the arena empties", seconds=3)
 
 
+def known_workers(client: Any) -> dict[str, Any]:
+    """Return what the scheduler knows of each worker.
+
+    ``Client.scheduler_info`` returns none where its periodic look at the cluster, which asks for none, comes in between.
+    """
+    return dict(client.sync(client.scheduler.identity, n_workers=-1)["workers"])
+
+
 def addresses(client: Any) -> list[str]:
     """Return the addresses of a cluster's workers, always in the same order."""
-    workers = client.scheduler_info(n_workers=-1)["workers"]
+    workers = known_workers(client)
     return sorted(workers, key=lambda address: (str(workers[address]["name"]), address))
 
 

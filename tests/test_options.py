@@ -19,6 +19,7 @@ from observing import (
     addresses,
     array,
     fresh,
+    known_workers,
     lies_in_arena,
     see,
     see_on,
@@ -186,7 +187,7 @@ def test_each_worker_has_its_counters_in_its_metrics(four: Client) -> None:
     see_on(four, made, [b])
 
     def counted(address: str, counter: str) -> bool:
-        metrics = four.scheduler_info(n_workers=-1)["workers"][address]["metrics"]
+        metrics = known_workers(four)[address]["metrics"]
         return "shm" in metrics and metrics["shm"][counter]["count"] >= 1
 
     wait_until(lambda: counted(a, "published"), "the publisher reports its publications")

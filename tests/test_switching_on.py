@@ -51,7 +51,7 @@ def assert_client_takes_part(client: Client) -> None:
     future = client.scatter(array(seed, 8 * BIG), broadcast=True)
     for seen in see_on(client, future, holders(client, future)):
         assert_descriptions_equal(seen.description, describe(array(seed, 8 * BIG)))
-        assert seen.shared
+        assert seen.shared, stats(client)
     value = client.submit(array, fresh(), 8 * BIG, pure=False).result()
     assert is_shared(value)
 
