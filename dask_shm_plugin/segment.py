@@ -207,6 +207,10 @@ class Segment:
         """Map a part for reading and writing in place, and return its address."""
         return self._mapped(syscalls.map_shared, offset, length)
 
+    def map_closed(self, offset: int, length: int) -> int:
+        """Set addresses aside for a part, see :func:`syscalls.map_closed`, and return the first."""
+        return self._mapped(syscalls.map_closed, offset, length)
+
     @step("map")
     def map_private(self, offset: int, length: int) -> int:
         """Map a part copy-on-write, and return its address."""

@@ -51,6 +51,7 @@ def _libc() -> Any:
         ctypes.c_int64,
     ]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     return libc
@@ -148,20 +149,20 @@ def _failure(call: str) -> OSError:
     return OSError(number, f"{call}: {os.strerror(number)}")
 
 
-def _map(fd: int, offset: int, length: int, flags: int) -> int:
+def _map(fd: int, offset: int, length: int, flags: int, access: int = _PROT_READ | _PROT_WRITE) -> int:
     """Map a part of a file, if possible where its large pages can be mapped as such: at an address that agrees with the offset."""
     if length >= LARGE:
         with contextlib.suppress(OSError):
-            return _map_in_agreement(fd, offset, length, flags)
-    return _map_at(None, length, _PROT_READ | _PROT_WRITE, flags, fd, offset)
+            return _map_in_agreement(fd, offset, length, flags, access)
+    return _map_at(None, length, access, flags, fd, offset)
 
 
-def _map_in_agreement(fd: int, offset: int, length: int, flags: int) -> int:
+def _map_in_agreement(fd: int, offset: int, length: int, flags: int, access: int) -> int:
     """Set a little more room aside than is needed, map within it, and give back what is left over on both sides."""
     room = _map_at(None, length + LARGE, _PROT_NONE, _MAP_PRIVATE | _MAP_NORESERVE | _MAP_ANONYMOUS, -1, 0)
     before = (offset - room) % LARGE
     try:
-        address = _map_at(room + before, length, _PROT_READ | _PROT_WRITE, flags | _MAP_FIXED, fd, offset)
+        address = _map_at(room + before, length, access, flags | _MAP_FIXED, fd, offset)
     finally:
         # What lies between may be somebody else's by now, where it was not mapped.
         end = -(-(room + before + length) // _PAGE) * _PAGE
@@ -209,6 +210,22 @@ def map_shared(fd: int, offset: int, length: int) -> int:
     address = _map(fd, offset, length, _MAP_SHARED)
     _libc().madvise(address, length, _MADV_DONTDUMP)
     return address
+
+
+def map_closed(fd: int, offset: int, length: int) -> int:
+    """Do the same, but let nobody read or write there before :func:`open_up`.
+
+    Who locks all memory of the process (``mlockall``) makes every page of what is open.
+    """
+    address = _map(fd, offset, length, _MAP_SHARED, _PROT_NONE)
+    _libc().madvise(address, length, _MADV_DONTDUMP)
+    return address
+
+
+def open_up(address: int, length: int) -> None:
+    """Let a part of a mapping be read and written; the address must be aligned to a page."""
+    if _libc().mprotect(address, length, _PROT_READ | _PROT_WRITE) != 0:
+        raise _failure("mprotect")
 
 
 def map_private(fd: int, offset: int, length: int) -> int:

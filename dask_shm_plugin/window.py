@@ -21,6 +21,8 @@ from dask_shm_plugin.exceptions import ArenaUnavailable, MappingRefused
 from dask_shm_plugin.segment import Segment
 
 _MOST_KNOWN = 64
+_GRANULE = 16 << 20
+"""Bytes that are opened at once, where they are first of use: what is never used has no page, whatever reads all memory."""
 
 
 class Window:
@@ -41,6 +43,7 @@ class Window:
         self._lock = threading.Lock()
         self._copier = Copier()
         self._bytes: npt.NDArray[np.uint8] | None = None
+        self._open: set[int] = set()
         self._known: list[tuple[int, int]] = []
         self._known_at = 0
         # It takes the address space of the whole segment, which a process may need for other things.
@@ -103,11 +106,22 @@ class Window:
                     self._bytes = self._mapped()
                 except (MappingRefused, OSError):
                     self._is_refused = True
-            return None if self._bytes is None else self._bytes[offset : offset + length]
+            return self._opened(self._bytes, offset, offset + length) if self._bytes is not None else None
+
+    def _opened(self, window: npt.NDArray[np.uint8], start: int, end: int) -> npt.NDArray[np.uint8] | None:
+        for granule in range(start // _GRANULE, -(-end // _GRANULE)):
+            if granule not in self._open:
+                first = granule * _GRANULE
+                try:
+                    syscalls.open_up(window.ctypes.data + first, min(_GRANULE, len(window) - first))
+                except OSError:  # it splits a mapping, of which there may be too many
+                    return None
+                self._open.add(granule)
+        return window[start:end]
 
     def _mapped(self) -> npt.NDArray[np.uint8]:
         size = self._segment.size
-        address = self._segment.map_shared(0, size)
+        address = self._segment.map_closed(0, size)
         exporter = views.Exporter(address, size, views.AtEnd(syscalls.unmap, address, size))
         syscalls.keep_from_children(address, size)
         return np.asarray(exporter)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -93,7 +95,7 @@ def test_where_the_mapping_is_refused_a_system_call_writes(
     roomy: Arena, written: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process may have little address space."""
-    monkeypatch.setattr(syscalls, "map_shared", lambda *args: (_ for _ in ()).throw(OSError(12, "none")))
+    monkeypatch.setattr(syscalls, "map_closed", lambda *args: (_ for _ in ()).throw(OSError(12, "none")))
     put(roomy)
     put(roomy)
     assert written == [len(DATA)] * 2
@@ -177,3 +179,29 @@ def test_looking_at_pages_once_is_enough(roomy: Arena, monkeypatch: pytest.Monke
     monkeypatch.setattr(Window, "sees", lambda *_: pytest.fail("looked again"))
     put(roomy)
     put(roomy, size=MIB // 2)
+
+
+LOCKS_ALL = """
+import ctypes, sys
+from dask_shm_plugin.arena import Arena
+from dask_shm_plugin.layout import TABLE_BYTES
+
+arena, when = Arena.create(256 << 20, 2.0), int(sys.argv[1])
+for moment in (2, 1):  # of what is mapped later; of what is mapped now
+    if moment == when and ctypes.CDLL(None).mlockall(moment):
+        sys.exit("not allowed")
+    if moment == 2:
+        with arena.draft(1 << 20) as draft:
+            draft.write(0, memoryview(bytes(1 << 20)))
+            block = draft.seal()
+print(arena.segment.resident - TABLE_BYTES)
+"""
+
+
+@pytest.mark.parametrize("moment", [1, 2], ids=["now", "from now on"])
+def test_who_locks_all_memory_makes_no_more_than_what_was_opened(moment: int) -> None:
+    """A segment has several times as many offsets as its capacity."""
+    done = subprocess.run([sys.executable, "-c", LOCKS_ALL, str(moment)], capture_output=True, text=True)
+    if "not allowed" in done.stderr:
+        pytest.skip("this user may not lock so much memory")
+    assert int(done.stdout) <= 17 * MIB, done.stderr
