@@ -5,7 +5,7 @@
 
 What is measured is the highest growth of ``Shmem`` of the machine and of the private memory of the client and all workers
 together, read every 20 ms, since the fresh cluster stood idle: preparing counts, and so do the plugin's own tables. *Idle* is how
-much of it is shared, ten seconds after the work has let go of everything.
+much of it is shared, ten seconds after the work has let go of everything; looked for in the first round only.
 
 The works are those of `workflows.py`, `workloads.py` and `tax.py`, and besides
 
@@ -15,6 +15,8 @@ bootstrap
     Each task draws rows of one scattered array of 500 MB, and takes their means.
 xgboost, lightgbm-training
     ``xgboost.dask`` and ``lightgbm.dask`` train on a table in partitions.
+of array, bytes, text, ...
+    One worker makes a value of that kind, and all others keep it for half a second.
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ import gc
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import dask.array as da
 import machine
 import numpy as np
 import pairs
+import pandas as pd
+import pyarrow as pa
 import tax
 import workflows
 import workloads
@@ -122,6 +127,68 @@ class LightGBMTraining(Training):
         return DaskLGBMClassifier(client=client, n_estimators=8, num_leaves=15, verbose=-1).fit(*prepared).n_features_
 
 
+def times(n: int, random: np.random.Generator) -> np.ndarray:
+    """Return seconds of some years."""
+    return np.datetime64("2026-01-01", "ns") + random.integers(0, 10**17, n).astype("timedelta64[ns]")
+
+
+def words(n: int, random: np.random.Generator) -> list[str]:
+    """Return texts of ten digits each."""
+    return [f"{number:010d}" for number in random.integers(0, 10**10, n).tolist()]
+
+
+#: Makes about eight bytes times ``n``.
+KINDS: dict[str, Callable[[int, np.random.Generator], Any]] = {
+    "array": lambda n, random: random.random(n),
+    "bytes": lambda n, random: random.bytes(8 * n),
+    "text": lambda n, random: random.bytes(4 * n).hex(),
+    "list of floats": lambda n, random: random.random(n // 4).tolist(),
+    "series with a time zone": lambda n, random: pd.Series(times(n, random)).dt.tz_localize("UTC"),
+    "frame with dates": lambda n, random: pd.DataFrame(
+        {"t": times(n // 4, random), **{name: random.random(n // 4) for name in "abc"}}, index=times(n // 4, random)
+    ),
+    "frame of objects": lambda n, random: pd.DataFrame({"o": pd.Series(words(n // 8, random), dtype=object)}),
+    "arrow table": lambda n, random: pa.table({"a": random.random(n // 2), "b": random.random(n // 2)}),
+    "frame of arrow texts": lambda n, random: pd.DataFrame(
+        {"s": pd.Series(words(n // 2, random), dtype="string[pyarrow]")}
+    ),
+    "random forest": lambda n, random: forest(n, random),
+}
+
+
+def forest(n: int, random: np.random.Generator) -> Any:
+    """Return a fitted model."""
+    from sklearn.ensemble import RandomForestRegressor
+
+    x = random.random((5000, 4))
+    return RandomForestRegressor(max(1, n // 75_000), random_state=0).fit(x, x.sum(axis=1) + random.random(5000))
+
+
+def made(kind: str, size: int, seed: int) -> Any:
+    """Make a value of a kind."""
+    return KINDS[kind](size // 8, np.random.default_rng(seed))
+
+
+def kept(value: Any) -> str:
+    """Keep a value for a moment."""
+    time.sleep(0.5)
+    return type(value).__name__
+
+
+class Kind(pairs.Work):
+    """A value that is made on one worker and read on all others."""
+
+    def __init__(self, kind: str, size: int) -> None:
+        self.name, self.kind, self.size = f"of {kind}", kind, size
+
+    def do(self, client: Client, prepared: Any) -> list[str]:
+        """Make it, and read it."""
+        maker, *readers = workflows.on_all_workers(client, 1)
+        value = client.submit(made, self.kind, self.size, prepared, workers=[maker])
+        wait(value)
+        return client.gather([client.submit(kept, value, workers=[reader], pure=False) for reader in readers])
+
+
 def works(*, is_quick: bool) -> list[pairs.Work]:
     """Return all of them, small or large."""
     others = [work for room in (workflows, workloads, tax) for work in room.works(is_quick=is_quick)]
@@ -132,6 +199,7 @@ def works(*, is_quick: bool) -> list[pairs.Work]:
             Bootstrap(8_000_000, 8),
             XGBoost(2000, 8, 500),
             LightGBMTraining(2000, 8, 500),
+            *(Kind(kind, 1 << 20) for kind in KINDS),
         ]
     rows = 400_000
     return [
@@ -140,16 +208,17 @@ def works(*, is_quick: bool) -> list[pairs.Work]:
         Bootstrap(500_000_000, 32),
         XGBoost(rows, 50, rows // 8),
         LightGBMTraining(rows, 50, rows // 8),
+        *(Kind(kind, 64 << 20) for kind in KINDS),
     ]
 
 
-def peak(arm: str, work: pairs.Work, seed: int) -> tuple[pairs.Round, Any]:
-    """Do a piece of work in a cluster of its own; return its figures and its answer."""
+def peak(arm: str, work: pairs.Work, seed: int, idle: float) -> tuple[pairs.Round, Any]:
+    """Do a piece of work in a cluster of its own; return its figures, and what is shared so many seconds later, and its answer."""
     with pairs.clusters(pairs.Settings(), [arm]) as pipes:
         pipes[arm].send((work, seed))
         figures, answer = pipes[arm].recv()
         gc.collect()
-        time.sleep(IDLE)
+        time.sleep(idle)
         figures["idle"] = machine.shared() - figures.pop("shared_before")
         return figures, answer
 
@@ -164,13 +233,13 @@ def main() -> None:
         "summary": {},
     }
     print(pairs.headline(result) + "\n")
-    print(f"{'':<18}{'together, MiB':^20}{'over':>8}{'spread':>14}{'idle, MiB':>11}{'time':>8}")
+    print(f"{'':<27}{'together, MiB':^20}{'over':>8}{'spread':>14}{'idle, MiB':>11}{'time':>8}")
     for work in chosen:
         rounds: dict[str, list[pairs.Round]] = {arm: [] for arm in pairs.ARMS}
         for number in range(asked.pairs):
             answers = []
             for arm in pairs.ARMS if number % 2 else reversed(pairs.ARMS):
-                figures, answer = peak(arm, work, number + 1)
+                figures, answer = peak(arm, work, number + 1, 0 if number else IDLE)
                 rounds[arm].append(figures)
                 answers.append(answer)
             if answers[0] != answers[1]:
@@ -178,11 +247,13 @@ def main() -> None:
         both = list(zip(rounds["stock"], rounds["plugin"], strict=True))
         ratios = [plugin["together"] / stock["together"] for stock, plugin in both]
         medians = {
-            arm: {f: statistics.median(one[f] for one in rounds[arm]) for f in rounds[arm][0]} for arm in pairs.ARMS
+            arm: {f: statistics.median(one[f] for one in rounds[arm]) for f in rounds[arm][0] if f != "idle"}
+            for arm in pairs.ARMS
         }
         times = statistics.median(plugin["seconds"] / stock["seconds"] for stock, plugin in both)
         result["summary"][work.name] = {
             **medians,
+            "idle": rounds["plugin"][0]["idle"],
             "peak_over_stock": statistics.median(ratios),
             "least": min(ratios),
             "most": max(ratios),
@@ -190,8 +261,8 @@ def main() -> None:
         }
         stock, plugin = (medians[arm]["together"] / 2**20 for arm in pairs.ARMS)
         print(
-            f"{work.name:<18}{stock:>10.0f}{plugin:>10.0f}{statistics.median(ratios):>8.2f}"
-            f"{min(ratios):>7.2f}–{max(ratios):.2f}  {medians['plugin']['idle'] / 2**20:>9.0f}{times:>8.2f}",
+            f"{work.name:<27}{stock:>10.0f}{plugin:>10.0f}{statistics.median(ratios):>8.2f}"
+            f"{min(ratios):>7.2f}–{max(ratios):.2f}  {rounds['plugin'][0]['idle'] / 2**20:>9.0f}{times:>8.2f}",
             flush=True,
         )
     pairs.write(asked.json, result)

@@ -86,11 +86,14 @@ def _one_copy(results: Results) -> Text:
 
 def _broadcast_series(results: Results) -> Text:
     by_size, by_workers = (work(results, name) for name in ("one-element", "sixteen-workers"))
+    small = work(results, "small-broadcasts")
     if by_size is None and by_workers is None:
         return [not_measured("targets"), ""]
     text = ["The same with tasks that read one element, milliseconds:", ""]
     if by_size:
         text += [*PICTURES["sizes"].link(results), *_curves(by_size, "size", size_for_people)]
+    if small:
+        text += ["Small ones, right after each other in 40 rounds:", "", *_curves(small, "size", size_for_people)]
     if by_workers:
         size = size_for_people(by_workers["series"]["bytes"])
         text += [*PICTURES["workers"].link(results), *_curves(by_workers, f"workers ({size})", str)]

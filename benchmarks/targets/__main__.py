@@ -8,6 +8,8 @@ compared takes turns. ``memcpy`` is a plain copy of the same bytes into memory t
 one-element
     A broadcast to four workers, on each of which a task reads one element; also against size, beside stock Dask, and with
     tasks that sum all of it.
+small-broadcasts
+    A broadcast of 8 bytes to 4 MiB to four workers, beside stock Dask, right after each other.
 sixteen-workers
     What the bytes of a broadcast cost with sixteen workers, beside the same with four; also against the number of workers.
 hash
@@ -51,6 +53,7 @@ from report import Measurement, show
 
 WORKS: dict[str, Callable[..., Measurement]] = {
     "one-element": broadcasts.one_element,
+    "small-broadcasts": broadcasts.small_ones,
     "sixteen-workers": broadcasts.sixteen_workers,
     "hash": broadcasts.hashed,
     "published-fetch": fetches.published,

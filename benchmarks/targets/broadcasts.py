@@ -79,6 +79,31 @@ def one_element(*, is_quick: bool) -> Measurement:
         Figure(f"memcpy of {sizes[-1] // MIB} MiB", 1e3 * median(rounds, "memcpy"), "ms"),
     ]
     series = {
+        arm: {str(size): median(rounds, lambda one, arm=arm, size=size: one[arm][str(size)]) for size in sizes[1:]}
+        for arm in ("plugin", "stock")
+    }
+    return Measurement(rounds, figures, {"by": "bytes", "seconds": series})
+
+
+def small_ones(*, is_quick: bool) -> Measurement:
+    """Broadcast what is too small to gain much: right after each other with and without the plugin, again and again."""
+    kib = MIB // 1024
+    sizes = {SMALL: 1.05, 64 * kib: 1.05, MIB: 1.0, 4 * MIB: 1.0}
+    rounds: list[Round] = []
+    with sites(Spec(), Spec(with_plugin=False)) as arms:
+        names = dict(zip(arms, ("plugin", "stock"), strict=True))
+        for number in range(-2, 2 if is_quick else 40):
+            one: Round = {"plugin": {}, "stock": {}}
+            for size in in_turn(number // 2, list(sizes)):
+                for arm in in_turn(number, arms):
+                    one[names[arm]][str(size)] = arm.ask(broadcast, number + 2, size)
+            rounds += [one] if number >= 0 else []
+    figures = []
+    for size, most in sizes.items():
+        ratio = median(rounds, lambda one, size=size: one["plugin"][str(size)] / one["stock"][str(size)])
+        what = f"{size} bytes" if size < kib else f"{size // kib} KiB"
+        figures.append(Figure(f"broadcast of {what} to 4 workers, over stock Dask", ratio, "×", most))
+    series = {
         arm: {str(size): median(rounds, lambda one, arm=arm, size=size: one[arm][str(size)]) for size in sizes}
         for arm in ("plugin", "stock")
     }
