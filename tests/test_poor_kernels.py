@@ -10,6 +10,7 @@ from typing import Any
 
 import poor_kernel
 import pytest
+from sampling import sample
 
 pytestmark = [
     pytest.mark.slow,
@@ -111,7 +112,7 @@ def run_tests(folder: Path, lacks: list[str], *names: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("lacks", ALL_BUT_LOCKS)
+@pytest.mark.parametrize("lacks", sample(ALL_BUT_LOCKS, 2))
 def test_blocks_work_as_elsewhere(lacks: str, tmp_path: Path) -> None:
     """What is tested of drafts, blocks and views holds where one thing is missing."""
     run_tests(tmp_path, [lacks], "pure/test_block.py")

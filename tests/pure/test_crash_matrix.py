@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 from household import NEVER, OFTEN, Household
 from other_processes import JOIN, LEAVE, Process, join, publish, wait_until
+from sampling import sample
 
 from dask_shm_plugin import membership, rendezvous, tidying
 from dask_shm_plugin.rendezvous import exists, name_for
@@ -167,7 +168,7 @@ def test_a_member_that_is_killed_leaves_nothing(household: Household, role: str,
     victim.bury()
 
 
-@pytest.mark.parametrize(("role", "moment", "skip"), list(moments()))
+@pytest.mark.parametrize(("role", "moment", "skip"), sample(moments(), 3))
 def test_a_member_that_is_killed_while_a_child_of_it_lives_leaves_what_the_child_sees(
     household: Household, role: str, moment: str, skip: int
 ) -> None:
@@ -187,7 +188,7 @@ def test_a_member_that_is_killed_while_a_child_of_it_lives_leaves_what_the_child
     victim.bury()
 
 
-@pytest.mark.parametrize(("role", "moment", "skip"), list(moments()))
+@pytest.mark.parametrize(("role", "moment", "skip"), sample(moments(), 3))
 def test_a_member_that_stands_still_stops_nobody(household: Household, role: str, moment: str, skip: int) -> None:
     """What others do goes well, or they are told in time; nobody takes anything from it, and it goes on as if nothing was."""
     victim = Victim(household, role, moment, skip, STOPPED)
