@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from clusters import local_cluster
+from control_groups import ControlGroup, make_control_group
 from distributed import Client
 from observing import MIB, addresses, array, fresh, pids, totals, wait_until
 
@@ -22,6 +23,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 LIMIT = 500 * MIB
 STEP = 64 * MIB
 PART = 40 * MIB // 8
+
+#: What two workers and one step of trimming may take, and beside it each task an array for itself.
+BOUND = 2 * LIMIT + STEP + 2 * 8 * PART
 
 
 @contextmanager
@@ -44,16 +48,29 @@ def sampled(client: Client) -> Iterator[list[int]]:
         thread.join()
 
 
+@pytest.fixture
+def group() -> Iterator[ControlGroup | None]:
+    """A control group for the workers, if this user may make one: what is beyond the bound ends with a kill."""
+    group = None
+    with suppress(pytest.skip.Exception):
+        group = make_control_group(f"dask-shm-test-node-{os.getpid()}", BOUND)
+    yield group
+    if group is not None:
+        wait_until(group.remove, "the group is empty")
+
+
 def is_whole(value: np.ndarray, seed: int, size: int) -> bool:
     """Tell whether a value is the array of a seed."""
     return bool(np.array_equal(value, array(seed, size)))
 
 
-def test_workers_share_no_more_than_they_may_have_together() -> None:
+def test_workers_share_no_more_than_they_may_have_together(group: ControlGroup | None) -> None:
     """Values that both hold are worth twice as much as their limits: they are spilled as without the plugin, and all right."""
     with local_cluster(2, {"capacity": "4 GiB"}, memory_limit=f"{LIMIT} B") as client:
         a, b = addresses(client)
         before, made = pids(client), {}
+        for pid in before.values() if group else ():
+            group.enter(pid)
         with sampled(client) as found:
             for _ in range(25):
                 seed = fresh()
@@ -63,10 +80,10 @@ def test_workers_share_no_more_than_they_may_have_together() -> None:
             for seed, future in made.items():
                 assert client.submit(is_whole, future, seed, PART, workers=[b], pure=False).result(timeout=60)
         assert pids(client) == before
+        assert group is None or group.killed() == 0
         assert used.adopted > 5
         assert len(found) > 50
-        # Beside what is shared, each task takes memory for itself: one more array.
-        assert max(found) <= 2 * LIMIT + STEP + 2 * 8 * PART
+        assert max(found) <= BOUND
 
 
 MADE: dict[str, Callable[[int], Any]] = {
