@@ -197,6 +197,7 @@ def heard_by(client: Client, worker: str) -> list[tuple[str, str]]:
     return client.run(lambda dask_worker: list(dask_worker.heard), workers=[worker])[worker]
 
 
+@pytest.mark.slow
 def test_a_cluster_whose_table_somebody_has_written_into_goes_on_with_bytes() -> None:
     """What was shared stays as it is, all else is right, each worker says so once, and the plugin can be switched off."""
     with local_cluster(2) as client:
@@ -226,6 +227,7 @@ def test_a_cluster_whose_table_somebody_has_written_into_goes_on_with_bytes() ->
         assert_same(client.submit(array, seeds[1], workers=[b], pure=False).result(), array(seeds[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FUZZ.exists(), reason="the wheel is tested without its source")
 def test_a_short_fuzzing_finds_nothing() -> None:
     """The same, always; ``python benchmarks/fuzz.py`` does a million."""

@@ -13,6 +13,7 @@ import pytest
 MOST = int(os.environ.get("DASK_SHM_INTERRUPTS", "1500"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["signals", "threads"])
 def test_interrupts_at_any_instruction_leave_nothing_behind(how: str) -> None:
     """They come while a process publishes, attaches and releases; a neighbour that works in the same arena never waits in vain."""

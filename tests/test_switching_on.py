@@ -222,6 +222,7 @@ def test_a_local_cluster_shares_with_workers_that_are_added(nothing_leaks: None)
 # --------------------------------------------------------------------------------------------------------- preloads
 
 
+@pytest.mark.slow
 def test_worker_commands_with_a_preload_share_one_arena() -> None:
     """`dask worker --preload`: four workers of one command, and one without nanny, in one arena; the client, too."""
     preload = ("--preload", "dask_shm_plugin")
