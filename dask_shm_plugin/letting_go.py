@@ -36,13 +36,14 @@ def let_go_when_closed(worker: Any, arena_id: bytes) -> None:
 
 
 def _let_go(worker: Any, arena_id: bytes) -> None:
-    data = worker.data
-    if type(data) is SpillBuffer:
-        # Looked at in memory only: what is on disk is a private copy.
-        for key, value in list(data.fast.d.items()):
-            if reach.rows_of(value, arena_id):
-                del data[key]
-    elif type(data) is dict:
+    data, state = worker.data, worker.state
+    # Looked at in memory only: what is on disk is a private copy.
+    in_memory = data.fast.d if type(data) is SpillBuffer else data if type(data) is dict else {}
+    shared = [key for key, value in list(in_memory.items()) if reach.rows_of(value, arena_id)]
+    if type(data) is dict:
         # It may be one that the user has given to the worker, and goes on using.
-        private = {key: value for key, value in data.items() if not reach.rows_of(value, arena_id)}
-        worker.memory_manager.data = worker.state.data = private
+        data = worker.memory_manager.data = state.data = dict(data)
+    for key in shared:
+        del data[key]
+        # The worker's state shall go on to be consistent: Dask's own tests look at it after all.
+        state.nbytes -= state.tasks[key].nbytes or 0 if key in state.tasks else 0

@@ -115,6 +115,8 @@ def test_a_closed_worker_lets_its_shared_values_go_and_keeps_its_private_ones(
             assert the_arena().holdings
             await a.close()
             assert set(a.data) == {private}
+            for worker in (a, b):
+                assert worker.state.nbytes == sum(worker.state.tasks[key].nbytes for key in worker.data)
             while len(the_arena().holdings):
                 await asyncio.sleep(0.01)
             del kept
