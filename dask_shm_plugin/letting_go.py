@@ -6,6 +6,7 @@ from typing import Any
 
 from distributed import Status
 from distributed.spill import SpillBuffer
+from distributed.worker_state_machine import FreeKeysEvent
 
 from dask_shm_plugin import reach, seams
 
@@ -43,7 +44,8 @@ def _let_go(worker: Any, arena_id: bytes) -> None:
     if type(data) is dict:
         # It may be one that the user has given to the worker, and goes on using.
         data = worker.memory_manager.data = state.data = dict(data)
+    # What the worker would have to do about it, it does not do any more: it has closed. Dask's own tests look at its state.
+    state.handle_stimulus(FreeKeysEvent(keys=[key for key in shared if key in state.tasks], stimulus_id="dask-shm"))
     for key in shared:
-        del data[key]
-        # The worker's state shall go on to be consistent: Dask's own tests look at it after all.
-        state.nbytes -= state.tasks[key].nbytes or 0 if key in state.tasks else 0
+        if key in data:
+            del data[key]

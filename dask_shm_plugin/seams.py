@@ -107,6 +107,14 @@ SEAMS = (
         ),
     ),
     Seam(
+        "WorkerState.handle_stimulus(FreeKeysEvent)",
+        "a worker that has closed forgets the keys of its shared values",
+        lambda: (
+            _takes(distributed.worker_state_machine.FreeKeysEvent, "keys", "stimulus_id")
+            and hasattr(distributed.worker_state_machine.WorkerState, "handle_stimulus")
+        ),
+    ),
+    Seam(
         "PooledRPCCall.__getattr__",
         "the client's calls of the scheduler are looked up on the object: scatter and gather can be put in front",
         lambda: "__getattr__" in vars(distributed.core.PooledRPCCall),
