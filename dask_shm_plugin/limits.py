@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -85,11 +86,17 @@ def least_left() -> Limit:
     # What is not shared any more is sent, and every copy is private: a group that is full of shared memory must leave room.
     margin = min(_MARGIN, _known_limit() // 10)
     left = [Limit("physical memory", _available() - margin)]
-    for group in _groups():
+    for group in _limited_groups(int(time.monotonic())):
         size = _left(group)
         if size is not None:
             left.append(Limit(f"control group {group.folder}", size - margin))
     return min(left, key=lambda limit: limit.size)
+
+
+@functools.lru_cache(maxsize=1)
+def _limited_groups(second: int) -> list[_Group]:
+    """Return the control groups that limit memory, looked for once a second: there may be many that do not."""
+    return [group for group in _groups() if group.limit() is not None]
 
 
 def _left(group: _Group) -> int | None:

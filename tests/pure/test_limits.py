@@ -174,8 +174,10 @@ class TestHeadRoom:
     def forget(self) -> Iterator[None]:
         """Measure the margin anew for each pretended machine."""
         limits._known_limit.cache_clear()
+        limits._limited_groups.cache_clear()
         yield
         limits._known_limit.cache_clear()
+        limits._limited_groups.cache_clear()
 
     def test_on_this_machine_it_is_less_than_what_is_installed(self) -> None:
         """And has something to do with what is available."""
