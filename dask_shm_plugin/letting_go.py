@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from distributed import Status
@@ -9,6 +10,8 @@ from distributed.spill import SpillBuffer
 from distributed.worker_state_machine import FreeKeysEvent
 
 from dask_shm_plugin import reach, seams
+
+logger = logging.getLogger("dask_shm_plugin")
 
 
 def let_go_when_closed(worker: Any, arena_id: bytes) -> None:
@@ -44,8 +47,11 @@ def _let_go(worker: Any, arena_id: bytes) -> None:
     if type(data) is dict:
         # It may be one that the user has given to the worker, and goes on using.
         data = worker.memory_manager.data = state.data = dict(data)
-    # What the worker would have to do about it, it does not do any more: it has closed. Dask's own tests look at its state.
-    state.handle_stimulus(FreeKeysEvent(keys=[key for key in shared if key in state.tasks], stimulus_id="dask-shm"))
+    # The worker has closed: it carries out nothing of what its state machine says, and its plugins are gone.
+    try:
+        state.handle_stimulus(FreeKeysEvent(keys=[key for key in shared if key in state.tasks], stimulus_id="dask-shm"))
+    except Exception:  # closing goes on
+        logger.debug("the state of a closed worker keeps keys of shared values", exc_info=True)
     for key in shared:
         if key in data:
             del data[key]

@@ -13,6 +13,7 @@ from dask_shm_plugin.exceptions import DescriptorsExhausted
 
 _MARGIN = 512 << 20
 _ROOT = "/sys/fs/cgroup"
+_MEMBERSHIP = "/proc/self/cgroup"
 # Beyond `memory.high` nobody is killed, but made to wait: with 400 MiB, a write of 1 MiB there took 20 to 34 seconds
 # (Linux 6.1, 24 November 2026), for without swap the kernel finds nothing in shared memory that it could take back.
 _UNIFIED = (("memory.max", "memory.high"), "memory.current", b"inactive_file ")
@@ -86,7 +87,7 @@ def least_left() -> Limit:
     # What is not shared any more is sent, and every copy is private: a group that is full of shared memory must leave room.
     margin = min(_MARGIN, _known_limit() // 10)
     left = [Limit("physical memory", _available() - margin)]
-    for group in _limited_groups(int(time.monotonic())):
+    for group in _limited_groups(_read(_MEMBERSHIP), int(time.monotonic())):
         size = _left(group)
         if size is not None:
             left.append(Limit(f"control group {group.folder}", size - margin))
@@ -94,8 +95,12 @@ def least_left() -> Limit:
 
 
 @functools.lru_cache(maxsize=1)
-def _limited_groups(second: int) -> list[_Group]:
-    """Return the control groups that limit memory, looked for once a second: there may be many that do not."""
+def _limited_groups(membership: bytes, second: int) -> list[_Group]:
+    """Return the control groups that limit memory: there may be many that do not.
+
+    Looked for again when the process is moved to other groups, and once a second: so long may a limit that is new to a group
+    go unnoticed. What a known limit is, and what is used of it, is read each time.
+    """
     return [group for group in _groups() if group.limit() is not None]
 
 
@@ -149,7 +154,7 @@ def _groups() -> Iterator[_Group]:
 
 
 def _folders() -> Iterator[tuple[str, bool]]:
-    for line in os.fsdecode(_read("/proc/self/cgroup")).splitlines():
+    for line in os.fsdecode(_read(_MEMBERSHIP)).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             for root in (_ROOT, f"{_ROOT}/unified"):

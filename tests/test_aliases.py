@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 from alias_programs import KEEPERS, KINDS, MEMORY, READS, WRITES, Program
@@ -17,34 +16,19 @@ from hypothesis import strategies as st
 PROGRAMS = int(os.environ.get("DASK_SHM_TEST_PROGRAMS", "25"))
 
 
-Both = tuple[Client, Client]
-
-
-@contextmanager
-def with_and_without(threads: int) -> Iterator[Both]:
-    """Yield a client without the plugin and one with it, of three workers each."""
+@pytest.fixture(
+    scope="module", params=[1, pytest.param(3, marks=pytest.mark.slow)], ids=["one thread", "three threads"]
+)
+def both(nothing_leaks: None, request: pytest.FixtureRequest) -> Iterator[tuple[Client, Client]]:
+    """A client without the plugin and one with it, of three workers each."""
     with (
-        local_cluster(3, options=None, threads_per_worker=threads) as stock,
-        local_cluster(3, threads_per_worker=threads) as shared,
+        local_cluster(3, options=None, threads_per_worker=request.param) as stock,
+        local_cluster(3, threads_per_worker=request.param) as shared,
     ):
         yield stock, shared
 
 
-@pytest.fixture(scope="module")
-def both(nothing_leaks: None) -> Iterator[Both]:
-    """Clients of workers with one thread."""
-    with with_and_without(1) as clients:
-        yield clients
-
-
-@pytest.fixture(scope="module")
-def both_of_three(nothing_leaks: None) -> Iterator[Both]:
-    """Clients of workers with three threads."""
-    with with_and_without(3) as clients:
-        yield clients
-
-
-def compare(both: Both, kind: str, memory: str, keeper: str, steps: list[str]) -> None:
+def compare(both: tuple[Client, Client], kind: str, memory: str, keeper: str, steps: list[str]) -> None:
     """Run a program on both clusters."""
     stock, shared = (Program(client, kind, memory, keeper).run(steps) for client in both)
     assert shared == stock
@@ -60,40 +44,30 @@ ROUND = ["another worker", "by the keeper"]
 
 @pytest.mark.parametrize("keeper", KEEPERS)
 @kinds("array", "frame", "table", "dict", "object")
-def test_what_is_written_by_whoever_keeps_a_value_is_read(both: Both, kind: str, keeper: str) -> None:
+def test_what_is_written_by_whoever_keeps_a_value_is_read(both: tuple[Client, Client], kind: str, keeper: str) -> None:
     """A view, a cache, a global, an attribute, an actor: three times, by readers on each side."""
     compare(both, kind, "own", keeper, [*ROUND, *ROUND, *ROUND, *READS])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("keeper", KEEPERS)
-@pytest.mark.parametrize("kind", ["array", "frame"])
-def test_what_is_written_beside_other_threads_is_read(both_of_three: Both, kind: str, keeper: str) -> None:
-    """The same on workers with three threads."""
-    compare(both_of_three, kind, "own", keeper, [*ROUND, *ROUND, *ROUND, *READS])
-
-
 @pytest.mark.parametrize("memory", MEMORY)
 @kinds("array", "frame", "table", "sparse", "list", "masked")
-def test_memory_that_is_not_the_values_own_is_read_as_it_is(both: Both, kind: str, memory: str) -> None:
+def test_memory_that_is_not_the_values_own_is_read_as_it_is(
+    both: tuple[Client, Client], kind: str, memory: str
+) -> None:
     """A file, a segment of another library, a part of a larger array."""
     compare(both, kind, memory, "a view in a global", [*ROUND, *ROUND, *READS])
 
 
 @pytest.mark.parametrize("how", ["in the data", "another value", "as an input"])
 @kinds("array", "wide frame", "series", "table", "dict")
-def test_what_is_written_without_dasks_knowledge_is_read(both: Both, kind: str, how: str) -> None:
+def test_what_is_written_without_dasks_knowledge_is_read(both: tuple[Client, Client], kind: str, how: str) -> None:
     """Who knows the worker can write to its data."""
     compare(both, kind, "own", "nobody", ["another worker", how, "a third worker", "another worker", how, *READS])
 
 
-programs = given(
-    kind=st.sampled_from(list(KINDS)),
-    memory=st.sampled_from(list(MEMORY)),
-    keeper=st.sampled_from(KEEPERS),
-    steps=st.lists(st.sampled_from([*READS, *WRITES, "by the keeper"]), min_size=3, max_size=12),
-)
-as_many_as_there_is_time_for = settings(
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@settings(
     max_examples=PROGRAMS,
     deadline=None,
     derandomize=PROGRAMS <= 25,
@@ -101,25 +75,14 @@ as_many_as_there_is_time_for = settings(
     phases=[Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(0)
-@as_many_as_there_is_time_for
-@programs
+@given(
+    kind=st.sampled_from(list(KINDS)),
+    memory=st.sampled_from(list(MEMORY)),
+    keeper=st.sampled_from(KEEPERS),
+    steps=st.lists(st.sampled_from([*READS, *WRITES, "by the keeper"]), min_size=3, max_size=12),
+)
 def test_random_programs_read_what_they_read_on_stock_dask(
-    both: Both, kind: str, memory: str, keeper: str, steps: list[str]
+    both: tuple[Client, Client], kind: str, memory: str, keeper: str, steps: list[str]
 ) -> None:
     """Makers, ways to the memory, writers and readers in any order."""
     compare(both, kind, memory, keeper, [*steps, "another worker", "client"])
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(0)
-@as_many_as_there_is_time_for
-@programs
-def test_random_programs_beside_other_threads(
-    both_of_three: Both, kind: str, memory: str, keeper: str, steps: list[str]
-) -> None:
-    """The same on workers with three threads."""
-    compare(both_of_three, kind, memory, keeper, [*steps, "another worker", "client"])

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 from clusters import OPTIONS
-from distributed import Client, Future, Nanny, Scheduler, Worker
+from distributed import Client, Future, Nanny, Scheduler, Worker, WorkerPlugin
 from observing import array, fresh, own_descriptors, shared_in_data, wait_until
 from sampling import sample
 
-from dask_shm_plugin import SharedMemoryPlugin, is_shared, membership, unregister
+from dask_shm_plugin import SharedMemoryPlugin, is_shared, letting_go, membership, unregister
 from dask_shm_plugin.arena import Arena
 
 
@@ -120,6 +120,42 @@ def test_a_closed_worker_lets_its_shared_values_go_and_keeps_its_private_ones(
             while len(the_arena().holdings):
                 await asyncio.sleep(0.01)
             del kept
+
+    asyncio.run(run())
+
+
+class Told(WorkerPlugin):
+    """A plugin of a user's that notes what it is told."""
+
+    name = "told"
+
+    def __init__(self) -> None:
+        self.of: list[str] = []
+
+    def teardown(self, worker: Worker) -> None:
+        self.of.append("teardown")
+
+    def transition(self, key: Any, start: str, finish: str, **kwargs: Any) -> None:
+        self.of.append(finish)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_plugins_that_are_torn_down_hear_nothing_of_it_and_closing_never_fails(
+    all_is_back: list[Any], fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever Dask's state machine says to keys that are freed after the end."""
+
+    async def run() -> None:
+        async with in_process(1) as (client, (worker,), _):
+            all_is_back.append(worker)
+            told = Told()
+            await worker.plugin_add(told)
+            value = await client.scatter(array(7))
+            if fails:
+                monkeypatch.setattr(letting_go, "FreeKeysEvent", lambda **_: 1 / 0)
+            await worker.close()
+            assert value.key not in worker.data
+            assert told.of[-1] == "teardown", told.of
 
     asyncio.run(run())
 

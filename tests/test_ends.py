@@ -228,7 +228,9 @@ def messages(said: str) -> set[str]:
     lines = [line for line in lines if line and not line.startswith((" ", "Traceback", "During", "The above"))]
     # Above its traceback, a cancellation has a line without a text.
     lines = [
-        line for line in lines if not line.endswith(" - ERROR - ") and not any(said in line for said in NOW_AND_THEN)
+        line
+        for line in lines
+        if line != "distributed.client - ERROR - " and not any(said in line for said in NOW_AND_THEN)
     ]
     return {re.sub(r"\b\w*\d[\w./:-]*|(?<=\w)-[\w-]{16,}|\(.*\)", "…", line) for line in lines}
 

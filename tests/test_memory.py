@@ -327,7 +327,9 @@ def test_looking_at_what_is_spilled_leaves_it_on_disk(two: Client) -> None:
 @pytest.mark.parametrize(
     ("settings", "arguments"),
     [
+        ({"target": False}, {}),
         ({"spill": False}, {}),
+        ({"pause": False}, {}),
         ({"target": False, "spill": False, "pause": False, "terminate": False}, {}),
         ({}, {"data": dict}),
         ({}, {"memory_limit": "0"}),

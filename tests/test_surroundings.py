@@ -74,7 +74,7 @@ def client(cluster_of_two: Client) -> Iterator[Client]:
     before = pids(cluster_of_two)
     yield cluster_of_two
     assert pids(cluster_of_two) == before
-    # What a worker has let go by the thousand is given back in steps.
+    # After thousands of rows were taken and let go, the first move was once refused for a lack of rows; why is not known.
     wait_until(lambda: move(cluster_of_two, a, b, SMALL), lambda: f"values are shared again: {stats(cluster_of_two)}")
     assert move(cluster_of_two, b, a, SMALL)
 

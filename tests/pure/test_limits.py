@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -256,3 +257,17 @@ class TestHeadRoom:
         machine(membership, files)
         (tmp_path / "proc/meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {9 * GIB >> 10} kB\n")
         assert head_room() == expected
+
+    def test_a_process_that_is_moved_to_another_group_counts_that_at_once(
+        self, machine: Callable[..., None], tmp_path: Path
+    ) -> None:
+        """And a limit that a group did not have before, a second later."""
+        files = {f"/{group}/memory.current": f"{GIB}" for group in "ab"}
+        machine("0::/a\n", files | {"/a/memory.max": "max", "/b/memory.max": f"{3 * GIB}"})
+        (tmp_path / "proc/meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {9 * GIB >> 10} kB\n")
+        assert head_room() == 9 * GIB - self.MARGIN
+        machine("0::/b\n", {})
+        assert head_room() == 2 * GIB - self.MARGIN
+        machine("0::/a\n", {"/a/memory.max": f"{2 * GIB}"})
+        time.sleep(1)
+        assert head_room() == GIB - self.MARGIN
