@@ -1,4 +1,4 @@
-"""One copy of every large value on the node where it was made or scattered, for Dask.
+"""Keep one copy of each large Dask value on the node where it was made or scattered.
 
 >>> from dask_shm_plugin import SharedMemoryPlugin
 >>> client.register_plugin(SharedMemoryPlugin())  # doctest: +SKIP
@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dask_shm_plugin.nanny import SharedMemoryNanny
     from dask_shm_plugin.plugin import SharedMemoryPlugin, is_shared, stats, unregister
     from dask_shm_plugin.preload import dask_setup
-    from dask_shm_plugin.worker import SharedMemoryWorker
+    from dask_shm_plugin.roles.nanny import SharedMemoryNanny
+    from dask_shm_plugin.roles.worker import SharedMemoryWorker
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,9 +26,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "SharedMemoryNanny": "nanny",
+    "SharedMemoryNanny": "roles.nanny",
     "SharedMemoryPlugin": "plugin",
-    "SharedMemoryWorker": "worker",
+    "SharedMemoryWorker": "roles.worker",
     "dask_setup": "preload",
     "is_shared": "plugin",
     "stats": "plugin",
@@ -37,7 +37,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for, and nothing before."""
+    """Import a public name on first access: ``import dask_shm_plugin`` alone loads no other module."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

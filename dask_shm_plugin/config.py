@@ -1,4 +1,4 @@
-"""What a user can set: defaults, schema and checks. The namespace in Dask's configuration is ``shm``."""
+"""The settings of the plugin: defaults and checks. Their namespace in Dask's configuration is ``shm``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import dask.config
 from dask.utils import parse_bytes, parse_timedelta
 
-from dask_shm_plugin import limits
 from dask_shm_plugin.exceptions import SharedMemoryError
+from dask_shm_plugin.linux import limits
 
 _CHOICES = {"publish": ("on-request", "on-completion"), "views": ("copy-on-write", "read-only")}
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
@@ -24,7 +24,7 @@ class Options(NamedTuple):
 
     Notes
     -----
-    ``capacity`` stays as the user wrote it, for "50%" means another number on every node.
+    ``capacity`` stays as the user wrote it, because "50%" is another number of bytes on each node.
     """
 
     capacity: str | int
@@ -34,7 +34,15 @@ class Options(NamedTuple):
     warm: float
 
     def capacity_here(self) -> int:
-        """Return the capacity for an arena on this node, in bytes."""
+        """Return the capacity of an arena on this node, in bytes.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The capacity is neither a size in bytes nor a percentage of at most 100%.
+        SharedMemoryError
+            The capacity is a percentage, and the memory of this node cannot be read.
+        """
         percent = _PERCENT.fullmatch(str(self.capacity))
         if percent and float(percent[1]) > 100:
             raise ValueError(f"shm.capacity is {self.capacity!r}; a node has no more than 100%")
@@ -45,7 +53,7 @@ class Options(NamedTuple):
 
 @functools.cache
 def load_defaults() -> dict[str, Any]:
-    """Make the defaults known to Dask's configuration, below everything that the user has set, and return them."""
+    """Add the defaults to Dask's configuration, below all settings of the user, and return them."""
     import yaml
 
     with open(os.path.join(os.path.dirname(__file__), "dask_shm.yaml")) as file:
@@ -55,14 +63,20 @@ def load_defaults() -> dict[str, Any]:
 
 
 def options(given: dict[str, Any]) -> Options:
-    """Return the settings: those given, and for the others what Dask's configuration says.
+    """Return the settings: the given ones, and for the others those of Dask's configuration.
+
+    Parameters
+    ----------
+    given
+        Settings by name; None means that a setting is not given.
 
     Raises
     ------
     TypeError, ValueError
-        A setting is unknown or makes no sense; the message names it and what it may be.
+        A setting is unknown or has an invalid value; the message names it and the allowed values.
     """
-    # Leaving a ``with dask.config.set(...)`` that named ours first takes the whole namespace away, defaults and all.
+    # If the namespace ``shm`` first came into being in a ``with dask.config.set(...)``, leaving that block removes all
+    # of it, the defaults included. So they are merged in here each time.
     configured = {**load_defaults(), **dask.config.get("shm", default={})}
     merged = {**configured, **{name: value for name, value in given.items() if value is not None}}
     unknown = sorted(set(merged) - set(Options._fields))
@@ -80,7 +94,7 @@ def options(given: dict[str, Any]) -> Options:
         views=merged["views"],
         warm=_seconds("warm", merged["warm"]),
     )
-    # What is wrong with it shall be said here; how much it is can be told only where the arena is made.
+    # Reports an invalid capacity here. Its number of bytes is known only on the node where the arena is made.
     with contextlib.suppress(SharedMemoryError):
         result.capacity_here()
     return result

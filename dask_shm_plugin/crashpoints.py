@@ -1,6 +1,6 @@
-"""The steps of the protocol by name, so that a test can let a process die, or stop, right before or right after each.
+"""Named steps of the protocol: a test can kill or stop a process right before or right after each of them.
 
-Where ``DASK_SHM_CRASHPOINTS`` is not in the environment when the package is imported, a step is the bare function, and
+If ``DASK_SHM_CRASHPOINTS`` is not in the environment when the package is imported, a step is the bare function and
 costs nothing.
 """
 
@@ -16,14 +16,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 Fate = Callable[[], None]
 
 STEPS: dict[str, str] = {}
-"""Name and place of every step that was imported."""
+"""Maps the name of every imported step to the module and qualified name of its function."""
 
 _IS_ON = "DASK_SHM_CRASHPOINTS" in os.environ
 _fates: dict[str, Fate] = {}
 
 
 def step(name: str) -> Callable[[F], F]:
-    """Mark a function as a step of the protocol."""
+    """Return a decorator that marks a function as the step ``name`` of the protocol."""
 
     def mark(function: F) -> F:
         STEPS[name] = f"{function.__module__}.{function.__qualname__}"
@@ -33,12 +33,12 @@ def step(name: str) -> Callable[[F], F]:
 
 
 def arm(moment: str, fate: Fate, *, skip: int = 0) -> None:
-    """Let something happen at a moment ("before seal", "after seal"), once, after it was passed ``skip`` times.
+    """Call ``fate`` once at a moment ("before seal", "after seal"), after the moment was passed ``skip`` times.
 
     Raises
     ------
     RuntimeError
-        This process was started without crash points.
+        This process was started without ``DASK_SHM_CRASHPOINTS``.
     """
     if not _IS_ON:
         raise RuntimeError("set DASK_SHM_CRASHPOINTS in the environment before dask_shm_plugin is imported")
@@ -46,7 +46,7 @@ def arm(moment: str, fate: Fate, *, skip: int = 0) -> None:
 
     def happen() -> None:
         left[0] -= 1
-        # Two threads may come by at the same time.
+        # Two threads may pass at the same time; only the one that takes the fate out of the dict calls it.
         if left[0] < 0 and _fates.pop(moment, None) is not None:
             fate()
 
@@ -54,7 +54,7 @@ def arm(moment: str, fate: Fate, *, skip: int = 0) -> None:
 
 
 def disarm() -> None:
-    """Let nothing happen any more."""
+    """Remove all fates that are armed."""
     _fates.clear()
 
 

@@ -1,7 +1,7 @@
-"""What can go wrong, and what the caller should do about it.
+"""The exceptions of this package, each with its remedy.
 
-None of these ever reaches a user of Dask: every role turns them into "send the bytes instead". They matter to
-callers of the pure layers and to the counters, which use ``reason`` as their key.
+No exception of this module reaches a user of Dask: every role catches it and sends the value as bytes instead. Callers
+of the lower layers handle them, and the counters use ``reason`` as their key.
 """
 
 from __future__ import annotations
@@ -10,124 +10,128 @@ import traceback
 
 
 class SharedMemoryError(Exception):
-    """Sharing was not possible; the remedy is in the message, the fall-back is to copy the bytes."""
+    """A value cannot be shared: the message names the remedy, and the fall-back is to copy the bytes."""
 
     reason = "error"
 
 
 class ArenaUnavailable(SharedMemoryError):
-    """There is no arena to work with: it cannot be created, found or opened, or this process has left it."""
+    """No arena is available: it cannot be created, found or opened, or this process has left it."""
 
     reason = "no-arena"
 
 
 class SwitchedOff(ArenaUnavailable):
-    """The user wants no shared memory in this process."""
+    """The user has switched off shared memory in this process (``shm.capacity`` is zero)."""
 
     reason = "switched-off"
 
 
 class ArenaBusy(SharedMemoryError):
-    """The table's lock was not free within a bounded time; trying again later may succeed."""
+    """The lock of the arena's table was not free within a bounded time; a later attempt may succeed."""
 
     reason = "lock-busy"
 
 
 class OutOfResources(SharedMemoryError):
-    """Something has run out: the message says what, and what the user can do; when it returns, so does sharing."""
+    """A resource has run out: the message names it and the remedy; sharing resumes when the resource is back."""
 
     reason = "out-of-resources"
 
 
 class ArenaFull(OutOfResources):
-    """There is no room in the arena; raise ``shm.capacity`` or release results."""
+    """The arena has no room for a block; raise ``shm.capacity`` or release results."""
 
     reason = "arena-full"
 
 
 class MemoryExhausted(ArenaFull):
-    """The operating system gave no pages for the arena, although its capacity would allow more."""
+    """The operating system has no pages for the arena, although the capacity of the arena would allow more."""
 
     reason = "memory-exhausted"
 
 
 class FileSizeLimited(MemoryExhausted):
-    """A process may not write that far into a file; raise ``ulimit -f``."""
+    """The process may not write that far into the segment, which counts as a file; raise ``ulimit -f``."""
 
     reason = "file-size-limited"
 
 
 class NoHeadRoom(ArenaFull):
-    """The machine, or a control group above this process, has not enough memory left; the kernel would kill."""
+    """The machine, or a control group above this process, is short of memory: the kernel would kill processes."""
 
     reason = "no-head-room"
 
 
 class LimitsReached(ArenaFull):
-    """The workers of this node use as much memory, shared values included, as their limits allow altogether."""
+    """The workers of this node, shared values included, would use more memory than the sum of their limits."""
 
     reason = "limits-reached"
 
 
 class TableFull(ArenaFull):
-    """Every row of the table is taken; raise ``shm.threshold`` so that fewer and larger values are shared."""
+    """All rows of the arena's table are taken; raise ``shm.threshold`` so that fewer and larger values are shared."""
 
     reason = "table-full"
 
 
 class MembersFull(ArenaFull):
-    """The arena has as many members as it can hold."""
+    """All slots for members of the arena are taken."""
 
     reason = "members-full"
 
 
 class StaleBlock(SharedMemoryError):
-    """The block that a descriptor names has been released since; ask its sender for the bytes."""
+    """The block that a descriptor names has been released; ask the sender for the bytes."""
 
     reason = "stale"
 
 
 class HandleDamaged(SharedMemoryError):
-    """A handle is not what its sender made; ask for the bytes."""
+    """A handle was changed on its way, or names bytes outside its block; ask the sender for the bytes."""
 
     reason = "damaged"
 
 
 class DescriptorsExhausted(OutOfResources):
-    """A process can open no more files, so it cannot read how much memory is left; raise ``ulimit -n``."""
+    """The process can open no more files, so it cannot read how much memory is left; raise ``ulimit -n``."""
 
     reason = "descriptors-exhausted"
 
 
 class MappingRefused(OutOfResources):
-    """The kernel refused another mapping (``vm.max_map_count`` or ``ulimit -v``)."""
+    """The kernel refused another mapping; raise ``vm.max_map_count`` or ``ulimit -v``."""
 
     reason = "mapping-refused"
 
 
 class TableCorrupt(SharedMemoryError):
-    """The arena does not hold what its layout promises: somebody has written there. This process leaves it for good."""
+    """The arena's table or segment is damaged, for example by a stray write; this process stops using it for good."""
 
     reason = "corrupt"
 
 
 class DescriptorLost(TableCorrupt):
-    """Something in this process has closed the arena's descriptor; its number may be another file's. Like damage, for good."""
+    """Code in this process has closed the arena's descriptor; this process stops using the arena for good.
+
+    The number of the descriptor may belong to another file by now.
+    """
 
     reason = "descriptor-lost"
 
 
 class Unshareable(SharedMemoryError):
-    """The value's own serializer does something that only a wire can undo."""
+    """The serialized form of the value cannot be shared: it is compressed, or consists of very many small frames."""
 
     reason = "unshareable"
 
 
 def forget_values(error: BaseException | None) -> None:
-    """Clear the local variables behind an error.
+    """Clear the local variables of all frames in the tracebacks of an error and of its causes.
 
-    A worker's log keeps the records of its last 10,000 messages, with their tracebacks, and so the values that were at
-    hand (``DequeHandler`` in distributed/utils.py, 2026.8.0): their blocks would stay as long as the worker.
+    A worker's log keeps the records of its last 10,000 messages, with their tracebacks (``DequeHandler`` in
+    distributed/utils.py, 2026.8.0). The frames of a traceback refer to values, so the blocks of these values would be
+    held as long as the worker lives.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -141,4 +145,4 @@ def _reasons(kind: type[SharedMemoryError]) -> set[str]:
 
 
 REASONS = _reasons(SharedMemoryError)
-"""All reasons of this module."""
+"""The ``reason`` of every exception of this module."""

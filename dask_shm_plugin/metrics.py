@@ -1,10 +1,10 @@
-"""The counters and their names.
+"""The counters of a process and their names.
 
 ``published``  values copied into the arena, and the bytes copied
 ``attached``   values mapped from the arena instead of being received, and their bytes
-``found``      those of them that were found in the arena, without asking the worker that has them
-``adopted``    values of which the publisher gave up its private copy for the shared one, and their bytes
-``sent``       values that were large enough to be shared and were sent as bytes instead, by reason
+``found``      attached values that were found in the arena without asking the worker that has them
+``adopted``    values of which the publisher replaced its private copy by the shared one, and their bytes
+``sent``       values that were large enough to be shared but were sent as bytes, by reason
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ EVENTS = ("published", "attached", "found", "adopted")
 
 
 class Counters:
-    """Counts of one process.
+    """The counts of one process.
 
     Notes
     -----
-    Thread-safe. Never used by finalizers.
+    Thread-safe. Finalizers must not use it: they may run inside the lock.
     """
 
     def __init__(self) -> None:
@@ -31,13 +31,13 @@ class Counters:
         self._sent: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
 
     def count(self, event: str, size: int) -> None:
-        """Count one value of ``size`` bytes."""
+        """Count one value of ``size`` bytes under one of ``EVENTS``."""
         with self._lock:
             self._counts[event][0] += 1
             self._counts[event][1] += size
 
     def count_sent(self, reason: str, size: int) -> None:
-        """Count one value that went as bytes."""
+        """Count one value of ``size`` bytes that was sent instead of shared, under the reason."""
         with self._lock:
             self._sent[reason][0] += 1
             self._sent[reason][1] += size
@@ -55,7 +55,7 @@ def _named(pair: list[int]) -> dict[str, int]:
 
 
 def since(before: dict[str, Any]) -> dict[str, Any]:
-    """Return what this process has counted since an earlier snapshot."""
+    """Return the counts of this process since an earlier snapshot, as plain data."""
     now = COUNTERS.snapshot()
     counts: dict[str, Any] = {event: _less(now[event], before[event]) for event in EVENTS}
     sent = {reason: _less(pair, before["sent"].get(reason, _named([0, 0]))) for reason, pair in now["sent"].items()}
@@ -67,8 +67,14 @@ def _less(pair: dict[str, int], before: dict[str, int]) -> dict[str, int]:
     return {name: pair[name] - before[name] for name in pair}
 
 
+def events(counts: dict[str, Any]) -> int:
+    """Return how many events a snapshot counts."""
+    pairs = [*(counts[event] for event in EVENTS), *counts["sent"].values()]
+    return sum(int(pair["count"]) for pair in pairs)
+
+
 def add(total: dict[str, Any], more: dict[str, Any]) -> None:
-    """Add one snapshot to another, in place."""
+    """Add the snapshot ``more`` to the snapshot ``total``, in place."""
     for event in EVENTS:
         _add_pair(total.setdefault(event, {"count": 0, "bytes": 0}), more[event])
     sent = total.setdefault("sent", {})
@@ -84,5 +90,5 @@ def _add_pair(total: dict[str, int], more: dict[str, int]) -> None:
 COUNTERS = Counters()
 
 if hasattr(os, "register_at_fork"):
-    # A forked child counts for itself; the lock may have been taken in its parent.
+    # A forked child has counts of its own. Another thread of the parent may have held the lock during the fork.
     os.register_at_fork(after_in_child=lambda: COUNTERS.__init__())  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The one line for the user."""
+"""The public interface: the plugin, and functions to inspect sharing and to switch it off."""
 
 from __future__ import annotations
 
@@ -11,35 +11,38 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 
 from dask_shm_plugin import config, metrics, stub
 from dask_shm_plugin.notices import warn_once
-from dask_shm_plugin.seams import why_not
+from dask_shm_plugin.seams.checks import why_not
 
 
 class SharedMemoryPlugin(SchedulerPlugin):
-    """Keep each large value once on the node where it was made or scattered.
+    """Keep one copy of each large value on the node where it was made or scattered.
 
-    Switched on by ``client.register_plugin(SharedMemoryPlugin())``. Other nodes receive values as with stock Dask.
+    ``client.register_plugin(SharedMemoryPlugin())`` switches sharing on in all present and future nannies and workers
+    of the cluster, and in the client that registers it. Other nodes receive values as with stock Dask.
 
-    Reaches all nannies and workers, present and future, and the client that registers it. What is not given here is
-    taken from Dask's configuration, namespace ``shm``, in the process where it matters.
+    Each process takes the settings that are not given here from its own Dask configuration, namespace ``shm``.
 
     Parameters
     ----------
     capacity : str or int, optional
-        Bytes for shared values on each node, or a share of its memory limit such as "50%". Zero turns sharing off.
+        Shared memory for values on each node: a number of bytes ("8 GiB"), or a share of the node's memory limit
+        ("50%"). Zero turns sharing off.
     threshold : str or int, optional
-        Bytes of serialized frames from which a value is shared.
+        Smallest value to share, in bytes of its serialized frames. Smaller values are sent as with stock Dask.
     publish : {"on-request", "on-completion"}, optional
-        When a result is copied into shared memory: when a process on the node first asks for it, or when its task has
-        finished.
+        When a worker copies a result into shared memory: when a process on the node first requests it, or when its task
+        has finished.
     views : {"copy-on-write", "read-only"}, optional
-        Whether shared arrays are as writeable as without the plugin, each write staying in its process, or read-only.
+        "copy-on-write": shared arrays are as writeable as without the plugin, and a write stays in the process that
+        makes it. "read-only": all shared arrays are read-only.
     warm : str or float, optional
-        How long freed shared memory stays resident, to be used again quickly: seconds, or a text such as "2s".
+        How long freed shared memory stays resident for quick reuse: seconds, or a text such as "2s". It may stay up to
+        twice as long. It is returned at once where memory runs short.
 
     Raises
     ------
     TypeError, ValueError
-        A setting makes no sense.
+        A setting has the wrong type or an invalid value.
     """
 
     name = stub.NAME
@@ -57,17 +60,17 @@ class SharedMemoryPlugin(SchedulerPlugin):
         self.options = config.options(self.given)
 
     async def start(self, scheduler: Any) -> None:
-        """Install both halves, from inside the scheduler."""
+        """Register the nanny plugin and the worker plugin; the scheduler calls this in its own process."""
         scheduler.plugins.pop(self.name, None)
         if self.is_possible():
             await stub.install(scheduler, self.name, *self.halves())
 
     def halves(self) -> tuple[bytes, bytes]:
-        """Return the nanny's and the worker's half as they travel."""
+        """Return the pickled stubs of the nanny plugin and of the worker plugin."""
         return stub.dumps(stub.NannyStub(self.given)), stub.dumps(stub.WorkerStub(self.given))
 
     def is_possible(self) -> bool:
-        """Tell whether there is shared memory on this platform; says once why not."""
+        """Return whether this process can switch sharing on; warn once with the reason if it cannot."""
         reason = why_not()
         if reason:
             warn_once(f"Sharing is off: {reason}")
@@ -75,18 +78,30 @@ class SharedMemoryPlugin(SchedulerPlugin):
 
 
 def is_shared(value: object) -> bool:
-    """Tell whether a value lies in shared memory, all of it.
+    """Return whether this process maps a value, apart from small parts of it, from shared memory.
 
     Parameters
     ----------
     value
-        Anything that Dask can send. Not counted are buffers of up to 1 KiB, and what a pickle of it holds beside its
-        buffers, up to 16 KiB or a hundredth of the value. So a DataFrame with a column of Python objects is not shared,
-        though its other columns may be.
+        Anything that Dask can send.
+
+    Returns
+    -------
+    bool
+        For a NumPy array: True if its memory lies in shared memory. For other values: True if the value has buffers of
+        more than 1 KiB and all of these lie in shared memory. The bytes that a pickle of the value holds beside its
+        buffers are ignored up to 16 KiB or a hundredth of the value, whichever is more. So a DataFrame with a large
+        column of Python objects is not shared, although its other columns may be. Always False where sharing is not
+        possible, for example on macOS or Windows.
+
+    Raises
+    ------
+    Exception
+        The value cannot be serialized.
     """
     if why_not():
         return False
-    from dask_shm_plugin import codec
+    from dask_shm_plugin.values import codec
 
     return codec.is_shared(value)
 
@@ -94,7 +109,7 @@ def is_shared(value: object) -> bool:
 async def _register(client: Client, plugin: SharedMemoryPlugin, name: str) -> None:
     if not plugin.is_possible():
         return
-    from dask_shm_plugin.client import take_part
+    from dask_shm_plugin.roles.client import take_part
 
     scheduler: Any = client.scheduler
     await scheduler.register_scheduler_plugin(
@@ -112,18 +127,20 @@ if hasattr(vars(Client).get("_register_plugin"), "register"):
 
 
 def unregister(client: Client) -> Any:
-    """Switch sharing off in the whole cluster and put everything back. Values that live on stay valid.
+    """Switch sharing off in all nannies and workers of the cluster, and in this client.
+
+    Dask's own functions are put back in place. Values that are still in use stay valid.
 
     Parameters
     ----------
     client
-        Any client of the cluster. With an asynchronous one, await the result.
+        Any client of the cluster. If it is asynchronous, await the result.
     """
     return client.sync(_unregister, client)
 
 
 async def _unregister(client: Client) -> None:
-    from dask_shm_plugin.client import half_of
+    from dask_shm_plugin.roles.client import half_of
 
     scheduler: Any = client.scheduler
     half = half_of(client)
@@ -135,35 +152,58 @@ async def _unregister(client: Client) -> None:
         scheduler.unregister_worker_plugin,
         scheduler.unregister_nanny_plugin,
     ):
-        # It may not be registered there.
+        # Raised if no plugin of this kind is registered with the scheduler.
         with contextlib.suppress(ValueError, KeyError):
             await call(name=stub.NAME)
-    # Those who came by --preload were never registered with the scheduler.
+    # Plugins that were started by --preload were never registered with the scheduler.
     await scheduler.broadcast(msg={"op": "run", "function": stub.dumps(stub.remove), "wait": True}, on_error="ignore")
 
 
 def stats(client: Client) -> Any:
-    """Return what is shared, and how well it goes.
+    """Return the state of each arena of the cluster, and the counters of shared and sent values.
 
     Parameters
     ----------
     client
-        Any client of the cluster. With an asynchronous one, await the result.
+        Any client of the cluster. If it is asynchronous, await the result.
 
     Returns
     -------
     dict
-        For each arena ("host-id") a dict: ``capacity``, ``used`` and ``resident`` in bytes, ``blocks``, ``members``,
-        ``room`` (bytes that further values may take now) and ``bound_by`` (what leaves no more: ``shm.capacity``, physical
-        memory or a control group), ``workers`` (addresses), and the counters ``published``, ``attached``, ``found``,
-        ``adopted`` (each ``count`` and ``bytes``) and ``sent`` (the same for each reason), summed over its workers and this
-        process. The first seven are None while a process that stands still (stopped, in a debugger) has the lock of the arena.
+        One dict per arena, with the key "host-id": the host of its workers ("here" if only this client reported the
+        arena), and the first eight digits of the arena's id. Sizes are in bytes. Each dict has these items:
+
+        ``capacity``
+            The most that the arena's blocks may take.
+        ``used``
+            Bytes that blocks take now, including those that are still being written.
+        ``resident``
+            Memory that the arena takes now, including its table and free pages that are kept for reuse.
+        ``room``
+            Bytes that further values may take now.
+        ``bound_by``
+            The limit that determines ``room``: "shm.capacity", "physical memory" or "control group ...".
+        ``blocks``, ``members``
+            The number of blocks, and of processes that are members of the arena.
+        ``workers``
+            Addresses of the workers that use the arena, sorted.
+        ``published``, ``attached``, ``found``, ``adopted``
+            Values that were copied into the arena, values that were mapped instead of received, those of them that were
+            found in the arena without a request to their owner, and values of which the owner replaced its private copy
+            by the shared one. Each is a dict of ``count`` and ``bytes``.
+        ``sent``
+            Values that were large enough to be shared, but were sent or copied as bytes: a dict of ``count`` and
+            ``bytes`` for each reason.
+
+        The counters are summed over the arena's workers and this client. Each process counts from the moment when it
+        joined the cluster's sharing. All items but ``workers`` and the counters are None while no process can read
+        them, for example because a stopped process (SIGSTOP, a debugger) holds the arena's lock.
     """
     return client.sync(_stats, client)
 
 
 async def _stats(client: Client) -> dict[str, dict[str, Any]]:
-    from dask_shm_plugin.client import half_of
+    from dask_shm_plugin.roles.client import half_of
 
     scheduler: Any = client.scheduler
     answers = await scheduler.broadcast(
@@ -183,11 +223,14 @@ _STATE = ("capacity", "used", "resident", "room", "bound_by", "blocks", "members
 
 
 def _summary(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    # Not all of them need be in the same control group.
+    # The processes may be in different control groups: the one with the least room counts.
     state = min((report for report in reports if "used" in report), key=lambda report: report["room"], default={})
     summary = {name: state.get(name) for name in _STATE}
     summary["workers"] = sorted(report["worker"] for report in reports if "worker" in report)
-    # Several workers, and the client, may be one process, which counts once.
-    for counters in {report["process"]: report["counters"] for report in reports}.values():
+    # Several workers and the client may live in one process. Its counters are added once: those since the earliest start.
+    counted: dict[str, dict[str, Any]] = {}
+    for report in sorted(reports, key=lambda report: metrics.events(report["counters"])):
+        counted[report["process"]] = report["counters"]
+    for counters in counted.values():
         metrics.add(summary, counters)
     return summary

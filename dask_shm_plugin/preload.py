@@ -1,4 +1,4 @@
-"""``--preload dask_shm_plugin``: what it means for a scheduler, a nanny, a worker or a client."""
+"""Switch sharing on by ``--preload dask_shm_plugin``, in a scheduler, nanny, worker or client."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ logger = logging.getLogger("dask_shm_plugin")
 
 
 async def dask_setup(server: Any) -> None:
-    """Switch on what was started with the preload; a scheduler switches the whole cluster on."""
+    """Switch sharing on in the process that Dask started with the preload; a scheduler switches on the whole cluster.
+
+    Parameters
+    ----------
+    server : Scheduler, Nanny, Worker or Client
+        The object that Dask passes to a preload. A worker with a nanny also switches its nanny on.
+    """
     if isinstance(server, Scheduler):
         await server.register_scheduler_plugin(SharedMemoryPlugin(), idempotent=False)
     elif isinstance(server, Worker):
         if server.nanny:
-            # Not awaited: the nanny answers nothing before its worker has started, which waits for us.
+            # Not awaited, to avoid a deadlock: the nanny answers only after its worker has started, and the worker's
+            # start waits for this function.
             telling = asyncio.create_task(_tell_nanny(server, str(server.nanny)))
             _TELLING.add(telling)
             telling.add_done_callback(_TELLING.discard)
@@ -28,18 +35,18 @@ async def dask_setup(server: Any) -> None:
     elif isinstance(server, Nanny):
         await server.plugin_add(stub.NannyStub({}), name=stub.NAME)
     elif isinstance(server, Client):
-        from dask_shm_plugin.client import take_part
+        from dask_shm_plugin.roles.client import take_part
 
         await take_part(server, config.options({}))
 
 
 async def _tell_nanny(worker: Worker, address: str) -> None:
-    """Let the nanny share the keeping of the arena: ``--preload`` reaches only the worker process."""
+    """Make the nanny a member of the arena, too: ``--preload`` reaches only the worker process."""
     try:
         async with worker.rpc(address) as nanny:
             await nanny.plugin_add(plugin=stub.dumps(stub.NannyStub({})), name=stub.NAME)
     except Exception:
-        logger.debug("the nanny at %s could not be told", address, exc_info=True)
+        logger.debug("could not switch sharing on in the nanny at %s", address, exc_info=True)
 
 
 _TELLING: set[asyncio.Task[None]] = set()

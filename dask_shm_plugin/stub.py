@@ -1,7 +1,7 @@
-"""What is really registered: small classes that travel by value and import this package where they arrive.
+"""The plugins that are registered with Dask: small classes, pickled by value, that import the package on arrival.
 
-A node without the package, or with one that cannot start, must go on as before. So nothing here refers to the package
-at import, and no ``setup`` raises.
+A node must work as before if it lacks the package or if the package cannot be imported there. So this module imports
+nothing of the package, and no ``setup`` raises on that account.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NAME = "dask-shm"
 
 
 def dumps(item: Any) -> bytes:
-    """Pickle something of this module by value."""
+    """Pickle an object of this module by value, so that it can be unpickled without the package."""
     module = sys.modules[__name__]
     cloudpickle.register_pickle_by_value(module)
     try:
@@ -26,12 +26,12 @@ def dumps(item: Any) -> bytes:
         cloudpickle.unregister_pickle_by_value(module)
 
 
-def _half(module: str, name: str, options: dict[str, Any]) -> Any:
-    """Return the real plugin, or None with a warning."""
+def _half(name: str, options: dict[str, Any]) -> Any:
+    """Return a new instance of the real plugin class, or None after a warning if that fails."""
     import importlib
 
     try:
-        return getattr(importlib.import_module(f"dask_shm_plugin.{module}"), name)(**options)
+        return getattr(importlib.import_module("dask_shm_plugin"), name)(**options)
     except Exception as error:
         logging.getLogger("dask_shm_plugin").warning(
             "Sharing is off in this process: %s: %s. Install the same dask_shm_plugin everywhere.",
@@ -42,7 +42,7 @@ def _half(module: str, name: str, options: dict[str, Any]) -> Any:
 
 
 class NannyStub(NannyPlugin):
-    """Becomes a ``SharedMemoryNanny`` where the package is."""
+    """Delegates to a ``SharedMemoryNanny`` where the package is installed, and does nothing elsewhere."""
 
     name = "dask-shm"
 
@@ -51,19 +51,19 @@ class NannyStub(NannyPlugin):
         self.half: Any = None
 
     async def setup(self, nanny: Any) -> None:
-        """Become the real half, and set it up."""
-        self.half = _half("nanny", "SharedMemoryNanny", self.options)
+        """Create the real plugin and set it up."""
+        self.half = _half("SharedMemoryNanny", self.options)
         if self.half is not None:
             await self.half.setup(nanny)
 
     async def teardown(self, nanny: Any) -> None:
-        """Pass on."""
+        """Tear the real plugin down."""
         if self.half is not None:
             await self.half.teardown(nanny)
 
 
 class WorkerStub(WorkerPlugin):
-    """Becomes a ``SharedMemoryWorker`` where the package is."""
+    """Delegates to a ``SharedMemoryWorker`` where the package is installed, and does nothing elsewhere."""
 
     name = "dask-shm"
 
@@ -72,24 +72,27 @@ class WorkerStub(WorkerPlugin):
         self.half: Any = None
 
     async def setup(self, worker: Any) -> None:
-        """Become the real half, and set it up."""
-        self.half = _half("worker", "SharedMemoryWorker", self.options)
+        """Create the real plugin and set it up."""
+        self.half = _half("SharedMemoryWorker", self.options)
         if self.half is not None:
             await self.half.setup(worker)
 
     async def teardown(self, worker: Any) -> None:
-        """Pass on."""
+        """Tear the real plugin down."""
         if self.half is not None:
             await self.half.teardown(worker)
 
     def transition(self, key: Any, start: str, finish: str, **kwargs: Any) -> None:
-        """Pass on."""
+        """Forward a task's transition to the real plugin."""
         if self.half is not None:
             self.half.transition(key, start, finish, **kwargs)
 
 
 class SchedulerStub(SchedulerPlugin):
-    """Installs the other two on present and future nannies and workers. Needs no package at the scheduler."""
+    """Registers the other two stubs for all present and future nannies and workers.
+
+    The scheduler does not need the package.
+    """
 
     name = "dask-shm"
 
@@ -97,14 +100,14 @@ class SchedulerStub(SchedulerPlugin):
         self.nanny, self.worker = nanny, worker
 
     async def start(self, scheduler: Any) -> None:
-        """Install both halves."""
-        # A second registration takes the place of the first, without Dask's warning about it.
+        """Register both stubs with the scheduler that runs this plugin."""
+        # Removed first: Dask warns when a registration replaces a plugin of the same name.
         scheduler.plugins.pop(self.name, None)
         await install(scheduler, self.name, self.nanny, self.worker)
 
 
 async def install(scheduler: Any, name: str, nanny: bytes, worker: bytes) -> None:
-    """Register both halves; nannies first, so that their arena is there when the workers look for it."""
+    """Register both stubs with a scheduler, nannies first: their arena then exists when the workers look for it."""
     import logging
 
     for register, plugin in (
@@ -114,12 +117,12 @@ async def install(scheduler: Any, name: str, nanny: bytes, worker: bytes) -> Non
         try:
             await register(None, plugin, name, idempotent=False)
         except Exception:
-            # Somebody closed while being told; the plugin stays registered for all others.
-            logging.getLogger("dask_shm_plugin").info("not everybody could be told", exc_info=True)
+            # A nanny or worker closed during the broadcast. The plugin stays registered for all others.
+            logging.getLogger("dask_shm_plugin").info("the plugin did not reach every nanny or worker", exc_info=True)
 
 
 def report(dask_worker: Any) -> dict[str, Any] | None:
-    """Return what a worker has to say about its arena; runs on workers."""
+    """Return a worker's report about its arena, or None if it does not share; runs on the worker."""
     plugin = dask_worker.plugins.get("dask-shm")
     half = getattr(plugin, "half", plugin)
     said: dict[str, Any] | None = half.report() if half is not None else None
@@ -127,7 +130,7 @@ def report(dask_worker: Any) -> dict[str, Any] | None:
 
 
 async def remove(dask_worker: Any) -> None:
-    """Switch a worker off that was switched on by a preload; runs on workers."""
+    """Switch sharing off in a worker, and in its nanny, if a preload switched it on; runs on the worker."""
     if "dask-shm" not in dask_worker.plugins:
         return
     await dask_worker.plugin_remove("dask-shm")
@@ -137,6 +140,6 @@ async def remove(dask_worker: Any) -> None:
 
 
 async def drop_from_nanny(dask_worker: Any) -> None:
-    """Switch a nanny off; runs on nannies, which Dask also calls by that name."""
+    """Switch sharing off in a nanny; runs on the nanny, which ``run`` also passes as ``dask_worker``."""
     if "dask-shm" in dask_worker.plugins:
         await dask_worker.plugin_remove("dask-shm")

@@ -1,20 +1,21 @@
-"""Calls in other threads, which keep an event loop from waiting.
+"""Calls in other threads, so that an event loop does not wait for them.
 
-A thread of a pool lets go of its last task some time after the task's result is known. Who counts the references to a
-value cannot wait for that: `call_in` leaves none behind.
+A thread of a pool drops its references to its last task some time after the result of the task is known. Code that
+counts the references to a value cannot wait for that, so `call_in` leaves no reference in the thread.
 
-When a script ends, Python first ends its executors, and only then lets Dask close what is still open, on event loops that
-go on running (`concurrent.futures` registers with `threading`, which comes before `atexit`). To clean up must not fail then:
-`in_thread` does without a thread.
+When a script ends, Python ends its executors first. Only then does Dask close the clusters and clients that are still
+open, on event loops that go on running (`concurrent.futures` registers with `threading`, which comes before `atexit`).
+The clean-up must not fail then, so `in_thread` runs the function in the calling thread if no other one can be had.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from typing import Any, ParamSpec, TypeVar
 
 from distributed.utils import offload, run_in_executor_with_context
@@ -29,12 +30,13 @@ async def call_in(executor: Executor | None, function: Callable[..., _T], *args:
     Parameters
     ----------
     executor
-        Which threads, or None for the one in which Dask serializes what is large; where that cannot be started, the caller
-        does it.
+        The threads to use, or None for the thread in which Dask serializes large messages. If Dask's thread cannot be
+        started, the function runs in the calling thread.
     function, args
-        What to call.
+        The function and its positional arguments.
     """
-    # An executor that cannot start a thread may have kept the call all the same: it must not be made twice.
+    # An executor that fails to start a thread may still have queued the call. Taking it out of this list makes sure
+    # that it runs once only.
     calls: list[Callable[[], _T]] = [functools.partial(function, *args)]
     results: list[_T] = []
     del function, args
@@ -44,7 +46,7 @@ async def call_in(executor: Executor | None, function: Callable[..., _T], *args:
     try:
         await offload(_call, calls, results)
     except RuntimeError:
-        if not calls:  # the function has raised it
+        if not calls:  # the function was called and has raised the error itself
             raise
         _call(calls, results)
     return results.pop()
@@ -55,14 +57,25 @@ def _call(calls: list[Callable[[], _T]], results: list[_T]) -> None:
 
 
 async def in_thread(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Return what a function returns, like `asyncio.to_thread`, and fail only where the function does.
+    """Call a function in a thread, like `asyncio.to_thread`, and return its result; without threads, call it here.
 
-    For what must be done in any case. What might as well be left rather fails where there are no threads.
+    It is meant for calls that must be made in any case, such as leaving an arena. Optional work, such as a copy into
+    the arena, should fail where no thread can be had.
     """
-    call = functools.partial(contextvars.copy_context().run, function, *args, **kwargs)
-    calls = [call]
+    calls = [functools.partial(contextvars.copy_context().run, function, *args, **kwargs)]
+    outcome: Future[_T] = Future()
+
+    def call_once() -> None:
+        # An executor that cannot start a thread may have queued the call all the same.
+        with contextlib.suppress(IndexError):
+            call = calls.pop()
+            try:
+                outcome.set_result(call())
+            except BaseException as error:
+                outcome.set_exception(error)
+
     try:
-        done = asyncio.get_running_loop().run_in_executor(None, lambda: calls.pop()())
-    except RuntimeError:  # so the loop, the executor and the interpreter say that they are about to end
-        return calls.pop()()
-    return await done
+        asyncio.get_running_loop().run_in_executor(None, call_once)
+    except RuntimeError:  # raised by a loop, an executor or an interpreter that is about to end
+        call_once()
+    return await asyncio.wrap_future(outcome)

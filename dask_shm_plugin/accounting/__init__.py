@@ -1,0 +1,1 @@
+"""Account for shared memory in the memory that Dask reports, limits and spills."""

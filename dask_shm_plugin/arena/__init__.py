@@ -1,0 +1,1 @@
+"""Reserve, seal, attach, release and reclaim blocks."""

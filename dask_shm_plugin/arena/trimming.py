@@ -1,0 +1,177 @@
+"""Trimming: giving the pages of freed memory back to the operating system.
+
+As many bytes stay resident as drafts and blocks take now, or took at most within the last seconds (the high-water
+mark). If a new page would exceed the high-water mark by more than 8 MiB, a free page is given back first. So an arena
+has hardly more pages than it has used recently, and an idle arena has no free page.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import numpy as np
+
+from dask_shm_plugin.arena.allocator import Allocator
+from dask_shm_plugin.arena.budget import NEAR, Budget
+from dask_shm_plugin.arena.guard import GuardedTable
+from dask_shm_plugin.exceptions import MemoryExhausted
+from dask_shm_plugin.linux import limits
+from dask_shm_plugin.linux.segment import Segment
+from dask_shm_plugin.table import placement
+from dask_shm_plugin.table.layout import Extent
+from dask_shm_plugin.table.table import Table
+from dask_shm_plugin.units import round_up
+
+_STEP_BYTES = 64 << 20
+_SLACK_BYTES = 8 << 20
+"""Bytes by which new pages may exceed the high-water mark before free pages are looked for.
+
+The search is not worth it for a small block.
+"""
+_TRIM_TIME_S = 0.2
+"""Seconds for which a draft waits until free pages have been given back to the operating system."""
+
+
+class Trimmer:
+    """Gives free pages of one arena back to the operating system.
+
+    Parameters
+    ----------
+    allocator
+        Reserves the extents whose pages are given back, as drafts.
+    segment
+        The segment of the arena.
+    access
+        The guarded table of the arena.
+    blocks_from
+        Where in the segment the blocks begin, in bytes.
+    budget
+        The sum of the memory limits of this node's workers.
+    warm
+        Seconds for which freed memory stays resident at least, unless memory runs short; it stays for twice as long at
+        most.
+
+    Notes
+    -----
+    Thread-safe. A hole is punched only in an extent that is reserved as a draft. There must never be a moment when
+    another writer could reserve that extent.
+    """
+
+    def __init__(
+        self,
+        allocator: Allocator,
+        segment: Segment,
+        access: GuardedTable,
+        blocks_from: int,
+        budget: Budget,
+        warm: float,
+    ) -> None:
+        self._allocator, self._segment, self._access = allocator, segment, access
+        self._blocks_from, self._budget, self.warm = blocks_from, budget, warm
+        self._is_refused = False
+
+    def trim(self) -> None:
+        """Give free pages back that were not needed recently; all of them if the node or its workers run short."""
+        spare = max(0, self._most_used() - self._used())
+        is_short = spare and (limits.head_room() < spare or self._budget.use(self.pages()) > NEAR)
+        self._trim_to(0 if is_short else spare)
+
+    def trim_all(self) -> None:
+        """Give all free pages back to the operating system."""
+        self._trim_to(0)
+
+    def make_room(self, missing: int) -> None:
+        """Give free pages back if ``missing`` more bytes of pages would exceed the high-water mark or the capacity.
+
+        Raises
+        ------
+        MemoryExhausted
+            The pages would exceed the capacity, and the kernel takes no pages back.
+        """
+        capacity, used, most = self._access.table.capacity, self._used(), self._most_used()
+        pages = self.pages() + missing
+        if pages > min(max(used, most) + _SLACK_BYTES, capacity):
+            self._trim_to(max(used, most) - used - missing)
+            if self._is_refused and pages > capacity:
+                raise MemoryExhausted(
+                    "this kernel or sandbox takes no pages back (fallocate with FALLOC_FL_PUNCH_HOLE), and there are "
+                    "pages for the whole capacity; raise shm.capacity"
+                )
+
+    def pages(self) -> int:
+        """Return the resident bytes of the segment outside the table: those of blocks, free space and directories."""
+        return self._segment.resident - self._access.table.reserved_bytes()
+
+    def wait(self) -> None:
+        """Wait until no process is giving pages back, for ``_TRIM_TIME_S`` seconds at most."""
+        until = time.monotonic() + _TRIM_TIME_S
+        while self._access.table.blocks.is_trimmed() and time.monotonic() < until:
+            time.sleep(0.001)
+
+    def _most_used(self) -> int:
+        table = self._access.table
+        return min(table.most_used(time.monotonic(), self.warm), table.capacity)
+
+    def _used(self) -> int:
+        return int(np.sum(self._access.table.blocks.taken_by_now()[:, 1]))
+
+    def _trim_to(self, spare: int) -> None:
+        stuck: dict[int, int] = {}
+        while (
+            not self._is_refused
+            and (extent := find(self._segment, self._access.table, self._blocks_from, spare, stuck)) is not None
+        ):
+            hold = self._allocator.take_if_free(extent)
+            if hold is None:
+                return
+            begin, length = self._blocks_from + extent.offset, extent.length
+            try:
+                self._segment.give_back(begin, length)
+                # A pinned large page cannot be split, so its free part stays resident. It must not be found again.
+                first = self._segment.first_page(begin, length)
+                if first is not None:
+                    stuck[first] = begin + length
+            except OSError:
+                self._is_refused = True
+            finally:
+                del hold
+                self._allocator.abandon()
+
+
+def find(
+    segment: Segment, table: Table, blocks_from: int, spare: int, stuck: Mapping[int, int] = MappingProxyType({})
+) -> Extent | None:
+    """Return a free extent with pages to give back, or None; the highest first, because blocks are placed low.
+
+    It takes no mutex, because the kernel may let a query wait for a writer. The caller must make sure that the extent
+    is still free.
+
+    Parameters
+    ----------
+    segment, table
+        The segment and the table of one arena.
+    blocks_from
+        Where in the segment the blocks begin, in bytes.
+    spare
+        Bytes of free pages to keep. Negative to make room for the pages of drafts that are not written yet.
+    stuck
+        Parts of the segment that could not be given back: maps the offset of each to its end, in bytes.
+    """
+    # A row that is damaged or being changed may hold any number, so numbers are bounded to prevent an overflow. The
+    # extent is checked again under the mutex.
+    taken = np.minimum(table.blocks.taken_by_now(), np.uint64(table.span))
+    # Too low while drafts are written, so this test is skipped when everything is to be given back (``spare`` is zero).
+    free = segment.resident - table.reserved_bytes() - int(np.sum(taken[:, 1]))
+    if spare and free <= spare:
+        return None
+    at_most = min(_STEP_BYTES, round_up(free - spare)) if spare else _STEP_BYTES
+    for offset, length in placement.gaps(taken, table.span)[::-1]:
+        end = blocks_from + int(offset + length)
+        first = segment.first_page(end - int(length), int(length))
+        while first is not None and first in stuck:
+            first = segment.first_page(stuck[first], end - stuck[first])
+        if first is not None:
+            return Extent(first - blocks_from, min(end - first, at_most))
+    return None

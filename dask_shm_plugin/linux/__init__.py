@@ -1,0 +1,1 @@
+"""System calls, and facts that the kernel reports."""

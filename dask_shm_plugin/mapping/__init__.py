@@ -1,0 +1,1 @@
+"""The mappings of blocks in the address space of a process."""

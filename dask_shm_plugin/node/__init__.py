@@ -1,0 +1,1 @@
+"""How the members of an arena find each other, and which arenas this process has joined."""

@@ -1,0 +1,1 @@
+"""Let nannies, workers and clients take part in sharing: the three roles of a process."""

@@ -1,0 +1,166 @@
+"""The worker's role: it publishes results in the arena, and answers requests of members with handles."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+from typing import Any
+
+from distributed.diagnostics.plugin import WorkerPlugin
+from tornado.ioloop import PeriodicCallback
+
+from dask_shm_plugin import config, metrics
+from dask_shm_plugin.accounting.meters import WorkerMeter
+from dask_shm_plugin.arena.arena import Arena
+from dask_shm_plugin.exceptions import SharedMemoryError
+from dask_shm_plugin.metrics import COUNTERS
+from dask_shm_plugin.roles.closing import let_go_when_closed
+from dask_shm_plugin.roles.role import Joining, Role
+from dask_shm_plugin.roles.switch import switch_off, switch_on
+from dask_shm_plugin.seams.worker_data import WorkerData
+from dask_shm_plugin.transfer import fetch
+from dask_shm_plugin.transfer.answers import Answers
+from dask_shm_plugin.transfer.publisher import Publisher
+from dask_shm_plugin.transfer.scatter_guard import ScatterGuard
+from dask_shm_plugin.values import buffers
+
+_PRUNE_INTERVAL_S = 5.0
+_LISTING_TIMEOUT_S = 0.1
+"""Longest time (s) for which a scatter waits until its values are listed."""
+
+logger = logging.getLogger("dask_shm_plugin")
+
+
+class SharedMemoryWorker(WorkerPlugin):
+    """Publish this worker's large values in the node's arena, and map those of other processes on the node from it.
+
+    Parameters
+    ----------
+    capacity, threshold, publish, views, warm
+        See :class:`SharedMemoryPlugin`. Settings that are not given come from Dask's configuration, namespace ``shm``.
+    """
+
+    name = "dask-shm"
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+        self._joining: Joining | None = None
+        self._outsider: fetch.Outsider | None = None
+        self._running: _ActiveWorker | None = None
+
+    async def setup(self, worker: Any) -> None:
+        """Switch sharing on in a worker; never raises."""
+        await switch_on(worker, self)
+
+    async def teardown(self, worker: Any) -> None:
+        """Switch sharing off in a worker; values that are still in use stay valid."""
+        await switch_off(worker, self)
+
+    async def start(self, worker: Any) -> None:
+        """Join the arena and replace the worker's handlers, now or as soon as that is possible."""
+        options = config.options(self._options)
+        role = Role("worker", worker.scheduler, worker.contact_address or worker.address, options)
+        self._joining = Joining(role, lambda arena: self._joined(worker, role, arena))
+        await self._joining.start()
+        if self._running is None and role.kept_out_by is not None:
+            self._outsider = fetch.Outsider(lambda: role.kept_out_by)
+
+    def _joined(self, worker: Any, role: Role, arena: Arena) -> None:
+        self._running = _ActiveWorker(worker, role, arena)
+        self._end_outsider()
+
+    def _end_outsider(self) -> None:
+        outsider, self._outsider = self._outsider, None
+        if outsider is not None:
+            outsider.end()
+
+    async def stop(self) -> None:
+        """Put the worker's handlers back in place, and leave the arena."""
+        joining, self._joining = self._joining, None
+        if joining is not None:
+            joining.stop()
+        self._end_outsider()
+        running, self._running = self._running, None
+        if running is not None:
+            await running.stop()
+
+    def transition(self, key: Any, start: str, finish: str, **kwargs: Any) -> None:
+        """Note that a task has finished; Dask calls this synchronously at each transition of a task."""
+        if self._running is not None and finish == "memory" and start in ("executing", "long-running"):
+            self._running.completed(key)
+
+    def report(self) -> dict[str, Any] | None:
+        """Return the state of the arena and the counters of this process, or None if sharing is off."""
+        return self._running.report() if self._running else None
+
+
+class _ActiveWorker:
+    """The worker's role while the worker is a member of an arena."""
+
+    def __init__(self, worker: Any, role: Role, arena: Arena) -> None:
+        self._worker, self._role, self._arena = worker, role, arena
+        self._data = WorkerData.of(worker)
+        self.publisher = Publisher(arena, role.options.threshold, self._data, role.address)
+        self._answers = Answers(worker, arena, self.publisher, role.options.threshold)
+        self._meter = WorkerMeter(worker, arena)
+        self._scatter_guard = ScatterGuard.around(worker.handlers, arena, self._received)
+        self._pruning = PeriodicCallback(self.publisher.prune, _PRUNE_INTERVAL_S * 1000)
+        self._pruning.start()
+        before = COUNTERS.snapshot()
+        self._counted = lambda: metrics.since(before)
+        worker.metrics["shm"] = lambda worker: self._counted()
+        fetch.REQUESTS.begin()
+
+    async def stop(self) -> None:
+        self._answers.stop()
+        self._scatter_guard.retire()
+        self._pruning.stop()
+        self.publisher.close()
+        let_go_when_closed(self._worker, self._arena.arena_id)
+        try:
+            # In this order: first, other processes stop sending handles to this worker. Then it stops resolving them.
+            await self._role.withdraw()
+        finally:
+            if not self._has_clients():
+                self._scatter_guard.undo()
+            fetch.REQUESTS.end()
+            self._worker.metrics.pop("shm", None)
+            self._meter.stop()
+            await self._role.leave()
+
+    def _has_clients(self) -> bool:
+        with contextlib.suppress(SharedMemoryError):
+            return any(role.kind == "client" for role in self._arena.roster.roles())
+        return False
+
+    def completed(self, key: Any) -> None:
+        """Publish the result of a finished task, if ``shm.publish`` is "on-completion"."""
+        # A result that is not known to be large is published only on request: it may not even be serializable.
+        if self._role.options.publish != "on-completion" or not self._answers.is_large(key):
+            return
+        if not self._answers.is_of_small_items(key, self._data.in_memory(key)):
+            self.publisher.offer(key)
+
+    async def _received(self, data: dict[Any, Any]) -> None:
+        """List scattered values that lie in the arena, so that other processes find them without a request."""
+        shared = [
+            key for key in data if self._answers.is_large(key) and buffers.blocks_of(data[key], self._arena.arena_id)
+        ]
+        # The scatter waits for this: after it, all other workers may look for the values at once.
+        if shared:
+            # The known reference is that of the scatter's message.
+            offers = [self.publisher.offer(key, known=1) for key in shared]
+            for offer in offers:
+                offer.add_done_callback(functools.partial(_keep, data))  # keeps the message until the offer is done
+            await asyncio.wait(offers, timeout=_LISTING_TIMEOUT_S)
+
+    def report(self) -> dict[str, Any]:
+        """Return the state of the arena and the counters of this process."""
+        said = self._role.report(self._arena, self._counted())
+        return {"worker": self._worker.address, "host": self._worker.ip, **said}
+
+
+def _keep(message: dict[Any, Any], done: object) -> None:
+    """Do nothing: as a callback of a task, this keeps a message alive until the task is done."""

@@ -1,0 +1,1 @@
+"""Check, read and replace private names of ``distributed``."""

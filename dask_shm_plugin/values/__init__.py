@@ -1,0 +1,1 @@
+"""Represent values as serialized frames in blocks of the arena."""

@@ -1,0 +1,88 @@
+"""List published values in the arena's directory, by the address of their worker and their key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dask_shm_plugin.arena.arena import Arena
+from dask_shm_plugin.node import membership
+from dask_shm_plugin.table.members import Member
+from dask_shm_plugin.values.handles import Handle
+
+_PLAIN = (str, bytes, int, float)
+
+
+class PublishedIndex:
+    """The published values that one worker lists, so that other processes find them without a request.
+
+    Parameters
+    ----------
+    arena
+        The arena that has the directory.
+    address
+        The address at which other processes would request data from the worker.
+    """
+
+    def __init__(self, arena: Arena, address: str) -> None:
+        self._arena, self._address = arena, address
+        # The name under which each key was listed. Equal keys, such as 1 and 1.0, have different names.
+        self._listed: dict[Any, bytes] = {}
+
+    def add(self, key: Any, handle: Handle) -> None:
+        """List the handle of a key, unless the directory has no room for it."""
+        name = _name(self._address, key)
+        if name is not None and self._arena.directory.add(name, handle.to_bytes()):
+            self._listed[key] = name
+
+    def remove(self, key: Any) -> None:
+        """Withdraw the listing of a key: no process finds it after this returns; harmless if it is not listed."""
+        name = self._listed.get(key)
+        if name is not None:
+            # The directory comes first: an interrupt between the two steps must not leave a listing that can be found.
+            self._arena.directory.remove(name)
+            self._listed.pop(key, None)
+
+    def clear(self) -> None:
+        """Withdraw all listings."""
+        for key in list(self._listed):
+            self.remove(key)
+
+    def __repr__(self) -> str:
+        return f"<PublishedIndex of {self._address}, {len(self._listed)} values>"
+
+
+def find(address: str, keys: Any) -> dict[Any, Handle]:
+    """Return the handles of those keys that a worker has listed: those that it would send now if it were asked."""
+    return {key: handle for arena in membership.all_arenas() for key, handle in _find(arena, address, keys)}
+
+
+def _find(arena: Arena, address: str, keys: Any) -> list[tuple[Any, Handle]]:
+    found = []
+    try:
+        members = [] if arena.is_damaged else arena.roster.workers_at(address)
+        # Skips members without listings: looking up each of thousands of small values took 2.5 µs (November 2026).
+        workers = [member for member in members if not arena.directory.is_empty(member)]
+        for key in keys if workers else ():
+            data = _first(arena, workers, _name(address, key))
+            if data is not None:
+                found.append((key, Handle.from_bytes(arena.arena_id, data)))
+    except Exception:
+        # After any error, the worker can still be asked. Raising here would keep a task waiting for ever
+        # (distributed#6705).
+        return []
+    return found
+
+
+def _first(arena: Arena, workers: list[Member], name: bytes | None) -> bytes | None:
+    if name is None:
+        return None
+    return next((data for one in workers if (data := arena.directory.find(one, name)) is not None), None)
+
+
+def _name(address: str, key: Any) -> bytes | None:
+    """Return a name that is unique to the address and key, or None for a key of an unusual type."""
+    return f"{address} {key!r}".encode() if _is_plain(key) else None
+
+
+def _is_plain(key: Any) -> bool:
+    return type(key) in _PLAIN or (type(key) is tuple and all(map(_is_plain, key)))
