@@ -1,4 +1,4 @@
-"""Give all workers the flights out of New York in 2013; each joins some months: python examples/flights.py [rows]."""
+"""Scatter New York's flights of 2013 to all workers, and join them by month: python examples/flights.py [rows]."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from distributed import Client, LocalCluster
 from dask_shm_plugin import SharedMemoryPlugin
 
 
-def seats(flights: pd.DataFrame, planes: pd.DataFrame, month: int) -> int:  # a worker's share of the work
+def seats(flights: pd.DataFrame, planes: pd.DataFrame, month: int) -> int:  # a task: the seats of one month
     return int(flights[flights["month"] == month].merge(planes, on="tailnum")["seats"].sum())
 
 

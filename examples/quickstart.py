@@ -17,7 +17,7 @@ def look(x: np.ndarray) -> tuple[bool, float]:
 
 
 def main(mebibytes: int) -> None:
-    """Scatter an array to all workers, and let each of them look at it."""
+    """Scatter an array to all workers, and use it on each of them."""
     big = np.random.default_rng(0).random(mebibytes * 2**17)
     with LocalCluster(n_workers=4, threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster) as client:
         client.register_plugin(SharedMemoryPlugin())  # the one line
