@@ -1,18 +1,18 @@
-"""The four workflows of the study that came with the first prototype (dask/distributed#6503), in an honest version.
+"""The four workflows of the study of the first prototype (dask/distributed#6503).
 
     python benchmarks/workflows.py [--quick] [--pairs 7] [--only NAME ...] [--json PATH]
 
-Random data whose pages are all written and all read, memory limits on, stock Dask and the plugin in turn (see `pairs.py`,
-also for how memory is measured), and equal answers.
+Unlike in the study, the data are random, every page of them is written and read, and memory limits are on. Stock Dask and the
+plugin work in turn, and their answers must be equal (see `pairs.py`, also for how memory is measured).
 
 client-scatter
     The client scatters an array to one worker, as is the default; two tasks on every worker read all its pages.
 worker-scatter
-    A task makes an array and scatters it from inside; two tasks on every worker read all its pages.
+    A task makes an array and scatters it; two tasks on every worker read all its pages.
 dataframe
-    The partitions of a DataFrame, which lie on the workers, are merged with a table of one partition and summed by group.
+    The partitions of a DataFrame on the workers are merged with a table of one partition and summed by group.
 map-overlap
-    An array in chunks of 8 MiB, which lie on the workers, is smoothed across their edges and summed.
+    An array on the workers, in chunks of 8 MiB, is smoothed across the edges of its chunks and summed.
 """
 
 from __future__ import annotations
@@ -24,148 +24,98 @@ import dask.dataframe as dd
 import machine
 import numpy as np
 import pairs
+import pandas as pd
 from distributed import Client, wait, worker_client
+from machine import MIB
+from pairs import work
 
-MIB = 1 << 20
 READS = 2
 
 
 def on_all_workers(client: Client, count: int) -> list[str]:
-    """Return every worker's address so many times."""
+    """Return the address of every worker, ``count`` times."""
     return sorted(client.scheduler_info(n_workers=-1)["workers"]) * count
 
 
-class ClientScatter(pairs.Work):
-    """An array of the client's, read on all workers."""
-
-    name = "client-scatter"
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def prepare(self, client: Client, seed: int) -> np.ndarray:
-        """Make the array."""
-        return machine.make(seed, self.size)
-
-    def do(self, client: Client, prepared: np.ndarray) -> list[int]:
-        """Scatter and read it."""
-        future = client.scatter(prepared, hash=False)
-        workers = on_all_workers(client, READS)
-        return client.gather([client.submit(machine.read_pages, future, workers=[w], pure=False) for w in workers])
+def array(client: Client, seed: int, size: int) -> np.ndarray:
+    """Make an array on the client."""
+    return machine.make(seed, size)
 
 
-def scatter_and_read(seed: int, size: int, workers: list[str]) -> list[int]:
-    """Scatter an array from a task, and let other tasks read it."""
+def scatter_and_read(client: Client, x: np.ndarray, workers: list[str] | None = None) -> list[int]:
+    """Scatter an array, and read it on all workers."""
+    future = client.scatter(x, hash=False)
+    workers = workers or on_all_workers(client, READS)
+    return client.gather([client.submit(machine.read_pages, future, workers=[w], pure=False) for w in workers])
+
+
+def make_and_scatter(seed: int, size: int, workers: list[str]) -> list[int]:
+    """Make an array in a task, scatter it, and let other tasks read it."""
     with worker_client() as client:
-        future = client.scatter(machine.make(seed, size), hash=False)
-        return client.gather([client.submit(machine.read_pages, future, workers=[w], pure=False) for w in workers])
+        return scatter_and_read(client, machine.make(seed, size), workers)
 
 
-class WorkerScatter(pairs.Work):
-    """An array of a task's, read on all workers."""
-
-    name = "worker-scatter"
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def do(self, client: Client, prepared: int) -> list[int]:
-        """Let the task begin, and wait for what it says."""
-        workers = on_all_workers(client, READS)
-        return client.submit(scatter_and_read, prepared, self.size, workers, pure=False).result()
+def scatter_from_task(client: Client, prepared: tuple[int, int]) -> list[int]:
+    """Start the task, and wait for its result."""
+    return client.submit(make_and_scatter, *prepared, on_all_workers(client, READS), pure=False).result()
 
 
-def rows(part: int, seed: int, count: int, keys: int) -> Any:
+def rows(part: int, seed: int, count: int, keys: int) -> pd.DataFrame:
     """Return random rows of the large DataFrame."""
-    import pandas as pd
-
     random = np.random.default_rng((seed, part))
     return pd.DataFrame({"key": random.integers(0, keys, count), "value": random.integers(0, 1000, count)})
 
 
-def table(part: int, seed: int, keys: int) -> Any:
-    """Return what is known of every key: a row each, in random order."""
-    import pandas as pd
-
+def table(part: int, seed: int, keys: int) -> pd.DataFrame:
+    """Return one row for every key, in random order."""
     random = np.random.default_rng((seed, keys))
     columns = {f"feature{n}": random.integers(0, 1000, keys) for n in range(6)}
     return pd.DataFrame({"key": random.permutation(keys), "group": random.integers(0, 100, keys), **columns})
 
 
-class DataFrame(pairs.Work):
-    """A join of many partitions with one."""
+def frames(client: Client, seed: int, keys: int, count: int, partitions: int) -> Any:
+    """Make both sides of the join on the workers."""
+    left = dd.from_map(rows, range(partitions), seed=seed, count=count, keys=keys).persist()
+    right = dd.from_map(table, [0], seed=seed, keys=keys).persist()
+    wait([left, right])
+    return left, right
 
-    name = "dataframe"
 
-    def __init__(self, keys: int, count: int, partitions: int) -> None:
-        self.keys, self.count, self.partitions = keys, count, partitions
+def merge(client: Client, prepared: Any) -> bytes:
+    """Merge and sum."""
+    left, right = prepared
+    merged = left.merge(right, on="key", how="inner")
+    sums = merged.groupby("group")[["value", *(f"feature{n}" for n in range(6))]].sum().compute()
+    return sums.sort_index().to_numpy().tobytes()
 
-    def prepare(self, client: Client, seed: int) -> Any:
-        """Let the workers make both sides."""
-        left = dd.from_map(rows, range(self.partitions), seed=seed, count=self.count, keys=self.keys).persist()
-        right = dd.from_map(table, [0], seed=seed, keys=self.keys).persist()
-        wait([left, right])
-        return left, right
 
-    def do(self, client: Client, prepared: Any) -> bytes:
-        """Merge and sum."""
-        left, right = prepared
-        merged = left.merge(right, on="key", how="inner")
-        sums = merged.groupby("group")[["value", *(f"feature{n}" for n in range(6))]].sum().compute()
-        return sums.sort_index().to_numpy().tobytes()
+def chunks(client: Client, seed: int, side: int, rows: int, columns: int) -> da.Array:
+    """Make a square array of small integers on the workers, in chunks of some rows and columns."""
+    random = da.random.default_rng(seed)
+    x = random.integers(0, 1000, size=(side, side), chunks=(rows, columns), dtype=np.int64).persist()
+    wait(x)
+    return x
 
 
 def smooth(x: np.ndarray) -> np.ndarray:
-    """Add the eight neighbours of every element to it; small integers, so that no order of additions matters."""
+    """Add the eight neighbours of every element to it; small integers, so the order of additions does not matter."""
     across = x[:, 1:-1] + x[:, :-2] + x[:, 2:]
     result = x.copy()
     result[1:-1, 1:-1] = across[1:-1] + across[:-2] + across[2:]
     return result
 
 
-class MapOverlap(pairs.Work):
-    """A stencil over an array in chunks."""
-
-    name = "map-overlap"
-
-    def __init__(self, side: int, chunk: int) -> None:
-        self.side, self.chunk = side, chunk
-
-    def prepare(self, client: Client, seed: int) -> Any:
-        """Let the workers make the array."""
-        random = da.random.default_rng(seed)
-        x = random.integers(0, 1000, size=(self.side, self.side), chunks=self.chunk, dtype=np.int64).persist()
-        wait(x)
-        return x
-
-    def do(self, client: Client, prepared: Any) -> int:
-        """Smooth and sum."""
-        return int(prepared.map_overlap(smooth, depth=1, boundary="periodic").sum().compute())
+def overlap(client: Client, x: da.Array) -> int:
+    """Smooth and sum."""
+    return int(x.map_overlap(smooth, depth=1, boundary="periodic").sum().compute())
 
 
-def works(*, is_quick: bool) -> list[pairs.Work]:
-    """Return all four, small or large."""
-    if is_quick:
-        return [
-            ClientScatter(16 * MIB),
-            WorkerScatter(16 * MIB),
-            DataFrame(100_000, 20_000, 6),
-            MapOverlap(2048, 1024),
-        ]
-    return [
-        ClientScatter(256 * MIB),
-        WorkerScatter(256 * MIB),
-        DataFrame(1_000_000, 250_000, 12),
-        MapOverlap(6144, 1024),
-    ]
-
-
-def main() -> None:
-    """Read the arguments, measure, print."""
-    asked = pairs.arguments(__doc__, [work.name for work in works(is_quick=True)], pairs=7)
-    chosen = [work for work in works(is_quick=asked.quick) if work.name in asked.only]
-    pairs.report(asked, chosen, pairs.Settings(), machine.surroundings("distributed", "numpy", "pandas"))
-
+WORKS = (
+    work("client-scatter", scatter_and_read, array, size=(256 * MIB, 16 * MIB)),
+    work("worker-scatter", scatter_from_task, size=(256 * MIB, 16 * MIB)),
+    work("dataframe", merge, frames, keys=(1_000_000, 100_000), count=(250_000, 20_000), partitions=(12, 6)),
+    work("map-overlap", overlap, chunks, side=(6144, 2048), rows=(1024, 1024), columns=(1024, 1024)),
+)
 
 if __name__ == "__main__":
-    main()
+    pairs.run(__doc__, WORKS, 7, "distributed", "numpy", "pandas")

@@ -1,9 +1,9 @@
-"""Writes one page from what the benchmarks have measured.
+"""Write the page of measurements from the results of the benchmarks.
 
     python benchmarks/page [--results FOLDER] [--page PATH] [--text-only]
 
-It reads the files that `one_copy.py`, `targets`, `peers`, `tax.py`, `workflows.py` and `workloads.py` have written with
-``--json`` to the folder of results; each may be missing. Beside the page it draws pictures, which needs matplotlib
+The folder of results has the files that `one_copy.py`, `targets`, `peers`, `tax.py`, `workflows.py` and `workloads.py` write
+with ``--json``; each may be missing. To draw the pictures beside the page needs matplotlib
 (``pip install -e '.[benchmark]'``).
 """
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = {"results": ROOT / "benchmarks" / "results", "page": ROOT / "docs" / "measurements.md"}
     parser.add_argument("--results", type=Path, default=default["results"], help="folder with the JSON files")
-    parser.add_argument("--page", type=Path, default=default["page"], help="what to write; images/ stands beside it")
+    parser.add_argument("--page", type=Path, default=default["page"], help="file to write; images/ stands beside it")
     parser.add_argument("--text-only", action="store_true", help="draw nothing")
     asked = parser.parse_args()
     results = load(asked.results)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from results import Results
-
-MIB = 1 << 20
+from results import MIB, Results, at_size, summary, with_unit
 
 
 class Line(NamedTuple):
-    """One figure beside its target."""
+    """One figure beside its target, which is the least that is wanted if ``is_floor``, and the most if not."""
 
     work: str
     what: str
@@ -18,13 +16,12 @@ class Line(NamedTuple):
     unit: str
     target: float
     is_floor: bool = False
-    """Whether the target is the least that is wanted, and not the most."""
     other: str = ""
-    """With whom it is compared, if with a peer."""
+    """The peer that it is compared with, if any."""
 
     @property
     def is_met(self) -> bool:
-        """Whether the figure is as good as it should be."""
+        """Whether the figure is as good as its target."""
         return self.value >= self.target if self.is_floor else self.value <= self.target
 
     @property
@@ -38,79 +35,62 @@ class Line(NamedTuple):
         return with_unit(self.value, self.unit)
 
 
-def with_unit(value: float, unit: str) -> str:
-    """Return a number with three digits that count, and its unit."""
-    digits = 0 if abs(value) >= 100 or value == int(value) else 1 if abs(value) >= 10 else 2
-    return f"{value:,.{digits}f} {unit}".rstrip()
-
-
-def size_for_people(size: int) -> str:
-    """Return a size in MiB, or in bytes where it is small."""
-    return f"{size / MIB:,.0f} MiB" if size >= MIB else f"{size} bytes"
-
-
 def lines(results: Results) -> list[Line]:
     """Return all figures that have targets, as far as they were measured."""
-    kinds = {"one_copy": _of_one_copy, "targets": _of_targets, "peers": _of_peers, "tax": _of_tax}
-    return [line for name, kind in kinds.items() if name in results for line in kind(results[name])]
+    return [*_of_one_copy(results), *_of_targets(results), *_of_peers(results), *_of_tax(results)]
 
 
-def _of_one_copy(result: dict[str, Any]) -> list[Line]:
-    rounds = result["rounds"]["broadcast"]
-    usual = result["summary"]["broadcast"]["times_faster"]["seconds"]
-    first = rounds["stock"][0]["seconds"] / rounds["plugin"][0]["seconds"]
+def _of_one_copy(results: Results) -> list[Line]:
+    if "one_copy" not in results:
+        return []
+    result, broadcast = results["one_copy"], summary(results, "one_copy")["broadcast"]
+    first = broadcast["first_seconds"]["stock"] / broadcast["first_seconds"]["plugin"]
     what = f"broadcast of {result['size'] / MIB:g} MiB to {result['workers']} workers that read every page"
+    what += ": faster than stock Dask"
     return [
-        Line("one_copy", f"{what}: faster than stock Dask", usual, "×", 15, is_floor=True),
-        Line("one_copy", f"{what}: faster than stock Dask, the very first time", first, "×", 8, is_floor=True),
+        Line("one_copy", what, broadcast["times_faster"]["median"], "×", 15, is_floor=True),
+        Line("one_copy", f"{what}, the very first time", first, "×", 8, is_floor=True),
     ]
 
 
-def _of_targets(result: dict[str, Any]) -> list[Line]:
+def _of_targets(results: Results) -> list[Line]:
     return [
         Line(name, figure["what"], figure["value"], figure["unit"], figure["target"])
-        for name, work in result["works"].items()
+        for name, work in results.get("targets", {"works": {}})["works"].items()
         for figure in work["figures"]
-        if figure["target"] is not None
+        if "target" in figure
     ]
 
 
-def _of_peers(result: dict[str, Any]) -> list[Line]:
-    medians = {name: peer["medians"] for name, peer in result["peers"].items() if "medians" in peer}
-    if "ours" not in medians:
-        return []
+def _of_peers(results: Results) -> list[Line]:
     found = []
-    for size in result["sizes"]:
-        at = {name: peer[str(size)] for name, peer in medians.items() if str(size) in peer}
-        ours, what = at["ours"], f"{size / MIB:g} MiB"
+    for size in results.get("peers", {"sizes": ()})["sizes"]:
+        peers, what = at_size(results, size), f"{size / MIB:g} MiB"
+        if "ours" not in peers:
+            continue
+        ours = peers["ours"]
         if size >= 16 * MIB:
-            beside_copy = ours["put_to_memcpy"]
-            found.append(Line("peers", f"put {what}, over a memcpy", beside_copy, "×", 1.1))
-            # A copy takes up to a third longer in one process than in another, for its memory lies elsewhere.
-            stores = {n: one["put_to_memcpy"] for n, one in at.items() if n != "ours" and not n.startswith("Dask")}
-            found += [
-                _beside(f"put {what}, each over its own memcpy", beside_copy, best, stores[best])
-                for best in _least(stores)
-            ]
+            found.append(Line("peers", f"put {what}, over a memcpy", ours["put_to_memcpy"], "×", 1.1))
+            # A copy takes up to a third longer in one process than in another, because its memory lies elsewhere.
+            stores = {n: one["put_to_memcpy"] for n, one in peers.items() if n != "ours" and not n.startswith("Dask")}
+            if stores:
+                best = min(stores, key=stores.__getitem__)
+                found.append(_beside(f"put {what}, each over its own memcpy", "put_to_memcpy", best, peers))
         else:
             less = (ours["put"] - 100e-6) / ours["memcpy"]
             found.append(Line("peers", f"put {what}, less 100 µs, over a memcpy", less, "×", 1.5))
         found.append(Line("peers", f"attach {what}", 1e6 * ours["attach"], "µs", 60))
-        if "Plasma" in at:
-            found.append(_beside(f"attach {what}", ours["attach"], "Plasma", at["Plasma"]["attach"]))
+        if "Plasma" in peers:
+            found.append(_beside(f"attach {what}", "attach", "Plasma", peers))
     return found
 
 
-def _least(values: dict[str, float]) -> list[str]:
-    return [min(values, key=values.__getitem__)] if values else []
+def _beside(what: str, figure: str, other: str, peers: dict[str, dict[str, float]]) -> Line:
+    return Line("peers", f"{what}, over {other}", peers["ours"][figure] / peers[other][figure], "×", 1, other=other)
 
 
-def _beside(what: str, ours: float, other: str, theirs: float) -> Line:
-    return Line("peers", f"{what}, over {other}", ours / theirs, "×", 1, other=other)
-
-
-def _of_tax(result: dict[str, Any]) -> list[Line]:
+def _of_tax(results: Results) -> list[Line]:
     return [
-        Line("tax", f"{name}: time over stock Dask, upper confidence bound", figures["at_most"], "×", 1.05)
-        for name, figures in result["summary"].items()
+        Line("tax", f"{name}: time over stock Dask, upper confidence bound", one["at_most"], "×", 1.05)
+        for name, one in summary(results, "tax").items()
     ]

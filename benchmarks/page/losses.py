@@ -1,12 +1,11 @@
-"""What is worse than it should be, or than with others: found in the figures, and explained where they show why."""
+"""Figures that are worse than their target or than others' figures, with a reason where the figures show it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-from lines import MIB, Line, lines, with_unit
-from results import Results, work
+from lines import lines
+from results import ARMS, MIB, Results, at_size, summary, with_unit, work
 
 
 def losses(results: Results) -> list[str]:
@@ -15,130 +14,78 @@ def losses(results: Results) -> list[str]:
 
 
 def _missed(results: Results) -> Iterator[str]:
+    reasons = {
+        ("many-blocks", "publish after another"): _free_space(results),
+        ("one_copy", "the very first time"): _first_puts(results),
+        ("peers", "put 1 MiB, less"): INTERPRETED,
+        ("peers", "attach"): INTERPRETED,
+        ("sixteen-workers", "16 workers"): IDLE_WORKERS,
+    }
     for line in lines(results):
         if not (line.is_met or line.other):
-            reason = _reason(line, results)
-            yield f"{line.what}: {line.measured}, wanted {line.wanted}.{' ' + reason if reason else ''}"
+            found = [why for (work, part), why in reasons.items() if line.work == work and part in line.what]
+            yield f"{line.what}: {line.measured}, wanted {line.wanted}.{found[0] if found else ''}"
 
 
 def _behind_peers(results: Results) -> Iterator[str]:
-    peers = results.get("peers", {"sizes": (), "peers": {}})
-    medians = {name: peer["medians"] for name, peer in peers["peers"].items() if "medians" in peer}
-    for size in map(str, peers["sizes"]):
-        for what in ("put", "cold_put", "attach"):
-            ours = medians.get("ours", {}).get(size, {}).get(what, 0)
-            for name, others in medians.items():
-                theirs = others.get(size, {}).get(what, ours)
-                if theirs < ours:
-                    kind = what.replace("cold_put", "put, the first time,")
-                    yield (
-                        f"{kind} {int(size) / MIB:g} MiB: {name} takes {with_unit(1e6 * theirs, 'µs')}, "
-                        f"the arena {with_unit(1e6 * ours, 'µs')}.{_WHY_FASTER.get((name, what), '')}"
-                    )
-
-
-_WHY_FASTER = {
-    (
-        "LMDB",
-        "attach",
-    ): " An LMDB reader has the whole file mapped for good; here each value gets a mapping of its own, "
-    "which can be written to.",
-    (
-        "SharedMemory",
-        "attach",
-    ): " `SharedMemory` maps by name and keeps no account of who does; its pages are faulted in when they are read.",
-}
+    kinds = {"put": "put", "cold_put": "put, the first time,", "attach": "attach"}
+    for size in results.get("peers", {"sizes": ()})["sizes"]:
+        peers = at_size(results, size)
+        for what, kind in kinds.items():
+            ours = peers.get("ours", {}).get(what, 0)
+            for name, theirs in ((name, peer[what]) for name, peer in peers.items() if peer[what] < ours):
+                yield (
+                    f"{kind} {size / MIB:g} MiB: {name} takes {with_unit(1e6 * theirs, 'µs')}, "
+                    f"the arena {with_unit(1e6 * ours, 'µs')}.{WHY_FASTER.get((name, what), '')}"
+                )
 
 
 def _behind_stock(results: Results) -> Iterator[str]:
-    for name in ("workflows", "workloads"):
-        for title, figures in results.get(name, {"summary": {}})["summary"].items():
-            if figures["times_faster"] < 1:
-                yield f"{title}: {with_unit(1 / figures['times_faster'], '×')} the time of stock Dask."
-            stock, plugin = (figures[arm]["together"] for arm in ("stock", "plugin"))
-            if plugin > stock:
-                yield f"{title}: {plugin / MIB:,.0f} MiB of memory at most, stock Dask {stock / MIB:,.0f} MiB."
+    for title, one in (*summary(results, "workflows").items(), *summary(results, "workloads").items()):
+        faster = one["times_faster"]["median"]
+        if faster < 1:
+            yield f"{title}: {with_unit(1 / faster, '×')} the time of stock Dask."
+        stock, plugin = (one[arm]["together"]["median"] for arm in ARMS)
+        if plugin > stock:
+            yield f"{title}: {plugin / MIB:,.0f} MiB of memory at most, stock Dask {stock / MIB:,.0f} MiB."
 
 
 # ------------------------------------------------------------------------------------------------------------- reasons
 
+INTERPRETED = (
+    " That is interpreted code, some hundred and fifty calls for a put and sixty for an attach, which the work between two "
+    "rounds has driven out of the processor's caches."
+)
+IDLE_WORKERS = (
+    " All processors that are free take part in the copy, and idle workers leave less of two processors free."
+)
+WHY_FASTER = {
+    ("LMDB", "attach"): (
+        " An LMDB reader has the whole file mapped for good; here each value gets a mapping of its own, "
+        "which can be written to."
+    ),
+    ("SharedMemory", "attach"): (
+        " `SharedMemory` maps by name and keeps no account of who does; its pages are faulted in when they are read."
+    ),
+}
 
-def _reason(line: Line, results: Results) -> str | None:
-    for work_name, part, why in _REASONS:
-        if line.work == work_name and part in line.what:
-            return why(results)
-    return None
 
-
-def _figure(results: Results, name: str, begin: str, end: str) -> float | None:
-    measured: dict[str, Any] = work(results, name) or {"figures": []}
-    found = [one["value"] for one in measured["figures"] if one["what"].startswith(begin) and one["what"].endswith(end)]
-    return found[0] if found else None
-
-
-_PUBLISHING = ("publish", "publish after another")
-
-
-def _of_blocks(results: Results) -> str | None:
-    measured = work(results, "many-blocks")
-    curves = measured["series"]["seconds"] if measured else {}
-    if not curves:
-        return None
-    own, others = (max(curves[what].values()) / min(curves[what].values()) for what in _PUBLISHING)
-    if others < 1.2 * own:
-        return None
+def _free_space(results: Results) -> str:
+    curves = work(results, "many-blocks").get("series", {}).get("seconds", {})
+    medians = {name: [one["median"] for one in curve.values()] for name, curve in curves.items()}
+    slower = {name: max(curve) / min(curve) for name, curve in medians.items()}
+    if not slower or slower["publish after another"] < 1.2 * slower["publish"]:
+        return ""
     return (
-        "Free space is computed from the rows of all live blocks where another member has changed something since, and "
+        " Free space is computed from the rows of all live blocks where another member has changed something since, and "
         "followed where nobody has."
     )
 
 
-def _of_loops(results: Results) -> str | None:
-    begin = "an event loop's longest wait, "
-    found = {end: _figure(results, "event-loop", begin, end) for end in _LOOP_FIGURES}
-    if None in found.values():
-        return None
-    stock, meanwhile, kept, work = (with_unit(value or 0, "ms") for value in found.values())
-    return (
-        f"With stock Dask it is {stock}. Without the time for which its thread waited for a processor it is {kept}, the loop's "
-        f"own work in it was {work}, and a process that has nothing to do with any of it had to wait {meanwhile} meanwhile."
-    )
-
-
-_LOOP_FIGURES = (
-    ": stock Dask, median",
-    ": a bystander's meanwhile, median",
-    ": without waiting for a processor, median",
-    ": its own work in it (CPU), median",
-)
-
-
-def _of_first_writes(results: Results) -> str | None:
-    peers = results.get("peers", {"sizes": [], "peers": {}})
-    ours = peers["peers"].get("ours", {}).get("medians", {}).get(str(max(peers["sizes"], default=0)))
+def _first_puts(results: Results) -> str:
+    sizes = results.get("peers", {"sizes": ()})["sizes"]
+    ours = at_size(results, max(sizes)).get("ours") if sizes else None
     if not ours or ours["cold_put"] < 1.5 * ours["put"]:
-        return None
+        return ""
     slower = with_unit(ours["cold_put"] / ours["put"], "×")
-    return f"The kernel has to make the pages: a first put takes {slower} one into pages that exist."
-
-
-def _of_interpreted_code(_: Results) -> str:
-    return (
-        "That is interpreted code, some hundred and fifty calls for a put and sixty for an attach, which the work between two "
-        "rounds has driven out of the processor's caches."
-    )
-
-
-def _of_idle_workers(_: Results) -> str:
-    return "All processors that are free take part in the copy, and idle workers leave less of two processors free."
-
-
-_REASONS: list[tuple[str, str, Callable[[Results], str | None]]] = [
-    ("many-blocks", _PUBLISHING[1], _of_blocks),
-    ("event-loop", "an event loop", _of_loops),
-    ("one_copy", "the very first time", _of_first_writes),
-    ("peers", "put 1 MiB, less", _of_interpreted_code),
-    ("peers", "attach", _of_interpreted_code),
-    ("sixteen-workers", "16 workers", _of_idle_workers),
-]
-"""Of which work, what stands in the line, and what tells why from the results."""
+    return f" The kernel has to make the pages: a first put takes {slower} one into pages that exist."

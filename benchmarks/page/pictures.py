@@ -1,4 +1,4 @@
-"""The pictures of the page: what each shows, and of which figures. Drawing needs matplotlib; naming them does not."""
+"""The pictures of the page: the figures that each shows. To draw them needs matplotlib; to name them does not."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lines import MIB, size_for_people
-from results import Results, work
+from results import ARMS, MIB, Results, at_size, size_of, summary, work
 
-COLOURS = {"plugin": "#4c9be8", "stock": "#c44e52", "other": "#b0b0b0", "dark": "#222222"}
+BLUE, RED, GREY, DARK = "#4c9be8", "#c44e52", "#b0b0b0", "#222222"
+STYLES = {
+    "plugin": ("with the plugin", BLUE, "o-"),
+    "stock": ("stock Dask", RED, "s-"),
+    "plugin, 8 bytes": ("with the plugin, 8 bytes", DARK, "^--"),
+    "published": ("a value that was published before", BLUE, "o-"),
+    "publish": ("publish", BLUE, "o-"),
+    "publish after another": ("publish, when another member has published since", RED, "^--"),
+    "attach": ("attach", DARK, "s-"),
+}
 
-Curves = dict[str, dict[str, float]]
+Figures = dict[str, dict[str, float]]
 
 
 class Picture(NamedTuple):
@@ -19,41 +27,29 @@ class Picture(NamedTuple):
 
     name: str
     alt: str
-    data: Callable[[Results], Any]
-    draw: Callable[[Any, Path], None]
+    data: Callable[[Results], Figures]
+    draw: Callable[[Figures, Path], None]
 
     def link(self, results: Results) -> list[str]:
         """Return the lines that show it in a page beside the folder of images."""
         return [f"![{self.alt}](images/{self.name}.svg)", ""] if self.data(results) else []
 
 
-# ------------------------------------------------------------------------------------------------------------- figures
-
-
-def _series(name: str) -> Callable[[Results], Curves | None]:
-    def found(results: Results) -> Curves | None:
-        measured = work(results, name)
-        return measured["series"]["seconds"] if measured else None
+def _series(name: str) -> Callable[[Results], Figures]:
+    def found(results: Results) -> Figures:
+        curves = work(results, name).get("series", {}).get("seconds", {})
+        return {title: {x: one["median"] for x, one in points.items()} for title, points in curves.items()}
 
     return found
 
 
-def _puts_and_attaches(results: Results) -> dict[str, dict[str, float]] | None:
-    if "peers" not in results:
-        return None
-    size = str(results["peers"]["sizes"][-1])
-    medians = {name: peer["medians"] for name, peer in results["peers"]["peers"].items() if "medians" in peer}
-    at = {name: peer[size] for name, peer in medians.items() if size in peer}
-    return {name: {"put": one["put"], "attach": one["attach"]} for name, one in at.items()} or None
+def _of_peers(results: Results) -> Figures:
+    return at_size(results, results["peers"]["sizes"][-1]) if "peers" in results else {}
 
 
-def _memory(results: Results) -> dict[str, dict[str, float]] | None:
-    found = {
-        title: {arm: figures[arm]["together"] / MIB for arm in ("stock", "plugin")}
-        for name in ("workflows", "workloads")
-        for title, figures in results.get(name, {"summary": {}})["summary"].items()
-    }
-    return found or None
+def _memory(results: Results) -> Figures:
+    works = {**summary(results, "workflows"), **summary(results, "workloads")}
+    return {title: {arm: one[arm]["together"]["median"] / MIB for arm in ARMS} for title, one in works.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing
@@ -77,25 +73,14 @@ def _finish(figure: Any, all_axes: list[Any], path: Path, axis: str = "both") ->
     figure.savefig(path, format="svg", metadata={"Date": None})
 
 
-_STYLES = {
-    "plugin": ("with the plugin", COLOURS["plugin"], "o-"),
-    "stock": ("stock Dask", COLOURS["stock"], "s-"),
-    "plugin, 8 bytes": ("with the plugin, 8 bytes", COLOURS["dark"], "^--"),
-    "published": ("a value that was published before", COLOURS["plugin"], "o-"),
-    "publish": ("publish", COLOURS["plugin"], "o-"),
-    "publish after another": ("publish, when another member has published since", COLOURS["stock"], "^--"),
-    "attach": ("attach", COLOURS["dark"], "s-"),
-}
-
-
 def _curves(
     across: str, up: str, factor: float, shown: Callable[[int], str], scale: str = "log"
-) -> Callable[[Curves, Path], None]:
-    def draw(curves: Curves, path: Path) -> None:
+) -> Callable[[Figures, Path], None]:
+    def draw(curves: Figures, path: Path) -> None:
         figure, axes = _axes(figsize=(8, 4.5))
         every = sorted({int(x) for points in curves.values() for x in points})
         for name, points in curves.items():
-            label, colour, style = _STYLES[name]
+            label, colour, style = STYLES[name]
             places = [(place, factor * points[str(x)]) for place, x in enumerate(every) if str(x) in points]
             axes.plot(*zip(*places, strict=True), style, color=colour, label=label)
         axes.set(yscale=scale, xlabel=across, ylabel=up)
@@ -109,15 +94,13 @@ def _curves(
     return draw
 
 
-def _bars_of_peers(peers: dict[str, dict[str, float]], path: Path) -> None:
+def _bars_of_peers(peers: Figures, path: Path) -> None:
     figure, both = _axes(figsize=(10, 4.5), ncols=2, sharey=True)
     names = sorted(peers, key=lambda name: peers[name]["put"], reverse=True)
-    colours = [COLOURS["plugin"] if name == "ours" else COLOURS["other"] for name in names]
+    colours = [BLUE if name == "ours" else GREY for name in names]
     for axes, what, unit, factor in ((both[0], "put", "ms", 1e3), (both[1], "attach", "µs", 1e6)):
         bars = axes.barh(names, [factor * peers[name][what] for name in names], color=colours)
-        axes.bar_label(
-            bars, fmt=lambda value: f"{value:,.0f}" if value >= 10 else f"{value:.1f}", padding=3, fontsize=9
-        )
+        axes.bar_label(bars, fmt=lambda value: f"{value:,.{0 if value >= 10 else 1}f}", padding=3, fontsize=9)
         axes.set(xscale="log", xlabel=f"{what}, {unit} (logarithmic)")
         axes.set_xticks([], minor=True)
         least, most = axes.get_xlim()
@@ -126,11 +109,11 @@ def _bars_of_peers(peers: dict[str, dict[str, float]], path: Path) -> None:
     _finish(figure, list(both), path, axis="x")
 
 
-def _bars_of_memory(works: dict[str, dict[str, float]], path: Path) -> None:
+def _bars_of_memory(works: Figures, path: Path) -> None:
     figure, axes = _axes(figsize=(10, 4.5))
-    for number, arm in enumerate(("stock", "plugin")):
+    for number, arm in enumerate(ARMS):
         places = [place + 0.4 * number - 0.2 for place in range(len(works))]
-        label, colour, _ = _STYLES[arm]
+        label, colour, _ = STYLES[arm]
         bars = axes.bar(places, [one[arm] for one in works.values()], 0.38, color=colour, label=label)
         axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
     axes.set_xticks(range(len(works)), list(works), rotation=20, ha="right")
@@ -146,7 +129,7 @@ PICTURES = {
         "measured-sizes",
         "Time of a broadcast to four workers against the size of the array",
         _series("one-element"),
-        _curves("size of the array", "milliseconds (logarithmic)", 1e3, size_for_people),
+        _curves("size of the array", "milliseconds (logarithmic)", 1e3, size_of),
     ),
     "workers": Picture(
         "measured-workers",
@@ -158,12 +141,12 @@ PICTURES = {
         "measured-fetches",
         "Time to fetch a published value against its size",
         _series("published-fetch"),
-        _curves("size of the value", "milliseconds", 1e3, size_for_people, "linear"),
+        _curves("size of the value", "milliseconds", 1e3, size_of, "linear"),
     ),
     "peers": Picture(
         "measured-peers",
         "Time to put and to attach a value, in the arena and with its peers",
-        _puts_and_attaches,
+        _of_peers,
         _bars_of_peers,
     ),
     "blocks": Picture(

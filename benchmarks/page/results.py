@@ -1,4 +1,4 @@
-"""What was measured: the files in a folder, each of which may be missing."""
+"""The results: files in a folder, each of which may be missing. And how their numbers are written."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+MIB = 1 << 20
+ARMS = ("stock", "plugin")
 COMMANDS = {
     "one_copy": "one_copy.py",
     "targets": "targets",
@@ -17,21 +19,29 @@ COMMANDS = {
 }
 """The files, without their ending, and the scripts that write them."""
 
-NOT_VERSIONS = ("date", "linux", "processors", "memory")
-
 Results = dict[str, Any]
 
 
 def load(folder: Path) -> Results:
-    """Return the contents of all files that are there."""
+    """Return the contents of all files that exist."""
     files = {name: folder / f"{name}.json" for name in COMMANDS}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
-def work(results: Results, name: str) -> dict[str, Any] | None:
-    """Return one of the works of `targets`, if it was measured."""
-    found: dict[str, Any] | None = results.get("targets", {}).get("works", {}).get(name)
-    return found
+def work(results: Results, name: str) -> dict[str, Any]:
+    """Return one of the works of `targets`; empty, if it was not measured."""
+    return results.get("targets", {}).get("works", {}).get(name, {})
+
+
+def summary(results: Results, name: str) -> dict[str, Any]:
+    """Return the summary of a file; empty, if it is missing."""
+    return results.get(name, {}).get("summary", {})
+
+
+def at_size(results: Results, size: int) -> dict[str, dict[str, float]]:
+    """Return the medians of all peers at a size."""
+    times = {name: peer.get("times", {}).get(str(size), {}) for name, peer in results["peers"]["peers"].items()}
+    return {name: {what: one["median"] for what, one in peer.items()} for name, peer in times.items() if peer}
 
 
 def not_measured(name: str) -> str:
@@ -40,12 +50,26 @@ def not_measured(name: str) -> str:
 
 
 def conditions(result: dict[str, Any]) -> str:
-    """Return on what and when something was measured."""
-    around = result["surroundings"]
-    day = datetime.date.fromisoformat(around["date"])
-    names = {"python": "Python"}
-    versions = ", ".join(f"{names.get(n, n)} {v}" for n, v in around.items() if n not in NOT_VERSIONS)
-    linux, memory = around["linux"].partition("-")[0], around["memory"] / 2**30
-    where = f"{around['processors']} processors, {memory:.0f} GiB, Linux {linux}; {versions}"
+    """Return the machine, the versions and the date of a measurement."""
+    around = dict(result["surroundings"])
+    day, linux = datetime.date.fromisoformat(around.pop("date")), around.pop("linux").partition("-")[0]
+    where = f"{around.pop('processors')} processors, {around.pop('memory') / 2**30:.0f} GiB, Linux {linux}"
+    versions = ", ".join(f"{'Python' if name == 'python' else name} {version}" for name, version in around.items())
     small = "; **small sizes, only to see that it works**" if result.get("is_quick") else ""
-    return f"{where}; {day.day} {day:%B %Y}{small}"
+    return f"{where}; {versions}; {day.day} {day:%B %Y}{small}"
+
+
+def with_unit(value: float, unit: str) -> str:
+    """Return a number with three significant digits, and its unit."""
+    digits = 0 if abs(value) >= 100 or value == int(value) else 1 if abs(value) >= 10 else 2
+    return f"{value:,.{digits}f} {unit}".rstrip()
+
+
+def size_of(size: int) -> str:
+    """Return a size in MiB, or in bytes if it is small."""
+    return f"{size / MIB:,.0f} MiB" if size >= MIB else f"{size} bytes"
+
+
+def ms(seconds: float) -> str:
+    """Return a time in milliseconds."""
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:,.1f}"

@@ -1,8 +1,10 @@
-"""Dask without this package, over TCP or UCX: scatter to one worker, a task on another.
+"""Dask without this package, over TCP or UCX: a scatter to one worker, a task on another.
 
 This is no store: "put" is a scatter from the client straight to a worker, "attach" is a task on another worker, which
 fetches the value and reads one element.
 """
+
+# ruff: noqa: D102  (the methods are described in stores.Store and readers.Timed)
 
 from __future__ import annotations
 
@@ -34,33 +36,29 @@ def pages(x: np.ndarray, is_whole: bool) -> tuple[float, int, int]:
 
 
 class Reader:
-    """The client's end of a worker."""
+    """A worker, as seen by the client."""
 
     def __init__(self, client: Client, worker: str) -> None:
         self._client, self._worker = client, worker
 
     def attach(self, name: Any, is_whole: bool) -> Answer:
-        """Let the worker fetch a value."""
         start = time.perf_counter()
         self._client.submit(first, name, workers=[self._worker], pure=False).result()
         attached = time.perf_counter() - start
-        read, total, checksum = self._client.submit(pages, name, is_whole, workers=[self._worker], pure=False).result()
-        return Answer(attached, read, total, checksum)
+        return Answer(
+            attached, *self._client.submit(pages, name, is_whole, workers=[self._worker], pure=False).result()
+        )
 
     def detach(self) -> None:
         """Do nothing: the worker forgets the value when the client does."""
-
-    def close(self) -> None:
-        """Do nothing: the cluster ends its workers."""
 
 
 class Store:
     """A cluster of one worker, and one more for each reader."""
 
-    def __init__(self, folder: Path, capacity: int) -> None:
-        self._cluster = LocalCluster(
-            n_workers=1, threads_per_worker=1, protocol=PROTOCOL, dashboard_address=":0", local_directory=folder
-        )
+    def start(self, folder: Path, capacity: int) -> None:
+        settings = {"threads_per_worker": 1, "dashboard_address": ":0", "local_directory": folder}
+        self._cluster = LocalCluster(n_workers=1, protocol=PROTOCOL, **settings)
         self._client = Client(self._cluster)
         self._client.amm.stop()  # replicas must still be there when memory is read
         [self._owner] = self._workers()
@@ -69,28 +67,24 @@ class Store:
         return set(self._client.scheduler_info(n_workers=-1)["workers"])
 
     def reader(self) -> Reader:
-        """Start one more worker."""
         before = self._workers()
         self._cluster.scale(len(before) + 1)
         self._client.wait_for_workers(len(before) + 1)
         [worker] = self._workers() - before
         reader = Reader(self._client, worker)
         small = self.put(np.zeros(machine.PAGE // 8))
-        reader.attach(small, False)  # connections are not what is measured
+        reader.attach(small, False)  # connections are not measured
         self.delete(small)
         return reader
 
     def put(self, x: np.ndarray) -> Any:
-        """Scatter it to the first worker."""
         return self._client.scatter(x, workers=[self._owner], hash=False, direct=True)
 
     def delete(self, name: Any) -> None:
-        """Let all workers forget it."""
         name.release()
         while any(self._client.run(lambda dask_worker: len(dask_worker.data)).values()):
             time.sleep(0.02)
 
-    def close(self) -> None:
-        """End the cluster."""
+    def stop(self) -> None:
         self._client.close()
         self._cluster.close()

@@ -12,33 +12,33 @@ from typing import NamedTuple
 
 
 class Peer(NamedTuple):
-    """What is measured: a module beside this one, and what must be installed for it.
+    """A class beside this file, and the packages that it needs; without any it runs in this environment.
 
-    Without requirements it runs where this runs. ``pythons`` are the versions that it is known to install on.
+    ``pythons`` are the versions of Python that the packages are known to install on.
     """
 
     name: str
-    module: str
+    kind: str
     requirements: tuple[str, ...] = ()
     pythons: tuple[str, ...] = ("3.10", "3.11", "3.12", "3.13")
     protocol: str = ""
 
 
 class NotThere(Exception):
-    """A peer cannot be measured; says why."""
+    """A peer cannot be measured, with the reason."""
 
 
 PEERS = (
-    Peer("ours", "ours"),
-    Peer("SharedMemory", "stdlib"),
-    Peer("joblib", "joblib_files", ("joblib==1.5.2", "numpy==2.2.6")),
-    Peer("LMDB", "lmdb_file", ("lmdb==1.7.5", "numpy==2.2.6")),
-    Peer("Ray", "ray_store", ("ray==2.60.0", "numpy==2.2.6")),
-    Peer("vineyard", "vineyard_store", ("vineyard==0.24.2", "numpy==2.2.6"), ("3.10", "3.11", "3.12")),
+    Peer("ours", "stores.Arena"),
+    Peer("SharedMemory", "stores.Segments"),
+    Peer("joblib", "stores.Joblib", ("joblib==1.5.2", "numpy==2.2.6")),
+    Peer("LMDB", "stores.Lmdb", ("lmdb==1.7.5", "numpy==2.2.6")),
+    Peer("Ray", "ray_store.Store", ("ray==2.60.0", "numpy==2.2.6")),
+    Peer("vineyard", "stores.Vineyard", ("vineyard==0.24.2", "numpy==2.2.6"), ("3.10", "3.11", "3.12")),
     # The last release with Plasma; it has no wheels for later versions of Python.
-    Peer("Plasma", "plasma_store", ("pyarrow==11.0.0", "numpy==1.26.4"), ("3.10", "3.11")),
-    Peer("Dask, TCP", "dask_wire", protocol="tcp"),
-    Peer("Dask, UCX", "dask_wire", ("distributed-ucxx-cu12==0.52.0", "numpy==2.2.6"), protocol="ucxx"),
+    Peer("Plasma", "stores.Plasma", ("pyarrow==11.0.0", "numpy==1.26.4"), ("3.10", "3.11")),
+    Peer("Dask, TCP", "dask_wire.Store", protocol="tcp"),
+    Peer("Dask, UCX", "dask_wire.Store", ("distributed-ucxx-cu12==0.52.0", "numpy==2.2.6"), protocol="ucxx"),
 )
 
 
@@ -56,7 +56,7 @@ def interpreter(peer: Peer) -> str:
 
 
 def complaint(output: str) -> str:
-    """Return the line that says what went wrong."""
+    """Return the line of a log that names the error."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.lower().startswith("error")]
     return (errors or lines or ["it said nothing"])[-1][:300]
@@ -74,7 +74,7 @@ def python_of(peer: Peer, envs: Path) -> str:
         return sys.executable
     base = interpreter(peer)
     identity = hashlib.sha256(repr((base, peer.requirements)).encode()).hexdigest()[:8]
-    folder = envs / f"{peer.module}-{identity}"
+    folder = envs / f"{peer.kind}-{identity}"
     python, is_ready = folder / "bin" / "python", folder / "is-ready"
     if not is_ready.exists():
         shutil.rmtree(folder, ignore_errors=True)

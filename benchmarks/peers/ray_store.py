@@ -1,5 +1,7 @@
 """Ray's object store: the driver puts, an actor gets."""
 
+# ruff: noqa: D102  (the methods are described in stores.Store and readers.Timed)
+
 from __future__ import annotations
 
 import itertools
@@ -12,76 +14,59 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import numpy as np
 import ray
-from readers import timed
+from readers import Answer, Timed
 
 FREED = 0.3
+"""Seconds after which Ray has freed a value that nothing refers to."""
 
 
 @ray.remote(num_cpus=0)
 class Actor:
-    """A process that gets values."""
+    """A process that gets values. They come in lists, so that Ray does not get them before the clock starts."""
 
-    def attach(self, references: list[Any], is_whole: bool) -> Any:
-        """Get a value, which is in a list so that Ray does not do so before this begins."""
-        self._x, answer = timed(ray.get, references[0], is_whole)
-        return answer
+    def __init__(self) -> None:
+        self._timed = Timed(lambda references: ray.get(references[0]))
+
+    def attach(self, references: list[Any], is_whole: bool) -> Answer:
+        return self._timed.attach(references, is_whole)
 
     def detach(self) -> None:
-        """Let it go."""
-        self._x = None
+        self._timed.detach()
 
 
 class Reader:
-    """The driver's end of an actor."""
+    """An actor, as seen by the driver."""
 
     def __init__(self, references: dict[int, Any]) -> None:
-        self._references = references
-        self._actor = Actor.remote()
-        ray.get(self._actor.detach.remote())
+        self._references, self._actor = references, Actor.remote()
+        self.detach()  # waits for the actor's start
 
-    def attach(self, name: int, is_whole: bool) -> Any:
-        """Let the actor get a value."""
+    def attach(self, name: int, is_whole: bool) -> Answer:
         return ray.get(self._actor.attach.remote([self._references[name]], is_whole))
 
     def detach(self) -> None:
-        """Let the actor forget it."""
         ray.get(self._actor.detach.remote())
-
-    def close(self) -> None:
-        """End the actor."""
-        ray.kill(self._actor)
 
 
 class Store:
     """A node of its own."""
 
-    def __init__(self, folder: Path, capacity: int) -> None:
-        ray.init(
-            num_cpus=2,
-            object_store_memory=capacity,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=str(folder),
-        )
-        self._references: dict[int, Any] = {}
-        self._numbers = itertools.count()
+    def start(self, folder: Path, capacity: int) -> None:
+        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+        ray.init(num_cpus=2, object_store_memory=capacity, _temp_dir=str(folder), **quiet)
+        self._references, self._numbers = {}, itertools.count()
 
     def reader(self) -> Reader:
-        """Start an actor."""
         return Reader(self._references)
 
     def put(self, x: np.ndarray) -> int:
-        """Put it."""
         name = next(self._numbers)
         self._references[name] = ray.put(x)
         return name
 
     def delete(self, name: int) -> None:
-        """Drop the only reference; Ray frees the value some time after that."""
         del self._references[name]
         time.sleep(FREED)
 
-    def close(self) -> None:
-        """End the node."""
+    def stop(self) -> None:
         ray.shutdown()

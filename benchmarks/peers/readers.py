@@ -1,17 +1,16 @@
-"""Processes that attach what another process has put, and tell how long it took them."""
+"""Readers: processes that attach a value that another process has put, and measure how long it takes them."""
 
 from __future__ import annotations
 
-import importlib
-import multiprocessing
+import contextlib
 import time
 import zlib
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import machine
 import numpy as np
+from remote import Remote, remote
 
 
 class Answer(NamedTuple):
@@ -23,65 +22,55 @@ class Answer(NamedTuple):
     checksum: int
 
 
-def timed(attach: Callable[[Any], np.ndarray], name: Any, is_whole: bool) -> tuple[np.ndarray, Answer]:
-    """Attach a value and read it."""
-    start = time.perf_counter()
-    x = attach(name)
-    attached = time.perf_counter()
-    total = machine.read_pages(x)
-    read = time.perf_counter()
-    return x, Answer(attached - start, read - attached, total, zlib.crc32(x) if is_whole else 0)
+class Timed:
+    """Attaches values with a function, and keeps the latest."""
+
+    def __init__(self, get: Callable[[Any], np.ndarray], detach: Callable[[], None] = lambda: None) -> None:
+        self._get, self._detach = get, detach
+
+    def attach(self, name: Any, is_whole: bool) -> Answer:
+        """Attach a value and read it."""
+        start = time.perf_counter()
+        self._x = self._get(name)
+        attached = time.perf_counter()
+        total = machine.read_pages(self._x)
+        read = time.perf_counter()
+        return Answer(attached - start, read - attached, total, zlib.crc32(self._x) if is_whole else 0)
+
+    def detach(self) -> None:
+        """Release the value."""
+        self._x = None
+        self._detach()
 
 
-def serve(pipe: Connection, module: str, whereabouts: Any) -> None:
-    """Attach and detach what the other end of the pipe says, until it says None; what goes wrong is sent as text."""
-    try:
-        reader = importlib.import_module(module).Reader(whereabouts)
-        pipe.send("ready")
-        while (order := pipe.recv()) is not None:
-            x, answer = timed(reader.attach, *order)
-            pipe.send(answer)
-            pipe.recv()
-            del x
-            reader.detach()
-            pipe.send("detached")
-    except Exception as error:
-        # Not the error itself: some of those that extensions raise cannot be pickled.
-        pipe.send(Failed(f"{type(error).__name__}: {error}"))
-
-
-class Failed(Exception):
-    """Something went wrong in a process that reads."""
+@contextlib.contextmanager
+def joined(kind: type[Any], whereabouts: Any) -> Iterator[Timed]:
+    """Join a store."""
+    store = kind()
+    store.join(whereabouts)
+    yield Timed(store.attach, store.detach)
 
 
 class Process:
-    """The end of such a process that gives the orders."""
+    """Such a process, as seen by the writer."""
 
-    def __init__(self, module: str, whereabouts: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, module, whereabouts), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._receive()
-
-    def _receive(self) -> Any:
-        answer = self._pipe.recv()
-        if isinstance(answer, Failed):
-            raise answer
-        return answer
+    def __init__(self, other: Remote) -> None:
+        self._other = other
 
     def attach(self, name: Any, is_whole: bool) -> Answer:
         """Let it attach a value and read it."""
-        self._pipe.send((name, is_whole))
-        return self._receive()
+        return self._other.ask(Timed.attach, name, is_whole)
 
     def detach(self) -> None:
-        """Let it forget the value."""
-        self._pipe.send("detach")
-        self._receive()
+        """Let it release the value."""
+        self._other.ask(Timed.detach)
 
-    def close(self) -> None:
-        """End it."""
-        self._pipe.send(None)
-        self._process.join()
+
+@contextlib.contextmanager
+def reader(store: Any, whereabouts: Any) -> Iterator[Any]:
+    """Start a reader: in the store's own way, if it has one."""
+    if hasattr(store, "reader"):
+        yield store.reader()
+    else:
+        with remote(joined, type(store), whereabouts) as other:
+            yield Process(other)

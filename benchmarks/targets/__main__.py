@@ -2,44 +2,39 @@
 
     python benchmarks/targets [--quick] [--only NAME ...] [--json PATH]
 
-Real clusters with memory limits, arrays of random numbers, results that are checked; medians of rounds in which what is
-compared takes turns. ``memcpy`` is a plain copy of the same bytes into memory that exists, in the same run.
+Real clusters with memory limits, arrays of random numbers, results that are checked; medians of rounds in which the compared
+things take turns. A memcpy is a plain copy of the same bytes into memory whose pages exist, in the same run.
 
 one-element
-    A broadcast to four workers, on each of which a task reads one element; also against size, beside stock Dask, and with
-    tasks that sum all of it.
+    A broadcast to four workers, on each of which a task reads one element; of several sizes, beside stock Dask.
 small-broadcasts
-    A broadcast of 8 bytes to 4 MiB to four workers, beside stock Dask, right after each other.
+    A broadcast of 8 bytes to 4 MiB to four workers, and right after it the same with stock Dask.
 sixteen-workers
-    What the bytes of a broadcast cost with sixteen workers, beside the same with four; also against the number of workers.
+    The cost of the bytes of a broadcast with sixteen workers, beside that with four; also for other numbers of workers.
 hash
-    What the default ``hash=True`` adds to a broadcast, over hashing alone.
+    The time that the default ``hash=True`` adds to a broadcast, over hashing alone.
 published-fetch
-    A worker fetches what another has published before, of 1 MiB to 1 GiB, over a fetch of 8 bytes.
+    A worker fetches a value that another worker has published before, of 1 MiB to 1 GiB, over a fetch of 8 bytes.
 busy-owner
-    The same while the worker that has it runs a task that keeps the interpreter's lock for a second.
+    The same while the worker that has the value runs a task that keeps the interpreter's lock for a second.
 first-fetch
-    A worker fetches what has not been published, less a fetch of 8 bytes, over a memcpy.
+    A worker fetches a value that was not published, less a fetch of 8 bytes, over a memcpy.
 many-blocks
     The raw arena, without Dask: publish and attach with 10,000 live blocks and 64 members, over 10 and 2.
 event-loop
-    The longest time for which values of 1 GiB kept an event loop from what was due; of a worker that gives, one that takes, and
-    the client, beside a process that has nothing to do with it.
+    The longest delay of a timer while values of 1 GiB move, on the event loops of the worker that gives, of the worker that
+    takes, and of the client, beside an unrelated process.
 start-up
-    What the plugin adds to the start of a worker and to its imports; and that nobody else imports it.
+    The time that the plugin adds to the start of a worker and to its imports, and that no other worker imports it.
 
-A figure that is worse than its target says so. Other programs on the machine spoil all of them.
+A figure that misses its target is marked. Other programs on the machine spoil all figures.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
@@ -47,11 +42,10 @@ import blocks
 import broadcasts
 import fetches
 import loops
-import machine
+import report
 import starting
-from report import Measurement, show
 
-WORKS: dict[str, Callable[..., Measurement]] = {
+WORKS = {
     "one-element": broadcasts.one_element,
     "small-broadcasts": broadcasts.small_ones,
     "sixteen-workers": broadcasts.sixteen_workers,
@@ -65,31 +59,16 @@ WORKS: dict[str, Callable[..., Measurement]] = {
 }
 
 
-def measure(names: list[str], *, is_quick: bool) -> dict[str, Any]:
-    """Measure one after the other, and print each as soon as it is known."""
-    works = {}
-    for name in names:
-        begin = time.monotonic()
-        works[name] = WORKS[name](is_quick=is_quick).as_data()
-        works[name]["took"] = time.monotonic() - begin
-        show(name, works[name])
-        print(f"{name} took {works[name]['took']:.0f} s", file=sys.stderr)
-    return works
-
-
 def main() -> None:
-    """Read the arguments, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: only to see that it works")
-    parser.add_argument("--only", nargs="+", choices=WORKS, default=list(WORKS), help="some of it (default: all)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write all rounds there")
-    asked = parser.parse_args()
-    around = machine.surroundings("distributed", "numpy")
-    print(", ".join(f"{name} {value}" for name, value in around.items()))
-    works = measure([name for name in WORKS if name in asked.only], is_quick=asked.quick)
-    if asked.json:
-        result = {"is_quick": asked.quick, "surroundings": around, "works": works}
-        asked.json.write_text(json.dumps(result, indent=1) + "\n")
+    """Read the arguments, measure one after the other, and print each as soon as it is known."""
+    asked = report.parser(__doc__, list(WORKS)).parse_args()
+    result = report.head(asked, "distributed", "numpy", works={})
+    for name in (name for name in WORKS if name in asked.only):
+        begin = time.monotonic()
+        result["works"][name] = one = WORKS[name](is_quick=asked.quick)
+        print(f"\n{name}, {time.monotonic() - begin:.0f} s")
+        report.show_figures(one["figures"])
+    report.write(asked.json, result)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the plugin adds to the start of a worker and to its imports, and who imports it at all."""
+"""The time that the plugin adds to the start of a worker and to its imports, and whether other workers import it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from broadcasts import in_turn
+from clusters import ARMS, Site, Spec, arms, take_turns
 from distributed import Nanny
-from report import Figure, Measurement, Round, median
-from sites import Site, Spec, sites
+from report import figure
 
 IMPORTS = """
 import time, distributed, distributed.nanny
 start = time.perf_counter()
-import dask_shm_plugin.worker, dask_shm_plugin.nanny, dask_shm_plugin.plugin
+import dask_shm_plugin.roles.worker, dask_shm_plugin.roles.nanny, dask_shm_plugin.plugin
 print(time.perf_counter() - start)
 """
 
@@ -30,8 +29,8 @@ def our_modules() -> list[str]:
     return sorted(name for name in sys.modules if name.partition(".")[0] == "dask_shm_plugin")
 
 
-def start_worker(site: Site) -> Round:
-    """Start one more worker, and return the seconds until it has done a task that waited for it."""
+def start_worker(site: Site) -> tuple[float, int]:
+    """Start one more worker; return the time until it has done a task that waited for it, and its number of our modules."""
     future = site.client.submit(our_modules, resources={"fresh": 1}, pure=False)
 
     async def run() -> tuple[float, Any]:
@@ -47,44 +46,31 @@ def start_worker(site: Site) -> Round:
 
     seconds, modules = site.client.sync(run)
     assert bool(modules) == site.with_plugin, modules
-    return {"seconds": seconds, "modules": len(modules)}
+    return seconds, len(modules)
 
 
 def import_time() -> float:
-    """Return the seconds that it takes to import the plugin's halves, where distributed has been imported."""
+    """Return the time to import the plugin's halves in a process that has imported distributed."""
     done = subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True)
     return float(done.stdout)
 
 
-def start_up(*, is_quick: bool) -> Measurement:
-    """Start workers with and without the plugin in turn, which is compiled as pip compiles what it installs."""
+def start_up(*, is_quick: bool) -> dict[str, Any]:
+    """Start workers with and without the plugin in turn, after compiling it, as pip compiles the packages it installs."""
     # Found, not imported: a worker imports this file.
     spec = importlib.util.find_spec("dask_shm_plugin")
     assert spec is not None
     assert spec.origin is not None
     compileall.compile_dir(Path(spec.origin).parent, quiet=2)
-    rounds: list[Round] = []
-    arms = ("plugin", "stock")
-    with sites(Spec(workers=1), Spec(workers=1, with_plugin=False)) as started:
-        remotes = dict(zip(arms, started, strict=True))
-        for number in range(-1, 2 if is_quick else 11):
-            one: Round = {arm: remotes[arm].ask(start_worker) for arm in in_turn(number, list(arms))}
-            one["import"] = import_time()
-            rounds += [one] if number >= 0 else []
-    more = median(rounds, lambda one: one["plugin"]["seconds"] - one["stock"]["seconds"])
-    seconds = {arm: median(rounds, lambda one, arm=arm: one[arm]["seconds"]) for arm in arms}
-    return Measurement(
-        rounds,
-        [
-            Figure("a worker's start until its first task is done, more than stock Dask", 1e3 * more, "ms", 100),
-            Figure("the same with the plugin", 1e3 * seconds["plugin"], "ms"),
-            Figure("the same without", 1e3 * seconds["stock"], "ms"),
-            Figure("import of the plugin's halves, after distributed", 1e3 * median(rounds, "import"), "ms", 100),
-            Figure(
-                "modules of the plugin in a worker that does not use it",
-                max(r["stock"]["modules"] for r in rounds),
-                "",
-                0,
-            ),
-        ],
-    )
+    with arms(Spec(workers=1)) as remotes:
+        starts = {arm: lambda _, arm=arm: remotes[arm].ask(start_worker) for arm in ARMS}
+        done = take_turns(2 if is_quick else 11, {**starts, "import": lambda _: import_time()})
+    (stock, unwanted), (plugin, _) = (done[arm].T for arm in ARMS)
+    figures = [
+        figure("a worker's start until its first task is done, more than stock Dask", plugin - stock, "ms", 100, 1e3),
+        figure("the same with the plugin", plugin, "ms", factor=1e3),
+        figure("the same without", stock, "ms", factor=1e3),
+        figure("import of the plugin's halves, after distributed", done["import"], "ms", 100, 1e3),
+        figure("modules of the plugin in a worker that does not use it", int(unwanted.max()), "", 0),
+    ]
+    return {"figures": figures}

@@ -1,20 +1,18 @@
-"""How late an event loop is with what is due every millisecond: the longest time for which something kept it.
+"""The delay of a timer that is due every millisecond: the longest time for which an event loop was kept from its work.
 
-What kept it may be its own work, somebody else who had the interpreter's lock or whom the kernel let map first, or that all
-processors were busy. So a ticker also notes how much processor time the loop's thread has used between two ticks, which is
-its own work; and how late it was without the time for which its thread waited for a processor, as the kernel says.
+The loop's own work may keep it, or another thread that has the interpreter's lock or that the kernel serves first, or all
+processors may be busy. So a ticker also notes the processor time that the loop's thread has used between two ticks, which is
+its own work; and the delay without the time for which its thread waited for a processor, as the kernel tells.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
-from typing import Any
 
 EVERY = 0.001
 NOTHING = {"late": 0.0, "work": 0.0, "kept": 0.0}
@@ -23,9 +21,9 @@ Worst = dict[str, float]
 
 
 class Ticker:
-    """Ticks on the running loop, and remembers how late it was at worst, and how long the loop worked at most.
+    """Ticks on the running loop, and remembers the longest delay ("late") and the most work.
 
-    *Kept* is how late it was at worst without waiting for a processor.
+    "kept" is the longest delay without waiting for a processor.
     """
 
     def __init__(self) -> None:
@@ -46,48 +44,43 @@ class Ticker:
         """Return the seconds for which this thread has waited for a processor so far."""
         return int(os.pread(self._scheduling, 64, 0).split()[1]) / 1e9
 
+    async def stop(self) -> None:
+        """Stop ticking."""
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
     async def take(self) -> Worst:
         """Return the worst of each since the last call, in seconds."""
-        # What has kept the loop until now shows at the next tick.
+        # A delay that lasts until now shows at the next tick.
         await asyncio.sleep(2 * EVERY)
         worst, self._worst = self._worst, dict(NOTHING)
         return worst
 
 
 _TICKERS: list[Ticker] = []
-"""The one of this process, when there is one."""
+"""The ticker of this process, if it has one."""
 
 
 async def take() -> Worst:
-    """Return the worst of this process's loop since the last call, which at first begins to tick."""
+    """Return the worst of this process's loop since the last call; the first call starts to tick."""
     if not _TICKERS:
         _TICKERS.append(Ticker())
     return await _TICKERS[0].take()
 
 
-async def _serve(pipe: Connection) -> None:
-    await take()
-    pipe.send("ready")
-    while await asyncio.to_thread(pipe.recv) is not None:
-        pipe.send(await take())
-
-
-def _run(pipe: Any) -> None:
-    asyncio.run(_serve(pipe))
-
-
 @contextlib.contextmanager
-def bystander() -> Iterator[Connection]:
-    """Start a process whose loop does nothing but tick: what keeps it is the machine. Any message but None asks it."""
-    context = multiprocessing.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    process = context.Process(target=_run, args=(theirs,))
-    process.start()
-    theirs.close()
-    try:
-        pipe.recv()
-        yield pipe
-    finally:
-        with contextlib.suppress(OSError):
-            pipe.send(None)
-        process.join()
+def bystander() -> Iterator[asyncio.AbstractEventLoop]:
+    """Run a loop in a thread that does nothing but tick: the machine alone can delay it."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    take_in(loop)
+    yield loop
+    asyncio.run_coroutine_threadsafe(_TICKERS.pop().stop(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+
+
+def take_in(loop: asyncio.AbstractEventLoop) -> Worst:
+    """Call :func:`take` on a loop of another thread."""
+    return asyncio.run_coroutine_threadsafe(take(), loop).result()
