@@ -59,6 +59,10 @@ class SharedMemoryPlugin(SchedulerPlugin):
         self.given = {name: value for name, value in given.items() if value is not None}
         self.options = config.options(self.given)
 
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.options._asdict().items())
+        return f"SharedMemoryPlugin({settings})"
+
     async def start(self, scheduler: Any) -> None:
         """Register the nanny plugin and the worker plugin; the scheduler calls this in its own process."""
         scheduler.plugins.pop(self.name, None)

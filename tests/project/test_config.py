@@ -43,6 +43,15 @@ def test_arguments_override_the_configuration():
     assert (options.threshold, options.warm) == (2 << 20, 5)
 
 
+def test_the_repr_tells_all_settings():
+    """In a notebook it shows which settings hold, also those of the configuration."""
+    with dask.config.set({"shm.publish": "on-completion"}):
+        text = repr(SharedMemoryPlugin(capacity="2 GiB", warm=1))
+    assert text == (
+        "SharedMemoryPlugin(capacity='2 GiB', threshold=1048576, publish='on-completion', views='copy-on-write', warm=1.0)"
+    )
+
+
 def test_defaults_survive_a_temporary_setting(monkeypatch):
     """Dask forgets a namespace that was first set temporarily; the plugin's defaults still apply."""
     SharedMemoryPlugin()
