@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ from dask_shm_plugin.arena.guard import GuardedTable
 from dask_shm_plugin.arena.trimming import Trimmer
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import FileSizeLimited, LimitsReached, MemoryExhausted, NoHeadRoom
-from dask_shm_plugin.linux import limits
+from dask_shm_plugin.linux import limits, turns
 from dask_shm_plugin.linux.segment import Segment
 from dask_shm_plugin.mapping.large_pages import LargePages
 from dask_shm_plugin.mapping.shared import WriteMapping
@@ -22,6 +23,9 @@ T = TypeVar("T")
 _MIN_MAPPED_BYTES = 64 << 10
 _STEP_BYTES = 64 << 20
 """Bytes of pages that are made before the head-room is checked again; a multiple of the size of a large page."""
+
+_PLENTY_BYTES = 1 << 30
+"""Head-room (bytes) from which writers of several arenas cannot exhaust it together within one step each."""
 
 
 class Pages:
@@ -151,51 +155,66 @@ class Pages:
         begin, end = self._blocks_from + extent.offset, self._blocks_from + extent.offset + extent.length
         first = max(begin, start // LARGE * LARGE)
         last = min(end, round_up(start + length, LARGE))
-        self._find_room(extent, first, last - first)
-        try:
-            return self._large.make(first, last - first)
-        except MemoryExhausted:
-            return False
+        with self._room(extent, first, last - first):
+            try:
+                return self._large.make(first, last - first)
+            except MemoryExhausted:
+                return False
 
     def _make(self, extent: Extent, start: int, length: int, how: Callable[[int, T], None], what: T) -> None:
         """Make the pages of one step by ``how``; if memory is exhausted, give all free pages back and try again."""
-        self._find_room(extent, start, length)
-        try:
-            how(start, what)
-        except FileSizeLimited:
-            raise
-        except MemoryExhausted:
-            self._trimmer.trim_all()
-            how(start, what)
+        with self._room(extent, start, length):
+            try:
+                how(start, what)
+            except FileSizeLimited:
+                raise
+            except MemoryExhausted:
+                self._trimmer.trim_all()
+                how(start, what)
 
-    def _find_room(self, extent: Extent, start: int, length: int) -> None:
+    @contextlib.contextmanager
+    def _room(self, extent: Extent, start: int, length: int) -> Iterator[None]:
+        """Insist on head-room for the missing pages of one step; where it is scarce, let no other arena take it."""
+        if self._find_room(extent, start, length) >= _PLENTY_BYTES:
+            yield
+            return
+        with turns.one_at_a_time():
+            self._find_room(extent, start, length)
+            yield
+
+    def _find_room(self, extent: Extent, start: int, length: int) -> int:
+        """Insist on room for the missing pages of one step; return how many bytes would be left after it, at least."""
         missing = self._segment.missing(start, length)
         if not missing:
-            return
+            return _PLENTY_BYTES
         self._trimmer.make_room(missing)
         is_beyond = self._budget.use(self._trimmer.pages() + missing) > 1
-        if is_beyond or not self._is_room(missing, extent):
+        left = self._left_after(missing, extent)
+        if is_beyond or left < 0:
             self._trimmer.trim_all()
             if is_beyond and self._budget.use(self._trimmer.pages() + missing) > 1:
                 raise LimitsReached(
                     "the workers of this node use as much memory, shared values included, as their limits allow "
                     "altogether; release results, or raise memory_limit"
                 )
-            if not self._is_room(missing, extent):
+            left = self._left_after(missing, extent)
+            if left < 0:
                 raise NoHeadRoom(
                     f"the machine or its control group has less than {missing} bytes left; "
                     "free memory or raise the limit"
                 )
+        return left
 
-    def _is_room(self, missing: int, extent: Extent) -> bool:
+    def _left_after(self, missing: int, extent: Extent) -> int:
         others = [(int(at), int(length)) for at, length in self._access.table.blocks.drafts() if at != extent.offset]
         # An upper bound first: the kernel may let a query for the missing pages of a draft wait for its writer.
         at_most = sum(min(length, _STEP_BYTES) for _, length in others)
         # The head-room is always read last: pages that other writers make meanwhile then count twice, not zero times.
-        if limits.head_room() >= missing + at_most:
-            return True
+        left = limits.head_room() - missing - at_most
+        if left >= 0:
+            return left
         steps = sum(min(self._segment.missing(self._blocks_from + at, length), _STEP_BYTES) for at, length in others)
-        return limits.head_room() >= missing + steps
+        return limits.head_room() - missing - steps
 
 
 def _steps(start: int, length: int) -> Iterator[tuple[int, int]]:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import TableCorrupt
-from dask_shm_plugin.table import layout, members, roles, tags
+from dask_shm_plugin.table import layout, members, roles, state_word, tags
 from dask_shm_plugin.table.blocks import BlockRows
 from dask_shm_plugin.table.claims import Claims
 from dask_shm_plugin.table.layout import (
@@ -334,11 +334,23 @@ class Table:
         if rows != BLOCKS and self.blocks.state(rows)[1] != FREE:
             raise TableCorrupt("there are more rows in use than it says")
         self._rows_seen = rows
-        for index, generation in referred:
-            at = self.blocks.state(index)
-            _insist(at in ((generation, DRAFT), (generation, SEALED)), "a block that is in use was freed")
-            is_mine = member is None or self._claims.has(member, BlockId(index, generation))
-            _insist(at[1] == DRAFT or is_mine, "a claim of this process was removed")
+        blocks = list(referred)
+        if blocks:
+            self._check_referred(blocks, member)
+
+    def _check_referred(self, referred: list[BlockId], member: Member | None) -> None:
+        """Check that blocks and drafts are in use, and claimed; quickly, for a process may refer to thousands."""
+        indices, generations = np.array(referred, np.uint64).T
+        indices = indices.astype(np.intp)
+        words = self.blocks.deciding_words()
+        _insist(int(indices.max()) < len(words), "there were never so few rows")
+        words = words[indices]
+        states = state_word.states(words)
+        is_used = (state_word.generations(words) == generations) & ((states == DRAFT) | (states == SEALED))
+        _insist(bool(is_used.all()), "a block that is in use was freed")
+        if member is not None:
+            is_mine = self._claims.generations(member)[indices] == generations
+            _insist(bool(((states == DRAFT) | is_mine).all()), "a claim of this process was removed")
 
     def validate(self) -> None:
         """Check all invariants of the table.

@@ -66,6 +66,7 @@ def expect_damage(arena: Arena, caplog: pytest.LogCaptureFixture) -> Iterator[Ca
         assert not arena.roster.is_live(arena.member)
         assert arena.stats().capacity == 0
         assert bytes(views[0]) == b"mine" * 1000
+        wait_until(lambda: caplog.records, "the damage is logged")  # perhaps by the housekeeping thread
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         views.clear()
         block.close()

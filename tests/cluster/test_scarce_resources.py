@@ -180,7 +180,7 @@ def test_more_values_than_the_table_has_rows_are_sent(client: Client) -> None:
     with without(client, lambda: take_rows(leave=3), b):
         seeds = [fresh() for _ in range(12)]
         futures = client.scatter([array(seed, 9 * KIB) for seed in seeds], workers=[a])
-        assert sum(lies_in_arena(client, future, a) for future in futures) == 3, stats(client)
+        assert sum(lies_in_arena(client, future, a) for future in futures) == 3, f"{stats(client)}"
         for seed, value in zip(seeds, client.gather(futures), strict=True):
             assert_same(value, array(seed, 9 * KIB))
         assert not move(client, a, b, SMALL)

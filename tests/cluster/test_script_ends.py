@@ -165,7 +165,8 @@ QUICK = {
 
 
 #: Messages of stock Dask in some runs of a script only: a worker goes before the client, a task moves to another worker
-#: meanwhile, two threads wait for the end of one process, a heartbeat comes too late, a call is cancelled.
+#: meanwhile, two threads wait for the end of one process, a heartbeat comes too late, a call is cancelled, a nanny and its
+#: worker remove the same folder.
 OCCASIONAL = (
     " caused the cluster to lose ",
     "Async instruction",
@@ -173,6 +174,7 @@ OCCASIONAL = (
     "heartbeat from unregistered worker",
     "unaware of this worker",
     "asyncio.exceptions.CancelledError",
+    "distributed.diskutils - ERROR - Failed to remove",
 )
 
 
