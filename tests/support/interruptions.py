@@ -26,7 +26,7 @@ import numpy as np
 
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.arena.block import Descriptor
-from dask_shm_plugin.exceptions import ArenaBusy, SharedMemoryError, StaleBlock
+from dask_shm_plugin.exceptions import ArenaBusy, ArenaFull, SharedMemoryError, StaleBlock
 from dask_shm_plugin.linux.segment import Whereabouts
 from dask_shm_plugin.table.layout import BlockId
 
@@ -77,6 +77,9 @@ class Work:
                 arena.holdings.tidy()
         except ArenaBusy:
             self.counts["busy"] += 1
+        except ArenaFull:
+            # Where processors are scarce, the other member may have dropped blocks that it has not released yet.
+            self.counts["full"] += 1
         self.counts["rounds"] += 1
 
     def _count_unless(self, holds: bool, what: str) -> None:
