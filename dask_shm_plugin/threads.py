@@ -64,6 +64,8 @@ async def in_thread(function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.
     """
     calls = [functools.partial(contextvars.copy_context().run, function, *args, **kwargs)]
     outcome: Future[_T] = Future()
+    # From now on it cannot be cancelled: the call is made, and its result recorded, even if no caller waits any more.
+    outcome.set_running_or_notify_cancel()
 
     def call_once() -> None:
         # An executor that cannot start a thread may have queued the call all the same.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -83,3 +84,27 @@ def test_call_in_runs_in_the_calling_thread_if_dasks_thread_cannot_be_started(
     with pytest.raises(RuntimeError, match="my own"):
         asyncio.run(call_in(None, fail))
     assert len(calls) == 4
+
+
+def test_a_call_goes_on_without_a_word_after_its_caller_was_cancelled(caplog: pytest.LogCaptureFixture) -> None:
+    """Leaving an arena must be completed, and asyncio must not report an error that has no reader."""
+    has_begun, go_on, done = threading.Event(), threading.Event(), []
+
+    def work() -> None:
+        has_begun.set()
+        assert go_on.wait(10)
+        done.append(True)
+
+    async def cancel() -> None:
+        task = asyncio.create_task(in_thread(work))
+        await asyncio.to_thread(has_begun.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        go_on.set()
+        await asyncio.get_running_loop().shutdown_default_executor()
+        gc.collect()
+
+    asyncio.run(cancel())
+    assert done == [True]
+    assert not caplog.records
