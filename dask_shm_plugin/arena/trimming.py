@@ -1,7 +1,7 @@
 """Trimming: giving the pages of freed memory back to the operating system.
 
 As many bytes stay resident as drafts and blocks take now, or took at most within the last seconds (the high-water
-mark). If a new page would exceed the high-water mark by more than 8 MiB, a free page is given back first. So an arena
+mark). Free pages are given back when they, or a new page, exceed the high-water mark by more than 8 MiB. So an arena
 has hardly more pages than it has used recently, and an idle arena has no free page.
 """
 
@@ -26,10 +26,7 @@ from dask_shm_plugin.units import round_up
 
 _STEP_BYTES = 64 << 20
 _SLACK_BYTES = 8 << 20
-"""Bytes by which new pages may exceed the high-water mark before free pages are looked for.
-
-The search is not worth it for a small block.
-"""
+"""Bytes by which pages may exceed the high-water mark before free pages are looked for and given back."""
 _TRIM_TIME_S = 0.2
 """Seconds for which a draft waits until free pages have been given back to the operating system."""
 
@@ -76,7 +73,8 @@ class Trimmer:
         """Give free pages back that were not needed recently; all of them if the node or its workers run short."""
         spare = max(0, self._most_used() - self._used())
         is_short = spare and (limits.head_room() < spare or self._budget.use(self.pages()) > NEAR)
-        self._trim_to(0 if is_short else spare)
+        # Processes forget which parts are mapped whenever pages were given back, which is not worth it for a few pages.
+        self._trim_to(spare + _SLACK_BYTES if spare and not is_short else 0)
 
     def trim_all(self) -> None:
         """Give all free pages back to the operating system."""
