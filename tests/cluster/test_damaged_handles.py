@@ -130,6 +130,8 @@ def test_a_forged_handle_with_a_valid_checksum_does_no_harm(arena: Arena, change
     if isinstance(came, np.ndarray) and "row" not in change:
         assert set(np.unique(came)) <= {0, 7}
     del published, other, came
+    arena.holdings.tidy()
+    assert arena.stats().blocks == 0
 
 
 def test_a_handle_that_is_replayed_is_stale(arena: Arena) -> None:
