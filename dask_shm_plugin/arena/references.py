@@ -117,7 +117,10 @@ class References:
         # reuses descriptor numbers and addresses. So each entry is taken out before its child is looked for, and put
         # back if the child lives.
         for _ in range(len(self._fork_holds)):
-            fork_hold = self._fork_holds.popleft()
+            try:
+                fork_hold = self._fork_holds.popleft()
+            except IndexError:  # another thread looks, too
+                return
             try:
                 is_over = fork_hold.are_over()
             except OSError:  # the state of the child cannot be read now
