@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 from other_processes import JOIN, LEAVE, Process, join, publish, wait_until
 from sampling import sample
-from two_members import NEVER, OFTEN, Household
+from two_members import NEVER, OFTEN, MemberPair
 
 from dask_shm_plugin.arena import housekeeping
 from dask_shm_plugin.node import membership, rendezvous
@@ -111,50 +111,50 @@ def armed(prefix: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pro
 
 
 @pytest.fixture(scope="module")
-def household(armed: Process, own_names: None) -> Iterator[Household]:
+def member_pair(armed: Process, own_names: None) -> Iterator[MemberPair]:
     """Start two members that live through all cells."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(housekeeping, "_INTERVAL_S", OFTEN)
-        one = Household(armed, f"tcp://{secrets.token_hex(8)}")
+        one = MemberPair(armed, f"tcp://{secrets.token_hex(8)}")
         yield one
         one.end()
         membership.leave(one.cluster, "nanny", "tcp://here")
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(household: Household, prefix: str) -> Iterator[None]:
-    """Check after each cell that no name is left but that of the household."""
+def nothing_is_left(member_pair: MemberPair, prefix: str) -> Iterator[None]:
+    """Check after each cell that no name is left but that of the member_pair."""
     yield
     rendezvous.purge()
-    assert {f"/{path.name}" for path in Path("/dev/shm").glob(f"{prefix}*")} == {name_for(household.cluster)}
+    assert {f"/{path.name}" for path in Path("/dev/shm").glob(f"{prefix}*")} == {name_for(member_pair.cluster)}
 
 
 class Victim:
     """A process that plays a role and is killed or stopped at one moment of it."""
 
-    def __init__(self, household: Household, name: str, moment: str, skip: int, fate: str) -> None:
-        self.household, self.role = household, ROLES[name]
-        self.cluster = f"tcp://{secrets.token_hex(8)}" if self.role.is_alone else household.cluster
-        self.process = household.fork()
+    def __init__(self, member_pair: MemberPair, name: str, moment: str, skip: int, fate: str) -> None:
+        self.member_pair, self.role = member_pair, ROLES[name]
+        self.cluster = f"tcp://{secrets.token_hex(8)}" if self.role.is_alone else member_pair.cluster
+        self.process = member_pair.fork()
         self.buried: list[Process] = [self.process]
         self.process(self.role.prepare or "arena = None", cluster=self.cluster)
         if "behind" in name or "drafts of" in name:
-            household.look_after_the_dead(NEVER)
-            self.buried.append(household.corpse(with_child="drafts" in name))
+            member_pair.look_after_the_dead(NEVER)
+            self.buried.append(member_pair.corpse(with_child="drafts" in name))
         if "restores" in name:
-            household.look_after_the_dead(NEVER)
-            os.unlink(f"/dev/shm{name_for(household.cluster)}")
+            member_pair.look_after_the_dead(NEVER)
+            os.unlink(f"/dev/shm{name_for(member_pair.cluster)}")
         self.process(f"crashpoints.arm(moment, {FATES[fate]}, skip=skip)", moment=moment, skip=skip)
-        self.process.begin(self.role.act, found=household.found)
+        self.process.begin(self.role.act, found=member_pair.found)
 
     def bury(self) -> None:
         """End all processes that were started for the victim."""
         for process in self.buried:
-            self.household.bury(process)
+            self.member_pair.bury(process)
 
     def check_all(self) -> None:
         """Check that nothing of the victim is left, for other members and for processes that join its arena."""
-        self.household.look_after_the_dead(OFTEN)
+        self.member_pair.look_after_the_dead(OFTEN)
         for child in itertools.chain.from_iterable(process.forked for process in self.buried[1:]):
             child.kill()
         if self.role.is_alone:
@@ -165,16 +165,16 @@ class Victim:
             membership.leave(self.cluster, "nanny", "tcp://here")
             assert not exists(name_for(self.cluster))
         wait_until(
-            self.household.can_be_found,
+            self.member_pair.can_be_found,
             "newcomers can find both members, through the first rendezvous or a restored one",
         )
-        self.household.check()
+        self.member_pair.check()
 
 
 @pytest.mark.parametrize(("role", "moment", "skip"), list(moments()))
-def test_a_member_that_is_killed_leaves_nothing(household: Household, role: str, moment: str, skip: int) -> None:
+def test_a_member_that_is_killed_leaves_nothing(member_pair: MemberPair, role: str, moment: str, skip: int) -> None:
     """The other members reclaim everything by themselves; no value changes, and processes can join."""
-    victim = Victim(household, role, moment, skip, KILLED)
+    victim = Victim(member_pair, role, moment, skip, KILLED)
     assert victim.process.is_killed(), "the victim did not reach the step"
     victim.check_all()
     victim.bury()
@@ -182,16 +182,16 @@ def test_a_member_that_is_killed_leaves_nothing(household: Household, role: str,
 
 @pytest.mark.parametrize(("role", "moment", "skip"), sample(moments(), 3))
 def test_a_member_that_is_killed_while_its_child_lives_leaves_only_what_the_child_sees(
-    household: Household, role: str, moment: str, skip: int
+    member_pair: MemberPair, role: str, moment: str, skip: int
 ) -> None:
     """The mutex and its drafts are free at once; its claims stay only as long as the child lives."""
-    victim = Victim(household, role, moment, skip, ORPHANING)
+    victim = Victim(member_pair, role, moment, skip, ORPHANING)
     child = victim.process.adopted()
     assert victim.process.is_killed(), "the victim did not reach the step"
-    household.look_after_the_dead(OFTEN)
-    table = household.arena._access.table
-    wait_until(lambda: not any(map(table.has_drafts, household.guests())), "the drafts of the victim are free")
-    publish(household.arena, b"\xff" * (256 << 10)).close()
+    member_pair.look_after_the_dead(OFTEN)
+    table = member_pair.arena._access.table
+    wait_until(lambda: not any(map(table.has_drafts, member_pair.guests())), "the drafts of the victim are free")
+    publish(member_pair.arena, b"\xff" * (256 << 10)).close()
     assert child("'seen' not in globals() or bytes(view) == seen")
     if victim.role.is_alone:
         victim.check_all()
@@ -201,16 +201,16 @@ def test_a_member_that_is_killed_while_its_child_lives_leaves_only_what_the_chil
 
 
 @pytest.mark.parametrize(("role", "moment", "skip"), sample(moments(), 3))
-def test_a_stopped_member_stops_no_other_process(household: Household, role: str, moment: str, skip: int) -> None:
+def test_a_stopped_member_stops_no_other_process(member_pair: MemberPair, role: str, moment: str, skip: int) -> None:
     """Other processes succeed or get an error in time, take nothing from the stopped member, and it can go on."""
-    victim = Victim(household, role, moment, skip, STOPPED)
+    victim = Victim(member_pair, role, moment, skip, STOPPED)
     assert victim.process.is_stopped(), "the victim did not reach the step"
-    household.look_after_the_dead(OFTEN)
-    guests = household.guests()
-    newcomer = household.work(victim.cluster)
+    member_pair.look_after_the_dead(OFTEN)
+    guests = member_pair.guests()
+    newcomer = member_pair.work(victim.cluster)
     victim.buried.append(newcomer)
     assert victim.process.is_stopped()
-    assert guests <= household.guests() or "behind" in role or "drafts of" in role
+    assert guests <= member_pair.guests() or "behind" in role or "drafts of" in role
     victim.process.go_on()
     victim.process.end()
     if role == "creates the arena":

@@ -43,7 +43,7 @@ def open_files(pid: int) -> str:
     return "\n".join(names)
 
 
-class Household:
+class MemberPair:
     """Two processes, one of them this one. Each has blocks, and views of the other's blocks.
 
     Parameters
