@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from distributed import Client
-from observing import BIG, LITTLE, addresses, array, fresh, is_shared, loopback, undisturbed
+from observing import BIG, LITTLE, addresses, array, fresh, is_shared, loopback, totals, undisturbed, wait_until
 
 from dask_shm_plugin.linux import mutex, segment
 from dask_shm_plugin.mapping import shared
@@ -131,7 +131,10 @@ def test_a_read_of_a_published_value_costs_one_lock_and_one_mapping(
 ) -> None:
     """The reader attaches to the block and maps it, without a request to the owner."""
     a, b, c, _ = addresses(four)
+    before = totals(four).adopted
     made = moved(four, SIZE, a, b)
+    # The owner adopts the value after it has answered, which may be later than the reader's result.
+    wait_until(lambda: totals(four).adopted == before + 1, "the owner has adopted the value")
     done = counting(lambda: four.submit(is_shared, made, workers=[c], pure=False).result())
     assert done.workers[c] == {"locks": 1, "mapped": 1}
     # Dask may choose the worker that only received the value: then this one is asked, and lists the value, too.
