@@ -36,11 +36,15 @@ def wait_until(predicate: Callable[[], T], what: str | Callable[[], str], second
     return result
 
 
-def undisturbed(measure: Callable[[], T], accept: Callable[[T], bool], rounds: int = 6) -> T:
-    """Return the first acceptable measurement, or the last one. Other programs can only spoil a measurement."""
-    for _ in range(rounds):
-        if accept(result := measure()):
-            break
+def undisturbed(measure: Callable[[], T], accept: Callable[[T], bool], seconds: float = 60) -> T:
+    """Return the first acceptable measurement, or the last one after some time.
+
+    Other programs can only spoil a measurement. Above all, tests that run at the same time use the same loopback
+    interface, and some of them send much for several seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while not accept(result := measure()) and time.monotonic() < deadline:
+        time.sleep(1)
     return result
 
 
