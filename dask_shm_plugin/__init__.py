@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from dask_shm_plugin.plugin import SharedMemoryPlugin, is_shared, stats, unregister
     from dask_shm_plugin.preload import dask_setup
     from dask_shm_plugin.roles.nanny import SharedMemoryNanny
+    from dask_shm_plugin.roles.scheduler import SharedMemoryScheduler
     from dask_shm_plugin.roles.worker import SharedMemoryWorker
 
 __version__ = "0.1.0"
 __all__ = [
     "SharedMemoryNanny",
     "SharedMemoryPlugin",
+    "SharedMemoryScheduler",
     "SharedMemoryWorker",
     "dask_setup",
     "is_shared",
@@ -28,6 +30,7 @@ __all__ = [
 _HOMES = {
     "SharedMemoryNanny": "roles.nanny",
     "SharedMemoryPlugin": "plugin",
+    "SharedMemoryScheduler": "roles.scheduler",
     "SharedMemoryWorker": "roles.worker",
     "dask_setup": "preload",
     "is_shared": "plugin",

@@ -159,6 +159,7 @@ async def _unregister(client: Client) -> None:
         # Raised if no plugin of this kind is registered with the scheduler.
         with contextlib.suppress(ValueError, KeyError):
             await call(name=stub.NAME)
+    await scheduler.run_function(function=stub.dumps(stub.stop_scheduling))
     # Plugins that were started by --preload were never registered with the scheduler.
     await scheduler.broadcast(msg={"op": "run", "function": stub.dumps(stub.remove), "wait": True}, on_error="ignore")
 
@@ -195,6 +196,11 @@ def stats(client: Client) -> Any:
             Values that were copied into the arena, values that were mapped instead of received, those of them that were
             found in the arena without a request to their owner, and values of which the owner replaced its private copy
             by the shared one. Each is a dict of ``count`` and ``bytes``.
+        ``free_replicas``
+            Replicas of values of 8 MiB or more that take no memory, because another worker of the arena has the same
+            memory mapped.
+        ``deaths_absorbed``
+            How often a worker was lost while other workers of the arena held values that it had published.
         ``sent``
             Values that were large enough to be shared, but were sent or copied as bytes: a dict of ``count`` and
             ``bytes`` for each reason.
@@ -213,6 +219,7 @@ async def _stats(client: Client) -> dict[str, dict[str, Any]]:
     answers = await scheduler.broadcast(
         msg={"op": "run", "function": stub.dumps(stub.report), "wait": True}, on_error="ignore"
     )
+    placing = await scheduler.run_function(function=stub.dumps(stub.report_of_scheduler))
     half = half_of(client)
     reports = [answer["result"] for answer in answers.values() if answer.get("status") == "OK" and answer["result"]]
     own = half.report() if half else None
@@ -220,7 +227,16 @@ async def _stats(client: Client) -> dict[str, dict[str, Any]]:
     by_arena: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for report in [*reports, *([own] if own else [])]:
         by_arena[report["arena"]].append(report)
-    return {f"{hosts.get(arena, 'here')}-{arena[:8]}": _summary(said) for arena, said in by_arena.items()}
+    return {
+        f"{hosts.get(arena, 'here')}-{arena[:8]}": _summary(said) | _placing(placing, arena)
+        for arena, said in by_arena.items()
+    }
+
+
+def _placing(answer: dict[str, Any], arena: str) -> dict[str, int]:
+    """Return what the scheduler knows about an arena, from its answer."""
+    said = (answer.get("result") or {}).get(arena, {})
+    return {name: said.get(name, 0) for name in ("free_replicas", "deaths_absorbed")}
 
 
 _STATE = ("capacity", "used", "resident", "room", "bound_by", "blocks", "members")

@@ -26,7 +26,10 @@ def dumps(item: Any) -> bytes:
         cloudpickle.unregister_pickle_by_value(module)
 
 
-def _half(name: str, options: dict[str, Any]) -> Any:
+SCHEDULING = "dask-shm-scheduling"
+
+
+def _half(name: str, options: dict[str, Any], otherwise: str = "Sharing is off in this process") -> Any:
     """Return a new instance of the real plugin class, or None after a warning if that fails."""
     import importlib
 
@@ -34,7 +37,8 @@ def _half(name: str, options: dict[str, Any]) -> Any:
         return getattr(importlib.import_module("dask_shm_plugin"), name)(**options)
     except Exception as error:
         logging.getLogger("dask_shm_plugin").warning(
-            "Sharing is off in this process: %s: %s. Install the same dask_shm_plugin everywhere.",
+            "%s: %s: %s. Install the same dask_shm_plugin everywhere.",
+            otherwise,
             type(error).__name__,
             error,
         )
@@ -91,7 +95,7 @@ class WorkerStub(WorkerPlugin):
 class SchedulerStub(SchedulerPlugin):
     """Registers the other two stubs for all present and future nannies and workers.
 
-    The scheduler does not need the package.
+    Without the package, the scheduler does no more than this.
     """
 
     name = "dask-shm"
@@ -110,6 +114,7 @@ async def install(scheduler: Any, name: str, nanny: bytes, worker: bytes) -> Non
     """Register both stubs with a scheduler, nannies first: their arena then exists when the workers look for it."""
     import logging
 
+    await begin_scheduling(scheduler)
     for register, plugin in (
         (scheduler.register_nanny_plugin, nanny),
         (scheduler.register_worker_plugin, worker),
@@ -119,6 +124,29 @@ async def install(scheduler: Any, name: str, nanny: bytes, worker: bytes) -> Non
         except Exception:
             # A nanny or worker closed during the broadcast. The plugin stays registered for all others.
             logging.getLogger("dask_shm_plugin").info("the plugin did not reach every nanny or worker", exc_info=True)
+
+
+async def begin_scheduling(scheduler: Any) -> None:
+    """Let a scheduler place tasks by what lies on each node, if its process has the package."""
+    stop_scheduling(scheduler)
+    half = _half("SharedMemoryScheduler", {}, "Tasks are placed as without the plugin")
+    if half is not None:
+        await half.start(scheduler)
+        scheduler.add_plugin(half, name=SCHEDULING)
+
+
+def stop_scheduling(dask_scheduler: Any) -> None:
+    """Undo :func:`begin_scheduling`; runs on the scheduler."""
+    half = dask_scheduler.plugins.pop(SCHEDULING, None)
+    if half is not None:
+        half.stop()
+
+
+def report_of_scheduler(dask_scheduler: Any) -> dict[str, Any]:
+    """Return what a scheduler knows about each arena; runs on the scheduler."""
+    half = dask_scheduler.plugins.get(SCHEDULING)
+    said: dict[str, Any] = half.report() if half is not None else {}
+    return said
 
 
 def report(dask_worker: Any) -> dict[str, Any] | None:

@@ -8,17 +8,20 @@ import functools
 import logging
 from typing import Any
 
+from distributed import Status
 from distributed.diagnostics.plugin import WorkerPlugin
 from tornado.ioloop import PeriodicCallback
 
 from dask_shm_plugin import config, metrics
 from dask_shm_plugin.accounting.meters import WorkerMeter
+from dask_shm_plugin.accounting.transfers import Transfers
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.roles.closing import let_go_when_closed
 from dask_shm_plugin.roles.role import Joining, Role
 from dask_shm_plugin.roles.switch import switch_off, switch_on
+from dask_shm_plugin.scheduling.telling import Telling
 from dask_shm_plugin.seams.worker_data import WorkerData
 from dask_shm_plugin.transfer import fetch
 from dask_shm_plugin.transfer.answers import Answers
@@ -64,6 +67,8 @@ class SharedMemoryWorker(WorkerPlugin):
         role = Role("worker", worker.scheduler, worker.contact_address or worker.address, options)
         self._joining = Joining(role, lambda arena: self._joined(worker, role, arena))
         await self._joining.start()
+        if self._running is not None and worker.status is Status.running:
+            await worker.heartbeat()  # the scheduler knows now which arena the worker uses
         if self._running is None and role.kept_out_by is not None:
             self._outsider = fetch.Outsider(lambda: role.kept_out_by)
 
@@ -102,21 +107,25 @@ class _ActiveWorker:
     def __init__(self, worker: Any, role: Role, arena: Arena) -> None:
         self._worker, self._role, self._arena = worker, role, arena
         self._data = WorkerData.of(worker)
-        self.publisher = Publisher(arena, role.options.threshold, self._data, role.address)
+        arena_id = arena.arena_id.hex()
+        self._telling = Telling(worker, arena_id)
+        self.publisher = Publisher(arena, role.options.threshold, self._data, role.address, self._telling.published)
         self._answers = Answers(worker, arena, self.publisher, role.options.threshold)
         self._meter = WorkerMeter(worker, arena)
-        self._scatter_guard = ScatterGuard.around(worker.handlers, arena, self._received)
+        self._transfers = Transfers(worker, arena)
+        self._scatter_guard = ScatterGuard.around(worker.handlers, self._received)
         self._pruning = PeriodicCallback(self.publisher.prune, _PRUNE_INTERVAL_S * 1000)
         self._pruning.start()
         before = COUNTERS.snapshot()
         self._counted = lambda: metrics.since(before)
-        worker.metrics["shm"] = lambda worker: self._counted()
+        worker.metrics["shm"] = lambda worker: {"arena": arena_id, **self._counted()}
         fetch.REQUESTS.begin()
 
     async def stop(self) -> None:
         self._answers.stop()
         self._scatter_guard.retire()
         self._pruning.stop()
+        self._telling.stop()
         self.publisher.close()
         let_go_when_closed(self._worker, self._arena.arena_id)
         try:
@@ -127,6 +136,7 @@ class _ActiveWorker:
                 self._scatter_guard.undo()
             fetch.REQUESTS.end()
             self._worker.metrics.pop("shm", None)
+            self._transfers.stop()
             self._meter.stop()
             await self._role.leave()
 

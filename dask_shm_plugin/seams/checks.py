@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from types import CodeType
 from typing import Any, NamedTuple
@@ -39,12 +39,14 @@ class Seam(NamedTuple):
     holds: Callable[[], bool]
 
 
-def _takes(function: Any, *names: str) -> bool:
-    return set(names) <= set(inspect.signature(function).parameters)
+def takes(function: Any, *parameters: str) -> bool:
+    """Return whether a function has these parameters."""
+    return set(parameters) <= set(inspect.signature(function).parameters)
 
 
-def _names(function: Any, *names: str) -> bool:
-    return set(names) <= set(_named_in(inspect.unwrap(function).__code__))
+def names(function: Any, *expected: str) -> bool:
+    """Return whether the code of a function, or of its inner functions, has these names or strings."""
+    return set(expected) <= set(_named_in(inspect.unwrap(function).__code__))
 
 
 def _named_in(constant: Any) -> Iterator[str]:
@@ -65,47 +67,47 @@ SEAMS = (
         "distributed.worker.get_data_from_worker",
         "all roles request data through it: a request names the memberships, and is repeated if its answer is unusable",
         lambda: (
-            _takes(distributed.worker.get_data_from_worker, "rpc", "keys", "worker", "who", "serializers")
-            and _names(distributed.worker.Worker.gather_dep, "get_data_from_worker")
-            and _names(distributed.utils_comm.gather_from_workers, "distributed.worker", "get_data_from_worker")
+            takes(distributed.worker.get_data_from_worker, "rpc", "keys", "worker", "who", "serializers")
+            and names(distributed.worker.Worker.gather_dep, "get_data_from_worker")
+            and names(distributed.utils_comm.gather_from_workers, "distributed.worker", "get_data_from_worker")
         ),
     ),
     Seam(
         "distributed.client.scatter_to_workers",
         "Client.scatter(direct=True) sends through it",
         lambda: (
-            _takes(vars(distributed.client)["scatter_to_workers"], "workers", "data", "rpc")
-            and _names(distributed.client.Client._scatter, "scatter_to_workers")
+            takes(vars(distributed.client)["scatter_to_workers"], "workers", "data", "rpc")
+            and names(distributed.client.Client._scatter, "scatter_to_workers")
         ),
     ),
     Seam(
         "Worker.get_data",
         "the handler of data requests: values become handles when the answer is written",
-        lambda: _takes(distributed.worker.Worker.get_data, "comm", "keys", "who", "serializers"),
+        lambda: takes(distributed.worker.Worker.get_data, "comm", "keys", "who", "serializers"),
     ),
     Seam(
         "Worker.update_data",
         "the handler of scatter: a handle that could not be resolved must not become a value",
-        lambda: _takes(distributed.worker.Worker.update_data, "data", "stimulus_id"),
+        lambda: takes(distributed.worker.Worker.update_data, "data", "stimulus_id"),
     ),
     Seam(
         "Comm.local_info, .remote_info, .handshake_options, .allow_offload, comm.utils.OFFLOAD_THRESHOLD",
         "a value is serialized with the context of its connection, and in the thread in which Dask would do it",
         lambda: (
-            _names(
+            names(
                 distributed.comm.core.Comm.__init__, "local_info", "remote_info", "handshake_options", "allow_offload"
             )
-            and _names(
+            and names(
                 distributed.comm.tcp.TCP.write, "to_frames", "sender", "local_info", "recipient", "handshake_options"
             )
-            and _names(distributed.comm.utils.to_frames, "OFFLOAD_THRESHOLD", "safe_sizeof", "offload")
+            and names(distributed.comm.utils.to_frames, "OFFLOAD_THRESHOLD", "safe_sizeof", "offload")
         ),
     ),
     Seam(
         "WorkerState.handle_stimulus(FreeKeysEvent)",
         "a worker that has closed forgets the keys of its shared values",
         lambda: (
-            _takes(distributed.worker_state_machine.FreeKeysEvent, "keys", "stimulus_id")
+            takes(distributed.worker_state_machine.FreeKeysEvent, "keys", "stimulus_id")
             and hasattr(distributed.worker_state_machine.WorkerState, "handle_stimulus")
         ),
     ),
@@ -117,19 +119,19 @@ SEAMS = (
     Seam(
         "Scheduler.gather(serializers=)",
         "passes its serializers on to the workers, so that the client's memberships reach them",
-        lambda: _takes(distributed.scheduler.Scheduler.gather, "keys", "serializers"),
+        lambda: takes(distributed.scheduler.Scheduler.gather, "keys", "serializers"),
     ),
     Seam(
         "ConnectionPool.deserialize",
         "is true where fetched data are unpacked, and false in the scheduler, which passes them on",
-        lambda: _takes(distributed.core.ConnectionPool, "deserialize", "serializers", "deserializers"),
+        lambda: takes(distributed.core.ConnectionPool, "deserialize", "serializers", "deserializers"),
     ),
     Seam(
         "distributed.protocol.core.dumps, .loads",
         "a header is packed as Dask packs it",
         lambda: (
-            _names(distributed.protocol.core.dumps, "msgpack_encode_default", "use_bin_type")
-            and _names(distributed.protocol.core.loads, "msgpack_decode_default", "use_list", "msgpack_opts")
+            names(distributed.protocol.core.dumps, "msgpack_encode_default", "use_bin_type")
+            and names(distributed.protocol.core.loads, "msgpack_decode_default", "use_list", "msgpack_opts")
         ),
     ),
     Seam(
@@ -147,14 +149,12 @@ SEAMS = (
         "every read, write and removal of a worker's value is noticed",
         lambda: (
             issubclass(distributed.spill.SpillBuffer, zict.Buffer)
-            and _takes(zict.Buffer, "fast")
-            and _takes(zict.LRU, "d")
-            and all(
-                _names(method, "d") for method in (zict.LRU.__getitem__, zict.LRU.__delitem__, zict.LRU.set_noevict)
-            )
-            and _names(zict.LRU.values, "d", "values")
-            and _names(distributed.worker.Worker.__init__, "memory_manager", "data")
-            and _names(vars(distributed.worker.Worker)["data"].fget, "memory_manager", "data")
+            and takes(zict.Buffer, "fast")
+            and takes(zict.LRU, "d")
+            and all(names(method, "d") for method in (zict.LRU.__getitem__, zict.LRU.__delitem__, zict.LRU.set_noevict))
+            and names(zict.LRU.values, "d", "values")
+            and names(distributed.worker.Worker.__init__, "memory_manager", "data")
+            and names(vars(distributed.worker.Worker)["data"].fget, "memory_manager", "data")
             and "data" in distributed.worker_state_machine.WorkerState.__annotations__
         ),
     ),
@@ -162,36 +162,55 @@ SEAMS = (
         "SpillBuffer.evict, .weight and those of its LRU",
         "a value that other processes hold, too, weighs nothing and is not spilled",
         lambda: (
-            _names(zict.LRU.set_noevict, "weight", "weights", "heavy", "total_weight")
-            and _names(zict.LRU.evict_until_below_target, "evict", "KeyError")
-            and _names(zict.LRU.evict, "heavy", "order", "unlock")
-            and _names(distributed.spill.SpillBuffer.evict, "fast", "evict")
+            names(zict.LRU.set_noevict, "weight", "weights", "heavy", "total_weight")
+            and names(zict.LRU.evict_until_below_target, "evict", "KeyError")
+            and names(zict.LRU.evict, "heavy", "order", "unlock")
+            and names(distributed.spill.SpillBuffer.evict, "fast", "evict")
         ),
     ),
     Seam(
         "WorkerMemoryManager.memory_monitor",
         "pauses and spills by private memory and the bytes that spilling would free",
         lambda: (
-            _takes(_MANAGER._maybe_pause_or_unpause, "worker", "memory")
-            and _takes(_MANAGER._maybe_spill, "worker", "memory")
-            and _names(_MANAGER.__init__, "memory_monitor", "periodic_callbacks", "memory_target_fraction")
-            and _names(_MANAGER.__init__, "memory_limit", "memory_spill_fraction")
+            takes(_MANAGER._maybe_pause_or_unpause, "worker", "memory")
+            and takes(_MANAGER._maybe_spill, "worker", "memory")
+            and names(_MANAGER.__init__, "memory_monitor", "periodic_callbacks", "memory_target_fraction")
+            and names(_MANAGER.__init__, "memory_limit", "memory_spill_fraction")
         ),
     ),
     Seam(
         "SystemMonitor.get_process_memory",
         "reports private memory and a share of each block",
         lambda: (
-            _names(distributed.system_monitor.SystemMonitor.update, "get_process_memory")
-            and _names(_MANAGER._spill, "get_process_memory")
+            names(distributed.system_monitor.SystemMonitor.update, "get_process_memory")
+            and names(_MANAGER._spill, "get_process_memory")
         ),
+    ),
+    Seam(
+        "Worker._update_metrics_received_data, .bandwidth, .bandwidth_workers, .bandwidth_types",
+        "mapped bytes are no measure of the network",
+        lambda: (
+            takes(distributed.worker.Worker._update_metrics_received_data, "start", "stop", "data", "cause", "worker")
+            and names(
+                distributed.worker.Worker._update_metrics_received_data,
+                "bandwidth",
+                "bandwidth_workers",
+                "bandwidth_types",
+            )
+            and names(distributed.worker.Worker.gather_dep, "_update_metrics_received_data")
+        ),
+    ),
+    Seam(
+        "Worker.heartbeat",
+        "the scheduler learns at once which arena a worker uses",
+        lambda: inspect.iscoroutinefunction(distributed.worker.Worker.heartbeat),
     ),
     Seam(
         "NannyMemoryManager.memory_monitor",
         "terminates by private memory",
         lambda: (
-            _names(distributed.worker_memory.NannyMemoryManager.__init__, "periodic_callbacks", "memory_monitor")
-            and _names(distributed.worker_memory.NannyMemoryManager.memory_monitor, "memory_terminate_fraction")
+            names(distributed.worker_memory.NannyMemoryManager.__init__, "periodic_callbacks", "memory_monitor")
+            and names(distributed.worker_memory.NannyMemoryManager.memory_monitor, "memory_terminate_fraction")
         ),
     ),
 )
@@ -202,10 +221,15 @@ def why_not() -> str | None:
     """Return the reason why sharing cannot be switched on in this process, or None."""
     if not sys.platform.startswith("linux"):
         return f"shared memory needs Linux, this is {sys.platform}; Dask works as without the plugin"
-    moved = [seam.name for seam in SEAMS if not _still_holds(seam)]
-    if moved:
+    return moved(SEAMS)
+
+
+def moved(seams: Iterable[Seam]) -> str | None:
+    """Return which of the seams this version of ``distributed`` has changed, as a sentence, or None."""
+    changed = [seam.name for seam in seams if not _still_holds(seam)]
+    if changed:
         return (
-            f"this version of distributed ({version('distributed')}) has changed {', '.join(moved)}; "
+            f"this version of distributed ({version('distributed')}) has changed {', '.join(changed)}; "
             "install a newer dask_shm_plugin"
         )
     return None

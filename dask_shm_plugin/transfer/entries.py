@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.seams.worker_data import WorkerData
 from dask_shm_plugin.transfer.entry import Entry
 from dask_shm_plugin.values import aliases
+from dask_shm_plugin.values.handles import Handle
 from dask_shm_plugin.values.index import PublishedIndex
+
+Listed = Callable[[Any, int], None]
+"""Called with the key and the size (bytes) of a value that other processes can find now without a request."""
+
+
+def ignore(key: Any, size: int) -> None:
+    """Do nothing about a listed value."""
 
 
 class Entries:
@@ -24,6 +32,8 @@ class Entries:
         The values of the worker.
     address
         The address at which other processes request data from the worker.
+    listed
+        Called whenever a value is listed.
 
     Notes
     -----
@@ -32,7 +42,8 @@ class Entries:
     another value: it holds the value itself and compares identity.
     """
 
-    def __init__(self, arena: Arena, data: WorkerData, address: str) -> None:
+    def __init__(self, arena: Arena, data: WorkerData, address: str, listed: Listed = ignore) -> None:
+        self._listed = listed
         self._data = data
         self._index = PublishedIndex(arena, address)
         self._entries: dict[Any, Entry] = {}
@@ -88,7 +99,11 @@ class Entries:
         """List a published value, so that other processes find it without a request, if its entry is current."""
         is_same = self.is_current(key, entry) and self.is_in_memory(key, entry.value)
         if is_same and entry.published is not None:
-            entry.list(functools.partial(self._index.add, key, entry.published.handle))
+            entry.list(functools.partial(self._add_listing, key, entry.published.handle))
+
+    def _add_listing(self, key: Any, handle: Handle) -> None:
+        self._index.add(key, handle)
+        self._listed(key, handle.size)
 
     def adopt(self, key: Any, entry: Entry, shared: object) -> Entry | None:
         """Replace a private copy by the shared one; return the new entry, or None if the value was read meanwhile."""

@@ -16,7 +16,7 @@ from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.seams.worker_data import WorkerData
 from dask_shm_plugin.threads import call_in
 from dask_shm_plugin.transfer.adopter import RETRY_PAUSES_S, Adopter
-from dask_shm_plugin.transfer.entries import Entries
+from dask_shm_plugin.transfer.entries import Entries, Listed, ignore
 from dask_shm_plugin.transfer.entry import Ask, Entry
 from dask_shm_plugin.transfer.publishing import publish_or_count
 from dask_shm_plugin.values import codec
@@ -58,16 +58,18 @@ class Publisher:
         The worker's values.
     address
         The address at which other processes request data from the worker.
+    listed
+        Called with the key and the size (bytes) of a value whenever other processes can find it without a request.
 
     Notes
     -----
     To be used on the worker's event loop. Threads copy the values.
     """
 
-    def __init__(self, arena: Arena, threshold: int, data: WorkerData, address: str) -> None:
+    def __init__(self, arena: Arena, threshold: int, data: WorkerData, address: str, listed: Listed = ignore) -> None:
         self._arena, self._threshold = arena, threshold
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="dask-shm-copy")
-        self._entries = Entries(arena, data, address)
+        self._entries = Entries(arena, data, address, listed)
         self._adopter = Adopter(self._entries, self._threads)
         self._flights: dict[Any, _Flight] = {}
         self._turns: weakref.WeakValueDictionary[Any, asyncio.Lock] = weakref.WeakValueDictionary()

@@ -15,6 +15,7 @@ from dask.sizeof import sizeof
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import SharedMemoryError
+from dask_shm_plugin.scheduling.telling import tell
 from dask_shm_plugin.seams import requests
 from dask_shm_plugin.threads import call_in
 from dask_shm_plugin.transfer.publishing import publish_or_count
@@ -38,8 +39,15 @@ class Targets(NamedTuple):
 
 
 class ScatterRequest(NamedTuple):
-    """One scatter: its values as Dask would send them, those that are published, its targets and further arguments."""
+    """One scatter: its values as Dask would send them, those that are published, its targets and further arguments.
 
+    Attributes
+    ----------
+    arena_id
+        The id of the arena, in hexadecimal digits.
+    """
+
+    arena_id: str
     data: Data
     published: dict[Any, Published]
     targets: Targets
@@ -120,7 +128,7 @@ class ScatterSender:
         else:
             targets = await self._targets(arena, workers)
             data, published = await self.publish(arena, data) if targets.members else (data, {})
-        return ScatterRequest(data, published, targets, options)
+        return ScatterRequest(arena.arena_id.hex(), data, published, targets, options)
 
     async def deliver(self, request: ScatterRequest, broadcast: bool | int) -> list[Any]:
         """Send each value to one worker, to all workers, or to a number of workers; return the keys.
@@ -169,12 +177,19 @@ class ScatterSender:
         (members, others), keys = request.targets, list(request.data)
         everyone = broadcast is True
         n = len(members) if everyone else min(int(broadcast), len(members))
-        await self._scatter(data=request.handles, workers=members, broadcast=False, **request.options)
+        await self._scatter_handles(request, request.handles)
         if n > 1:
             await self._let_members_have(keys, n, members)
         if others and (everyone or broadcast > len(members)):
             n_all = None if everyone else broadcast
             await self._scheduler.replicate(keys=keys, n=n_all, workers=members + others, branching_factor=2)
+
+    async def _scatter_handles(self, request: ScatterRequest, data: Data) -> None:
+        """Send each value to one member, and tell the scheduler which of them lie in the arena."""
+        await self._scatter(data=data, workers=request.targets.members, broadcast=False, **request.options)
+        # Before the values get further replicas: the scheduler takes replicas of other values to be copies.
+        sizes = {key: one.handle.size for key, one in request.published.items() if key in data}
+        await tell(self._scheduler, request.arena_id, sizes)
 
     async def _let_members_have(self, keys: list[Any], n: int, members: list[str]) -> None:
         """Let ``n`` members map the values now; the others map them when they need them.
@@ -200,7 +215,7 @@ class ScatterSender:
         to_members = {key: handles[key] for key in request.data if turn[key] in members}
         to_others = {key: request.data[key] for key in request.data if turn[key] in others}
         if to_members:
-            await self._scatter(data=to_members, workers=members, broadcast=False, **request.options)
+            await self._scatter_handles(request, to_members)
         if to_others:
             await self._scatter(data=to_others, workers=others, broadcast=False, **request.options)
 

@@ -1,4 +1,4 @@
-"""Handle scatters at a worker: refuse handles that cannot be used, and report shared sizes to the scheduler."""
+"""Handle scatters at a worker: no handle that cannot be used here becomes a value."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import Any
 
 from distributed.core import error_message
 
-from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.exceptions import StaleBlock
 from dask_shm_plugin.seams.replacement import Replacement
 from dask_shm_plugin.transfer import fetch
-from dask_shm_plugin.values import buffers
 from dask_shm_plugin.values.handles import NotRebuilt
 
 Received = Callable[[dict[Any, Any]], Awaitable[None]]
@@ -34,22 +32,21 @@ class ScatterGuard:
     """
 
     @classmethod
-    def around(cls, handlers: dict[str, Any], arena: Arena, received: Received) -> ScatterGuard:
-        """Return the guard of a worker, for this arena and callback; create it if there is none."""
+    def around(cls, handlers: dict[str, Any], received: Received) -> ScatterGuard:
+        """Return the guard of a worker, with this callback; create it if there is none."""
         present = handlers["update_data"]
         guard = present if isinstance(present, cls) else cls(handlers)
-        guard._arena, guard.received = arena, received
+        guard.received = received
         return guard
 
     def __init__(self, handlers: dict[str, Any]) -> None:
-        self._arena: Arena | None = None
         self.received: Received = ignore
         self._before = Replacement(handlers, "update_data", self)
         self.undo = self._before.undo
 
     def retire(self) -> None:
-        """Go on refusing unusable handles, without a reference to the arena or to the plugin."""
-        self._arena, self.received = None, ignore
+        """Go on refusing unusable handles, without a reference to the plugin."""
+        self.received = ignore
 
     async def __call__(self, data: dict[Any, Any], **options: Any) -> Any:
         """Store the data of a scatter, or refuse all of them if any handle cannot be used here."""
@@ -69,19 +66,7 @@ class ScatterGuard:
         # The values are stored now: an error here must not make the scatter fail.
         with contextlib.suppress(Exception):
             await self.received(data)
-        return {**answer, "nbytes": {key: self._share(data[key], size) for key, size in answer["nbytes"].items()}}
-
-    def _share(self, value: object, size: int) -> int:
-        """Return the size (bytes) to report to the scheduler: of shared bytes, only this worker's share.
-
-        The scheduler refuses a task if its inputs are larger than a worker's memory limit.
-        """
-        with contextlib.suppress(Exception):
-            if self._arena is not None:
-                shared = min(size, sum(buffers.blocks_of(value, self._arena.arena_id).values()))
-                workers = sum(role.kind == "worker" for role in self._arena.roster.roles()) if shared else 1
-                return size - shared + shared // max(1, workers)
-        return size
+        return answer
 
     @property
     def __name__(self) -> str:

@@ -37,6 +37,7 @@ _ALIGNMENT_BYTES = 64
 _INLINE_FRAME_BYTES = out_of_band.SMALL
 _INLINE_TOTAL_BYTES = 64 << 10
 _MAX_SMALL_FRAMES = 1000
+_PIECE_BYTES = 256 << 10
 _STREAM_BYTES = 16 << 10
 """A pickle stream of up to this many bytes counts as the structure of a value, and not as its contents."""
 
@@ -260,7 +261,13 @@ def _is_same(frame: memoryview, shared: memoryview, span: Span, arena: Arena) ->
     place = atlas.ATLAS.locate(address, frame.nbytes)
     if place is not None and place[:3] == (arena.arena_id, span.row, span.offset):
         return not pagemap.is_written(address, frame.nbytes)
-    return bool(np.array_equal(np.frombuffer(frame, np.uint8), np.frombuffer(shared, np.uint8)))
+    return _is_equal(np.frombuffer(frame, np.uint8), np.frombuffer(shared, np.uint8))
+
+
+def _is_equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Compare two arrays of bytes, in pieces: NumPy makes an array of the results, which then stays in the cache."""
+    starts = range(0, len(a), _PIECE_BYTES)
+    return all(np.array_equal(a[start : start + _PIECE_BYTES], b[start : start + _PIECE_BYTES]) for start in starts)
 
 
 def _already_there(

@@ -35,8 +35,8 @@ SCATTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_the_scheduler_counts_a_share_of_shared_bytes_and_all_private_bytes(four: Client) -> None:
-    """Bytes in the arena count once for all workers; the text beside them is each worker's own."""
+def test_the_scheduler_is_told_the_true_size(four: Client) -> None:
+    """Bytes in the arena count in full: another node has to receive them."""
 
     def told(key: str, dask_scheduler: Any) -> int:
         return int(dask_scheduler.tasks[key].nbytes)
@@ -44,7 +44,7 @@ def test_the_scheduler_counts_a_share_of_shared_bytes_and_all_private_bytes(four
     shared, own = 8 * BIG, 16 * BIG  # bytes
     (future,) = four.scatter([[array(fresh(), BIG), "t" * own]])
     nbytes = four.run_on_scheduler(told, future.key)
-    assert own + shared // 4 <= nbytes < own + shared // 2
+    assert own + shared <= nbytes < 1.1 * (own + shared)
 
 
 def test_a_broadcast_is_written_once_and_mapped_by_every_worker(four: Client) -> None:

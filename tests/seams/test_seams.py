@@ -43,8 +43,8 @@ def test_names_are_found_in_the_code_of_inner_functions_and_only_if_they_are_the
 
         return inner
 
-    assert checks._names(outer, "sender", "told", "more")
-    assert not checks._names(outer, "sender", "receiver")
+    assert checks.names(outer, "sender", "told", "more")
+    assert not checks.names(outer, "sender", "receiver")
 
 
 def test_a_moved_seam_turns_the_plugin_off_with_one_warning(monkeypatch, caplog):

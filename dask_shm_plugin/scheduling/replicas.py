@@ -1,0 +1,158 @@
+"""Policies of the Active Memory Manager that know nodes: what one node shares is one copy, and has a second holder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from distributed.active_memory_manager import (
+    ActiveMemoryManagerExtension,
+    ActiveMemoryManagerPolicy,
+    ReduceReplicas,
+    Suggestion,
+    SuggestionGenerator,
+)
+
+from dask_shm_plugin.scheduling.nodes import Nodes, arena_of
+
+_SOON_S = 0.1
+"""How long after news the second holders are chosen: one look serves all news of this time."""
+
+
+class ReduceReplicasPerNode(ActiveMemoryManagerPolicy):
+    """Drop superfluous copies, as ``ReduceReplicas`` does. Replicas that share memory are one copy, and stay together.
+
+    Parameters
+    ----------
+    nodes
+        What is known about arenas.
+    guarded
+        Calls a function, and returns None if it fails.
+    """
+
+    def __init__(self, nodes: Nodes, guarded: Callable[..., Any]) -> None:
+        self._nodes, self._guarded = nodes, guarded
+
+    def run(self) -> SuggestionGenerator:
+        """Suggest to drop all replicas of each superfluous copy, those with fewest holders first."""
+        for suggestion in self._guarded(lambda: list(self._suggestions())) or ():  # noqa: UP028 (a list takes no choices)
+            yield suggestion
+
+    def _suggestions(self) -> Iterator[Suggestion]:
+        for ts in self.manager.scheduler.replicated_tasks:
+            coming, going = self.manager.pending.get(ts, (set(), set()))
+            copies = self._nodes.copies(ts, ({*(ts.who_has or ())} | coming) - going)
+            if len(copies) > 1:
+                for copy in copies[_wanted_copies(ts) :]:
+                    for _ in copy:
+                        yield Suggestion("drop", ts, set(copy))
+
+
+def _wanted_copies(ts: Any) -> int:
+    """Return how many copies the tasks that wait for a value may need: as many as Dask keeps."""
+    waiters = ts.waiters or ()
+    if len(waiters) < 20:  # as Dask does: very many are not looked at one by one
+        waiters = {waiter.processing_on or waiter for waiter in waiters}
+    return max(1, len(waiters))
+
+
+class SecondHolders(ActiveMemoryManagerPolicy):
+    """Let a second worker of the node hold each published value, so that a worker's death loses none.
+
+    Parameters
+    ----------
+    nodes
+        What is known about arenas.
+    guarded
+        Calls a function, and returns None if it fails.
+    """
+
+    def __init__(self, nodes: Nodes, guarded: Callable[..., Any]) -> None:
+        self._nodes, self._guarded = nodes, guarded
+
+    def run(self) -> SuggestionGenerator:
+        """Suggest a further replica on the same node for each published value that only one worker there holds.
+
+        None is suggested while the user has stopped the Active Memory Manager.
+        """
+        is_on = self.manager.scheduler.extensions["amm"].running
+        for suggestion in (is_on and self._guarded(lambda: list(self._suggestions()))) or ():  # noqa: UP028
+            yield suggestion
+
+    def _suggestions(self) -> Iterator[Suggestion]:
+        for ts, holders in self._nodes.published():
+            for arena_id, there in holders.items():
+                neighbours = self._nodes.workers_of(arena_id) - there if len(there) == 1 else None
+                if neighbours:
+                    yield Suggestion("replicate", ts, neighbours)
+
+
+class Replicas:
+    """Manages the replicas of shared values, from its creation to :meth:`stop`.
+
+    Policies that the user has configured are left alone.
+
+    Parameters
+    ----------
+    scheduler
+        A running scheduler.
+    nodes
+        What is known about arenas.
+    guarded
+        Calls a function, and returns None if it fails.
+    """
+
+    def __init__(self, scheduler: Any, nodes: Nodes, guarded: Callable[..., Any]) -> None:
+        self._scheduler, self._nodes = scheduler, nodes
+        self._deaths_absorbed: Counter[str] = Counter()
+        self._is_due = False
+        self._manager = scheduler.extensions["amm"]
+        self._replaced = [policy for policy in self._manager.policies if type(policy) is ReduceReplicas]
+        self._own = [ReduceReplicasPerNode(nodes, guarded) for _ in self._replaced]
+        self._exchange(self._replaced, self._own)
+        # A manager of its own runs soon after news, without the policies of the user.
+        self._seconds = ActiveMemoryManagerExtension(
+            scheduler, {SecondHolders(nodes, guarded)}, register=False, start=True
+        )
+
+    def stop(self) -> None:
+        """Put Dask's policy back in place, unless the user has taken ours out."""
+        self._seconds.stop()
+        if self._manager.policies.issuperset(self._own):
+            self._exchange(self._own, self._replaced)
+
+    def _exchange(self, old: list[Any], new: list[Any]) -> None:
+        self._manager.policies.difference_update(old)
+        for policy in new:
+            self._manager.add_policy(policy)
+
+    def choose_soon(self) -> None:
+        """Choose second holders within 0.1 s: a value was published, or a holder is gone."""
+        if not self._is_due:
+            self._is_due = True
+            self._scheduler.loop.call_later(_SOON_S, self._choose)
+
+    def _choose(self) -> None:
+        self._is_due = False
+        if self._seconds.running:
+            self._seconds.run_once()
+
+    def will_lose(self, ws: Any) -> None:
+        """Note that a worker is about to be lost; count it if others of its node hold what it has published."""
+        arena_id = arena_of(ws)
+        if arena_id is not None and any(
+            ws in there.get(arena_id, ()) and len(there[arena_id]) > 1 for _, there in self._nodes.published()
+        ):
+            self._deaths_absorbed[arena_id] += 1
+
+    def report(self) -> dict[str, dict[str, int]]:
+        """Return by arena the replicas that take no memory, and how often a worker was lost without losing values."""
+        free: Counter[str] = Counter()
+        for _, holders in self._nodes.published():
+            for arena_id, there in holders.items():
+                free[arena_id] += len(there) - 1
+        return {
+            arena_id: {"free_replicas": free[arena_id], "deaths_absorbed": self._deaths_absorbed[arena_id]}
+            for arena_id in {*free, *self._deaths_absorbed}
+        }

@@ -1,0 +1,120 @@
+"""What an input costs a worker whose node has it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dask_shm_plugin.scheduling.costs import Costs
+from dask_shm_plugin.scheduling.nodes import LARGE_BYTES, Nodes, news
+
+
+class Value:
+    """Stands for a `TaskState`: it can be referred to weakly, and is equal only to itself."""
+
+    def __init__(self, *holders: Any, nbytes: int = 1 << 28, waiters: int = 0, duration: float = 1.0) -> None:
+        self.key, self.nbytes, self.who_has, self.run_id = "x", nbytes, set(holders), 1
+        prefix = SimpleNamespace(duration_average=duration)
+        self.waiters = [SimpleNamespace(prefix=prefix) for _ in range(waiters)]
+
+    def get_nbytes(self) -> int:
+        """Return the size in bytes."""
+        return self.nbytes
+
+
+class Worker:
+    """Stands for a `WorkerState`."""
+
+    def __init__(self, arena: str | None) -> None:
+        self.nthreads, self.metrics = 1, {"shm": {"arena": arena}} if arena else {}
+
+
+def known(*values: Value, workers: tuple[Worker, ...] = ()) -> tuple[Nodes, Costs]:
+    """Return what a scheduler knows, and the costs, for values and running workers."""
+    scheduler = SimpleNamespace(tasks={value.key: value for value in values}, running=set(workers), bandwidth=1e8)
+    nodes = Nodes(scheduler)
+    return nodes, Costs(scheduler, nodes)
+
+
+def test_a_published_value_costs_a_mapping() -> None:
+    """256 MiB are there in some 30 ms, whatever the network does."""
+    value = Value(Worker("a"))
+    nodes, costs = known(value)
+    assert nodes.heard(news("a", ["x"]))
+    assert costs.transfer(value, Worker("a")) == pytest.approx(0.032, rel=0.1)
+    assert costs.transfer(value, Worker("b")) == costs.transfer(value, Worker(None)) == value.nbytes / 1e8
+
+
+@pytest.mark.parametrize(
+    ("waiters", "duration", "is_worth_it"), [(1, 0.05, False), (40, 0.01, False), (40, 0.05, True), (40, -1, False)]
+)
+def test_a_private_value_costs_a_copy_if_enough_tasks_wait_for_it(
+    waiters: int, duration: float, *, is_worth_it: bool
+) -> None:
+    """A chain of tasks stays with its data. Tasks of unknown duration count as nothing."""
+    value = Value(Worker("a"), waiters=waiters, duration=duration)
+    _, costs = known(value)
+    if is_worth_it:
+        assert costs.transfer(value, Worker("a")) == pytest.approx(0.385, rel=0.1)
+    else:
+        assert costs.near(value, "a") is None
+        assert costs.transfer(value, Worker("a")) == value.nbytes / 1e8
+
+
+def test_a_small_value_and_a_worker_that_does_not_share_cost_what_dask_says() -> None:
+    """Stock Dask's cost is size over bandwidth."""
+    small, foreign = Value(Worker("a"), nbytes=LARGE_BYTES - 1), Value(Worker(None), waiters=100)
+    for value in (small, foreign):
+        nodes, costs = known(value)
+        nodes.heard(news("a", ["x"]))
+        assert costs.transfer(value, Worker("a")) == value.nbytes / 1e8
+
+
+def test_a_value_that_was_computed_again_is_private_until_it_is_published_again() -> None:
+    """What was told about a key belongs to one run of its task."""
+    value = Value(Worker("a"))
+    nodes, _ = known(value)
+    nodes.heard(news("a", ["x"]))
+    assert nodes.is_published(value, "a")
+    value.run_id = 2
+    assert not nodes.is_published(value, "a")
+    nodes.heard(news("b", ["x"]))
+    assert not nodes.is_published(value, "a")
+
+
+def test_a_value_is_published_only_where_a_worker_holds_it() -> None:
+    """The arena may live on, but its copy is gone with the last reference."""
+    value = Value(Worker("a"))
+    nodes, _ = known(value)
+    nodes.heard(news("b", ["x"]))
+    assert not nodes.is_published(value, "b")
+
+
+def test_replicas_of_one_arena_are_one_copy() -> None:
+    """Any other holder has a copy of its own, and so has each holder of a value that nobody has published."""
+    a, b, c, d = Worker("a"), Worker("a"), Worker("b"), Worker(None)
+    value = Value(a, b, c, d)
+    nodes, _ = known(value)
+    assert sorted(map(len, nodes.copies(value, value.who_has))) == [1, 1, 1, 1]
+    nodes.heard(news("a", ["x"]))
+    assert nodes.copies(value, value.who_has)[0] == {a, b}
+    assert sorted(map(len, nodes.copies(value, value.who_has))) == [1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "message", [None, 1, "text", {}, {"arena": "a"}, {"published": ["x"]}, {"arena": "a", "published": 1}]
+)
+def test_a_message_of_another_form_says_nothing(message: Any) -> None:
+    """Another version of the package may use the same topic."""
+    value = Value(Worker("a"))
+    nodes, _ = known(value)
+    assert not nodes.heard(message)
+    assert not nodes.is_published(value, "a")
+
+
+def test_a_key_that_the_scheduler_does_not_know_says_nothing() -> None:
+    """It may have been released since."""
+    nodes, _ = known()
+    assert not nodes.heard(news("a", ["y"]))
