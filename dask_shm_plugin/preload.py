@@ -20,7 +20,7 @@ async def dask_setup(server: Any) -> None:
     Parameters
     ----------
     server : Scheduler, Nanny, Worker or Client
-        The object that Dask passes to a preload. A worker with a nanny also switches its nanny on.
+        The object that Dask passes to a preload. A worker also switches its nanny on, and the scheduler's part.
     """
     if isinstance(server, Scheduler):
         await server.register_scheduler_plugin(SharedMemoryPlugin(), idempotent=False)
@@ -31,6 +31,7 @@ async def dask_setup(server: Any) -> None:
             telling = asyncio.create_task(_tell_nanny(server, str(server.nanny)))
             _TELLING.add(telling)
             telling.add_done_callback(_TELLING.discard)
+        await _tell_scheduler(server)
         await server.plugin_add(stub.WorkerStub({}), name=stub.NAME)
     elif isinstance(server, Nanny):
         await server.plugin_add(stub.NannyStub({}), name=stub.NAME)
@@ -47,6 +48,14 @@ async def _tell_nanny(worker: Worker, address: str) -> None:
             await nanny.plugin_add(plugin=stub.dumps(stub.NannyStub({})), name=stub.NAME)
     except Exception:
         logger.debug("could not switch sharing on in the nanny at %s", address, exc_info=True)
+
+
+async def _tell_scheduler(worker: Worker) -> None:
+    """Let the scheduler place tasks by what lies on each node."""
+    try:
+        await worker.scheduler.run_function(function=stub.dumps(stub.begin_scheduling))
+    except Exception:
+        logger.debug("the scheduler places tasks as without the plugin", exc_info=True)
 
 
 _TELLING: set[asyncio.Task[None]] = set()

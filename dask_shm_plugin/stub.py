@@ -126,13 +126,14 @@ async def install(scheduler: Any, name: str, nanny: bytes, worker: bytes) -> Non
             logging.getLogger("dask_shm_plugin").info("the plugin did not reach every nanny or worker", exc_info=True)
 
 
-async def begin_scheduling(scheduler: Any) -> None:
-    """Let a scheduler place tasks by what lies on each node, if its process has the package."""
-    stop_scheduling(scheduler)
+async def begin_scheduling(dask_scheduler: Any) -> None:
+    """Let a scheduler place tasks by what lies on each node, if its process has the package; runs on the scheduler."""
+    if SCHEDULING in dask_scheduler.plugins:
+        return
     half = _half("SharedMemoryScheduler", {}, "Tasks are placed as without the plugin")
     if half is not None:
-        await half.start(scheduler)
-        scheduler.add_plugin(half, name=SCHEDULING)
+        dask_scheduler.add_plugin(half, name=SCHEDULING)
+        await half.start(dask_scheduler)
 
 
 def stop_scheduling(dask_scheduler: Any) -> None:
