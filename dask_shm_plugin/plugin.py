@@ -234,7 +234,7 @@ async def _stats(client: Client) -> dict[str, dict[str, Any]]:
 
 
 def _placing(answer: dict[str, Any], arena: str) -> dict[str, int]:
-    """Return what the scheduler knows about an arena, from its answer."""
+    """Return the figures of the scheduler for an arena, from its answer."""
     said = (answer.get("result") or {}).get(arena, {})
     return {name: said.get(name, 0) for name in ("free_replicas", "deaths_absorbed")}
 

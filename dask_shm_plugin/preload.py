@@ -51,7 +51,7 @@ async def _tell_nanny(worker: Worker, address: str) -> None:
 
 
 async def _tell_scheduler(worker: Worker) -> None:
-    """Let the scheduler place tasks by what lies on each node."""
+    """Let the scheduler place tasks by the place of their inputs."""
     try:
         await worker.scheduler.run_function(function=stub.dumps(stub.begin_scheduling))
     except Exception:

@@ -127,7 +127,7 @@ async def install(scheduler: Any, name: str, nanny: bytes, worker: bytes) -> Non
 
 
 async def begin_scheduling(dask_scheduler: Any) -> None:
-    """Let a scheduler place tasks by what lies on each node, if its process has the package; runs on the scheduler."""
+    """Let a scheduler place tasks by the place of their inputs, if its process has the package; runs on the scheduler."""
     if SCHEDULING in dask_scheduler.plugins:
         return
     half = _half("SharedMemoryScheduler", {}, "Tasks are placed as without the plugin")
@@ -144,7 +144,7 @@ def stop_scheduling(dask_scheduler: Any) -> None:
 
 
 def report_of_scheduler(dask_scheduler: Any) -> dict[str, Any]:
-    """Return what a scheduler knows about each arena; runs on the scheduler."""
+    """Return the figures that a scheduler has for each arena; runs on the scheduler."""
     half = dask_scheduler.plugins.get(SCHEDULING)
     said: dict[str, Any] = half.report() if half is not None else {}
     return said

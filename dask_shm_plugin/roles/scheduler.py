@@ -1,4 +1,4 @@
-"""The scheduler's role: it places tasks, and keeps replicas, by what lies on each node."""
+"""The scheduler's role: it places tasks, and keeps replicas, by the place of large values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger("dask_shm_plugin")
 
 
 class SharedMemoryScheduler(SchedulerPlugin):
-    """Place tasks by what their inputs cost on each node, and let replicas stay that take no memory.
+    """Place tasks by the cost of their inputs on each node, and let replicas stay that take no memory.
 
     Dask's own answers stand for all tasks without a large input. After an error, everything is put back in place.
     """
@@ -80,7 +80,7 @@ class SharedMemoryScheduler(SchedulerPlugin):
             self._replicas.choose_soon()
 
     def report(self) -> dict[str, dict[str, int]]:
-        """Return what ``stats`` shows about each arena."""
+        """Return the figures that ``stats`` shows for each arena."""
         return self._replicas.report() if self._scheduler is not None else {}
 
     def _replace(self, owner: Any, name: str, around: Callable[[Any], Any]) -> None:
@@ -110,7 +110,7 @@ class SharedMemoryScheduler(SchedulerPlugin):
         return around
 
     def _without_limit(self, own: Any) -> Any:
-        """Let a task run whose inputs exceed the worker's memory limit only by what lies in the arena."""
+        """Let a task run whose inputs exceed the worker's memory limit only by values that lie in the arena."""
 
         def add_to_processing(ts: Any, ws: Any, stimulus_id: str) -> Any:
             limit = ws.memory_limit
@@ -124,7 +124,7 @@ class SharedMemoryScheduler(SchedulerPlugin):
         return add_to_processing
 
     def _counted(self, own: Any) -> Any:
-        """Count the workers that are lost while others hold what they have published."""
+        """Count the workers that are lost while others hold the values that they have published."""
 
         async def remove_worker(address: str, *, expected: bool = False, **options: Any) -> Any:
             if not expected:

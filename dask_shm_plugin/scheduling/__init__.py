@@ -1,1 +1,1 @@
-"""The scheduler's view of nodes: where tasks run, which replicas stay, and what a death loses."""
+"""The scheduler's view of nodes: where tasks run, and which replicas stay."""

@@ -19,14 +19,14 @@ _MAX_WAITERS = 20
 
 
 class Costs:
-    """Estimates what an input of a task costs at a worker.
+    """Estimates the cost of an input of a task at a worker.
 
     Parameters
     ----------
     scheduler
         A running scheduler.
     nodes
-        What is known about arenas.
+        The arenas and published values that are known.
     """
 
     def __init__(self, scheduler: Any, nodes: Nodes) -> None:
@@ -38,8 +38,8 @@ class Costs:
         Returns
         -------
         float or None
-            None if nobody there holds the value, if it is small, or if it is private and not worth being published:
-            then it costs what Dask says.
+            None if no worker there holds the value, if it is small, or if it is private and not worth being published:
+            then it costs as much as Dask says.
         """
         if not is_large(ts) or not self._nodes.is_held_in(ts, arena_id):
             return None

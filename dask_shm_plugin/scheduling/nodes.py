@@ -1,6 +1,6 @@
 """Tell which workers share an arena, and which values lie in it.
 
-A worker names its arena in the metrics of its heartbeats, so what is known about it can never outlive it. Workers and
+A worker names its arena in the metrics of its heartbeats, so no knowledge about it can outlive it. Workers and
 clients tell in a topic of the scheduler's event log which keys they have published.
 """
 
@@ -39,7 +39,7 @@ def has_large_input(ts: Any) -> bool:
 
 
 class Nodes:
-    """What a scheduler knows about arenas.
+    """The arenas and published values that a scheduler knows.
 
     Parameters
     ----------

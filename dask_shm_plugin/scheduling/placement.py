@@ -1,4 +1,4 @@
-"""Place tasks: all workers of a node on which a large input lies may run a task, at what the input costs them."""
+"""Place tasks: all workers of a node on which a large input lies may run a task, if its cost there is worth it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Placement:
     scheduler
         A running scheduler.
     nodes, costs
-        What is known about arenas, and what inputs cost there.
+        The arenas and published values that are known, and the costs of inputs there.
     """
 
     def __init__(self, scheduler: Any, nodes: Nodes, costs: Costs) -> None:

@@ -1,4 +1,4 @@
-"""Policies of the Active Memory Manager that know nodes: what one node shares is one copy, and has a second holder."""
+"""Policies of the Active Memory Manager that know nodes: shared replicas are one copy, and each shared value has a second holder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ReduceReplicasPerNode(ActiveMemoryManagerPolicy):
     Parameters
     ----------
     nodes
-        What is known about arenas.
+        The arenas and published values that are known.
     guarded
         Calls a function, and returns None if it fails.
     """
@@ -63,7 +63,7 @@ class SecondHolders(ActiveMemoryManagerPolicy):
     Parameters
     ----------
     nodes
-        What is known about arenas.
+        The arenas and published values that are known.
     guarded
         Calls a function, and returns None if it fails.
     """
@@ -98,7 +98,7 @@ class Replicas:
     scheduler
         A running scheduler.
     nodes
-        What is known about arenas.
+        The arenas and published values that are known.
     guarded
         Calls a function, and returns None if it fails.
     """
@@ -139,7 +139,7 @@ class Replicas:
             self._seconds.run_once()
 
     def will_lose(self, ws: Any) -> None:
-        """Note that a worker is about to be lost; count it if others of its node hold what it has published."""
+        """Note that a worker is about to be lost; count it if others of its node hold values that it has published."""
         arena_id = arena_of(ws)
         if arena_id is not None and any(
             ws in there.get(arena_id, ()) and len(there[arena_id]) > 1 for _, there in self._nodes.published()

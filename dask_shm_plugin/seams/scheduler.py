@@ -44,7 +44,7 @@ SCHEDULER_SEAMS = (
     ),
     Seam(
         "WorkStealing.steal_time_ratio, .cost_multipliers, LATENCY, fast_tasks, Scheduler._get_prefix_duration",
-        "tasks are stolen at what their inputs cost on the node",
+        "tasks are stolen at the cost of their inputs on the node",
         lambda: (
             takes(WorkStealing.steal_time_ratio, "ts")
             and names(WorkStealing.put_key_in_stealable, "steal_time_ratio")
@@ -81,7 +81,7 @@ SCHEDULER_SEAMS = (
     ),
     Seam(
         "TaskState.run_id, WorkerState.metrics, SchedulerPlugin.log_event",
-        "what workers tell about their arenas and values",
+        "workers tell about their arenas and values",
         lambda: (
             "__weakref__" in distributed.scheduler.TaskState.__annotations__
             and "run_id" in distributed.scheduler.TaskState.__annotations__

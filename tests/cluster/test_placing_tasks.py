@@ -1,4 +1,4 @@
-"""The scheduler places tasks by what lies on each node; small inputs and strangers are treated as by stock Dask."""
+"""The scheduler places tasks by the place of large values; small inputs and strangers are treated as by stock Dask."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_a_broadcast_beyond_each_workers_limit_is_used_on_its_node_and_refused_e
 
 
 def replaced(dask_scheduler: Any) -> dict[str, Any]:
-    """Return what differs from a stock scheduler."""
+    """Return the differences from a stock scheduler."""
     from distributed.scheduler import WorkerState
 
     return {

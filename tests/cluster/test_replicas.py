@@ -60,7 +60,7 @@ def kill(client: Client, address: str) -> None:
 
 
 def summary(client: Client) -> dict[str, Any]:
-    """Return what `stats` says about the only arena."""
+    """Return the entry of `stats` for the only arena."""
     (found,) = stats(client).values()
     return found
 
@@ -144,7 +144,7 @@ def test_nothing_is_replicated_while_the_user_has_stopped_the_manager(client: Cl
 
 
 def test_a_retired_worker_takes_nothing_with_it(client: Client) -> None:
-    """`retire_workers` moves what only the retiring workers hold."""
+    """`retire_workers` moves values that only the retiring workers hold."""
     value = big(fresh())
     future = client.scatter(value, hash=False)
     first = wait_for_holders(client, future, 2)

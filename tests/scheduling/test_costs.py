@@ -1,4 +1,4 @@
-"""What an input costs a worker whose node has it."""
+"""The cost of an input for a worker whose node has it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Worker:
 
 
 def known(*values: Value, workers: tuple[Worker, ...] = ()) -> tuple[Nodes, Costs]:
-    """Return what a scheduler knows, and the costs, for values and running workers."""
+    """Return the knowledge of a scheduler, and the costs, for values and running workers."""
     scheduler = SimpleNamespace(tasks={value.key: value for value in values}, running=set(workers), bandwidth=1e8)
     nodes = Nodes(scheduler)
     return nodes, Costs(scheduler, nodes)
@@ -73,7 +73,7 @@ def test_a_small_value_and_a_worker_that_does_not_share_cost_what_dask_says() ->
 
 
 def test_a_value_that_was_computed_again_is_private_until_it_is_published_again() -> None:
-    """What was told about a key belongs to one run of its task."""
+    """The news about a key belongs to one run of its task."""
     value = Value(Worker("a"))
     nodes, _ = known(value)
     nodes.heard(news("a", ["x"]))
