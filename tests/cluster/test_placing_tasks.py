@@ -8,15 +8,16 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import dask
 import numpy as np
 import pytest
-from clusters import OPTIONS, local_cluster
+from clusters import OPTIONS, local_cluster, register
 from distributed import Client, KilledWorker, get_worker, wait
-from observing import MIB, addresses, array, fresh, holders, lies_in_arena, pids, settle, totals, wait_until
-from processes import environment, workers
+from observing import MIB, addresses, array, fresh, holders, lies_in_arena, pids, see_on, settle, totals, wait_until
+from processes import environment, scheduler, workers
 
 from dask_shm_plugin import unregister
 
@@ -151,6 +152,38 @@ def test_expected_traffic_comes_back_to_nothing(client: Client) -> None:
     assert traffic(client) == ([0, 0, 0, 0], 0)
 
 
+SETTINGS: list[dict[str, Any]] = [
+    {"distributed.scheduler.worker-saturation": float("inf")},
+    {"distributed.scheduler.worker-saturation": 1.1},
+    {"distributed.scheduler.work-stealing": False},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_random_programs_give_the_right_results_whatever_happens_to_the_workers(settings: dict[str, Any]) -> None:
+    """Values are rebalanced and replicated, workers are added, retired and restarted, and replicas are managed."""
+    order = random.Random(2)
+    with dask.config.set(settings | {"distributed.scheduler.validate": True}), local_cluster(3, {}) as client:
+        client.amm.start()
+        for change in (client.rebalance, lambda: client.retire_workers(addresses(client)[:1]), client.restart):
+            seeds = [fresh() for _ in range(4)]
+            values = [client.submit(big, seed, pure=False, priority=order.randrange(3)) for seed in seeds]
+            values.append(client.scatter(big(seeds[0]), broadcast=order.random() < 0.5, hash=False))
+            sums = [client.submit(two_sums, *order.sample(values, 2), pure=False) for _ in range(20)]
+            client.replicate(values[:2], n=2)
+            expected = {float(big(seed).sum().round(3)) for seed in seeds}
+            assert {one for pair in client.gather(sums) for one in pair} <= expected
+            change()
+            wait_until(lambda: len(addresses(client)) >= 2, "enough workers are there")
+        assert client.submit(two_sums, *[client.submit(big, seeds[0], pure=False)] * 2).result()[0] in expected
+
+
+def two_sums(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Read all of two arrays."""
+    return float(a.sum().round(3)), float(b.sum().round(3))
+
+
 @pytest.mark.slow
 def test_near_inputs_are_no_traffic(client: Client) -> None:
     """A worker that waits for a published value is not taken to be busy with receiving it."""
@@ -258,6 +291,26 @@ def test_an_error_puts_everything_back_with_one_warning(caplog: pytest.LogCaptur
             assert client.submit(work, future, 0, 0, pure=False).result(timeout=20)
         assert client.run_on_scheduler(replaced)["scheduler"] == []
     assert len([record for record in caplog.records if "placed as without" in record.message]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lacks", ["the package", "this part of it"])
+def test_a_scheduler_without_the_package_places_tasks_as_stock_dask(tmp_path: Path, lacks: str) -> None:
+    """Values are shared all the same. Another version of the package may not have this part."""
+    module = tmp_path / "dask_shm_plugin.py"
+    module.write_text("raise ImportError('not here')" if lacks == "the package" else "__version__ = '0'")
+    with (
+        scheduler(env=environment(first=str(tmp_path))) as address,
+        Client(address) as client,
+        workers(client, "--nworkers", "2", count=2),
+    ):
+        register(client, **OPTIONS)
+        a, b = addresses(client)
+        made = client.submit(array, fresh(), SIZE // 8, workers=[a], pure=False)
+        assert see_on(client, made, [b])[0].shared
+        assert totals(client).sent == 0
+        assert not client.run_on_scheduler(lambda dask_scheduler: set(vars(dask_scheduler)) & {"get_comm_cost"})
+        unregister(client)
 
 
 def test_two_clusters_of_one_process_do_not_disturb_each_other() -> None:
