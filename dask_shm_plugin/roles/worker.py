@@ -25,6 +25,7 @@ from dask_shm_plugin.transfer.answers import Answers
 from dask_shm_plugin.transfer.publisher import Publisher
 from dask_shm_plugin.transfer.scatter_guard import ScatterGuard
 from dask_shm_plugin.values import buffers
+from dask_shm_plugin.values.kept import KeptValues
 
 _PRUNE_INTERVAL_S = 5.0
 _LISTING_TIMEOUT_S = 0.1
@@ -87,9 +88,11 @@ class SharedMemoryWorker(WorkerPlugin):
             await running.stop()
 
     def transition(self, key: Any, start: str, finish: str, **kwargs: Any) -> None:
-        """Note that a task has finished; Dask calls this synchronously at each transition of a task."""
-        if self._running is not None and finish == "memory" and start in ("executing", "long-running"):
-            self._running.completed(key)
+        """Note that a value came or went, or a task has finished; Dask calls this at each transition of a task."""
+        if self._running is not None and "memory" in (start, finish):
+            self._running.moved(key, is_here=finish == "memory")
+            if finish == "memory" and start in ("executing", "long-running"):
+                self._running.completed(key)
 
     def report(self) -> dict[str, Any] | None:
         """Return the state of the arena and the counters of this process, or None if sharing is off."""
@@ -102,7 +105,9 @@ class _ActiveWorker:
     def __init__(self, worker: Any, role: Role, arena: Arena) -> None:
         self._worker, self._role, self._arena = worker, role, arena
         self._data = WorkerData.of(worker)
-        self.publisher = Publisher(arena, role.options.threshold, self._data, role.address)
+        self._kept = KeptValues(arena)
+        arena.labels.add(self._kept.labels)
+        self.publisher = Publisher(arena, role.options.threshold, self._data, role.address, self._kept)
         self._answers = Answers(worker, arena, self.publisher, role.options.threshold)
         self._meter = WorkerMeter(worker, arena)
         self._scatter_guard = ScatterGuard.around(worker.handlers, arena, self._received)
@@ -118,6 +123,7 @@ class _ActiveWorker:
         self._scatter_guard.retire()
         self._pruning.stop()
         self.publisher.close()
+        self._arena.labels.remove(self._kept.labels)
         let_go_when_closed(self._worker, self._arena.arena_id)
         try:
             # In this order: first, other processes stop sending handles to this worker. Then it stops resolving them.
@@ -134,6 +140,14 @@ class _ActiveWorker:
         with contextlib.suppress(SharedMemoryError):
             return any(role.kind == "client" for role in self._arena.roster.roles())
         return False
+
+    def moved(self, key: Any, *, is_here: bool) -> None:
+        """Note that the value of a key came into memory, or left it."""
+        value = self._data.in_memory(key) if is_here and self._answers.is_large(key) else None
+        if value is None:
+            self._kept.forget(key)
+        else:
+            self._kept.note(key, value)
 
     def completed(self, key: Any) -> None:
         """Publish the result of a finished task, if ``shm.publish`` is "on-completion"."""

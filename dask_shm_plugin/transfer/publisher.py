@@ -21,6 +21,7 @@ from dask_shm_plugin.transfer.entry import Ask, Entry
 from dask_shm_plugin.transfer.publishing import publish_or_count
 from dask_shm_plugin.values import codec
 from dask_shm_plugin.values.codec import Published, Serialized
+from dask_shm_plugin.values.kept import KeptValues
 
 logger = logging.getLogger("dask_shm_plugin")
 
@@ -58,14 +59,19 @@ class Publisher:
         The worker's values.
     address
         The address at which other processes request data from the worker.
+    kept
+        Is told of each value that is published.
 
     Notes
     -----
     To be used on the worker's event loop. Threads copy the values.
     """
 
-    def __init__(self, arena: Arena, threshold: int, data: WorkerData, address: str) -> None:
+    def __init__(
+        self, arena: Arena, threshold: int, data: WorkerData, address: str, kept: KeptValues | None = None
+    ) -> None:
         self._arena, self._threshold = arena, threshold
+        self._kept = kept or KeptValues(arena)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="dask-shm-copy")
         self._entries = Entries(arena, data, address)
         self._adopter = Adopter(self._entries, self._threads)
@@ -241,6 +247,7 @@ class Publisher:
                 entry.published, entry.is_adopted = published, False
                 entry.is_private |= published.has_overlaps
             entry.is_verified = entry.run == run
+            self._kept.note(key, value, published.rows)
 
     async def _still_holds(self, published: Published, serialized: Serialized) -> bool:
         try:

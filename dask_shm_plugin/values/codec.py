@@ -79,6 +79,11 @@ class Published:
         return DaskSerialized({"serializer": "pickle", "writeable": ()}, [self._pickled])
 
     @property
+    def rows(self) -> list[BlockId]:
+        """The blocks of the value."""
+        return [hold.row for hold in self._holds]
+
+    @property
     def is_used_elsewhere(self) -> bool:
         """Whether any other member refers to one of its blocks; False if the arena is damaged or was left."""
         with contextlib.suppress(SharedMemoryError):
