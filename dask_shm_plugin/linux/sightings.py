@@ -61,7 +61,7 @@ def mapped_by(pid: int, file: FileId) -> list[Part]:
     return parts
 
 
-def is_traced_or_stopped(pid: int) -> bool:
+def is_stopped(pid: int) -> bool:
     """Tell whether a process stands still, because of SIGSTOP or a debugger."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
         return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
