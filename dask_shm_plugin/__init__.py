@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dask_shm_plugin.plugin import SharedMemoryPlugin, is_shared, stats, unregister
+    from dask_shm_plugin.plugin import SharedMemoryPlugin, explain, is_shared, stats, unregister
     from dask_shm_plugin.preload import dask_setup
     from dask_shm_plugin.roles.nanny import SharedMemoryNanny
     from dask_shm_plugin.roles.worker import SharedMemoryWorker
@@ -20,6 +20,7 @@ __all__ = [
     "SharedMemoryPlugin",
     "SharedMemoryWorker",
     "dask_setup",
+    "explain",
     "is_shared",
     "stats",
     "unregister",
@@ -30,6 +31,7 @@ _HOMES = {
     "SharedMemoryPlugin": "plugin",
     "SharedMemoryWorker": "roles.worker",
     "dask_setup": "preload",
+    "explain": "plugin",
     "is_shared": "plugin",
     "stats": "plugin",
     "unregister": "plugin",

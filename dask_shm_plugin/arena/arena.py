@@ -282,6 +282,18 @@ class Arena:
 
         return self._access.run(count)
 
+    def glance(self) -> ArenaStats:
+        """Return the figures of the arena without its lock, as an estimate that does not wait for other processes.
+
+        Raises
+        ------
+        TableCorrupt, ArenaUnavailable
+            The table is damaged, or this process has left the arena.
+        """
+        table = self._access.table
+        blocks, members = len(table.blocks.taken_by_now()), len(table.members.slots())
+        return ArenaStats(table.capacity, table.blocks.bytes_held(), self.segment.resident, blocks, members)
+
     def inspect(self) -> None:
         """Check the table, all its rows, and the references of this process.
 

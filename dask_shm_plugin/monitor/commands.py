@@ -35,7 +35,9 @@ def list_arenas(is_json: bool) -> None:
 
 @shm.command()
 @click.argument("arena", required=False)
-@click.option("--by", "order", type=click.Choice(["size", "age"]), default="size", help="Largest or oldest blocks first.")
+@click.option(
+    "--by", "order", type=click.Choice(["size", "age"]), default="size", help="Largest or oldest blocks first."
+)
 @click.option("--limit", default=100, show_default=True, help="Print at most so many blocks of an arena.")
 @_as_json
 def show(arena: str | None, order: str, limit: int, is_json: bool) -> None:

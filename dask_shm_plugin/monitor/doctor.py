@@ -177,7 +177,7 @@ def _gain() -> Iterator[Finding]:
         return
     try:
         copied = _fastest(lambda: np.copyto(copy, data))
-        published = _fastest(lambda: (_publish(arena, data).close(), arena.holdings.tidy()))
+        published = _fastest(lambda: _publish_and_release(arena, data))
         block = _publish(arena, data)
         attached = _fastest(lambda: arena.view(block.descriptor, 0, _TRIAL_BYTES).release())
         block.close()
@@ -191,6 +191,11 @@ def _gain() -> Iterator[Finding]:
         yield Finding("an arena", GOOD, f"{_TRIAL_BYTES >> 20} MiB: {figures}")
     finally:
         arena.close()
+
+
+def _publish_and_release(arena: Arena, data: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
+    _publish(arena, data).close()
+    arena.holdings.tidy()
 
 
 def _publish(arena: Arena, data: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> Block:

@@ -11,17 +11,20 @@ from typing import Any
 from distributed.diagnostics.plugin import WorkerPlugin
 from tornado.ioloop import PeriodicCallback
 
-from dask_shm_plugin import config, metrics
+from dask_shm_plugin import __version__, config, metrics
 from dask_shm_plugin.accounting.meters import WorkerMeter
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.metrics import COUNTERS
+from dask_shm_plugin.monitor import prometheus
+from dask_shm_plugin.monitor.heartbeat import Heartbeat
 from dask_shm_plugin.roles.closing import let_go_when_closed
 from dask_shm_plugin.roles.role import Joining, Role
 from dask_shm_plugin.roles.switch import switch_off, switch_on
 from dask_shm_plugin.seams.worker_data import WorkerData
 from dask_shm_plugin.transfer import fetch
 from dask_shm_plugin.transfer.answers import Answers
+from dask_shm_plugin.transfer.explaining import Explanation, explain
 from dask_shm_plugin.transfer.publisher import Publisher
 from dask_shm_plugin.transfer.scatter_guard import ScatterGuard
 from dask_shm_plugin.values import buffers
@@ -94,6 +97,12 @@ class SharedMemoryWorker(WorkerPlugin):
             if finish == "memory" and start in ("executing", "long-running"):
                 self._running.completed(key)
 
+    def explain(self, key: Any) -> dict[str, str]:
+        """Return the state of the value of a key, and the reason, see :func:`dask_shm_plugin.explain`."""
+        if self._running is None:
+            return Explanation("off", "sharing is off in this worker; one warning in its log says why")._asdict()
+        return self._running.explain(key)._asdict()
+
     def report(self) -> dict[str, Any] | None:
         """Return the state of the arena and the counters of this process, or None if sharing is off."""
         return self._running.report() if self._running else None
@@ -115,7 +124,8 @@ class _ActiveWorker:
         self._pruning.start()
         before = COUNTERS.snapshot()
         self._counted = lambda: metrics.since(before)
-        worker.metrics["shm"] = lambda worker: self._counted()
+        self._heartbeat = worker.metrics["shm"] = Heartbeat(arena, self._kept, self._counted)
+        prometheus.register(worker, self._heartbeat.metrics)
         fetch.REQUESTS.begin()
 
     async def stop(self) -> None:
@@ -133,6 +143,7 @@ class _ActiveWorker:
                 self._scatter_guard.undo()
             fetch.REQUESTS.end()
             self._worker.metrics.pop("shm", None)
+            prometheus.unregister(self._worker)
             self._meter.stop()
             await self._role.leave()
 
@@ -170,10 +181,14 @@ class _ActiveWorker:
                 offer.add_done_callback(functools.partial(_keep, data))  # keeps the message until the offer is done
             await asyncio.wait(offers, timeout=_LISTING_TIMEOUT_S)
 
+    def explain(self, key: Any) -> Explanation:
+        """Return the state of the value of a key, and the reason."""
+        return explain(self._worker, key, self._answers, self.publisher, self._role.options.threshold)
+
     def report(self) -> dict[str, Any]:
         """Return the state of the arena and the counters of this process."""
         said = self._role.report(self._arena, self._counted())
-        return {"worker": self._worker.address, "host": self._worker.ip, **said}
+        return {"worker": self._worker.address, "host": self._worker.ip, "version": __version__, **said}
 
 
 def _keep(message: dict[Any, Any], done: object) -> None:

@@ -310,6 +310,11 @@ class Table:
             np.count_nonzero(self._claims.on(index, self.members.slots()) == np.uint64(self.blocks.generation(index)))
         )
 
+    def holders_of(self, row: BlockId) -> list[Member]:
+        """Return the members that refer to a block. Needs no mutex: the answer may be out of date."""
+        claims = self._claims.on(row.index, self.members.slots())
+        return [one for one, claim in zip(self.members.live(), claims, strict=False) if claim == row.generation]
+
     def count_holders(self, rows: Sequence[BlockId]) -> npt.NDArray[np.intp]:
         """Count, for each of ``rows``, the members that refer to it. Needs no mutex: the counts may be out of date."""
         return self._claims.count(rows, self.members.slots())

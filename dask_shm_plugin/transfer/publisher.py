@@ -71,7 +71,7 @@ class Publisher:
         self, arena: Arena, threshold: int, data: WorkerData, address: str, kept: KeptValues | None = None
     ) -> None:
         self._arena, self._threshold = arena, threshold
-        self._kept = kept or KeptValues(arena)
+        self._kept, self._data = kept or KeptValues(arena), data
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="dask-shm-copy")
         self._entries = Entries(arena, data, address)
         self._adopter = Adopter(self._entries, self._threads)
@@ -144,6 +144,16 @@ class Publisher:
                 self._soon(self._adopter.settle(key, entry))
             elif not entry.asks and self._entries.is_current(key, entry) and key not in self._flights:
                 self._entries.forget(key)
+
+    # -- for people
+
+    def in_memory(self, key: Any) -> object:
+        """Return the value of a key if it is in memory, without reporting a read; None if not."""
+        return self._data.in_memory(key)
+
+    def entry(self, key: Any) -> Entry | None:
+        """Return the entry of a key, if there is one."""
+        return self._entries.get(key)
 
     # -- without being asked
 
@@ -247,7 +257,7 @@ class Publisher:
                 entry.published, entry.is_adopted = published, False
                 entry.is_private |= published.has_overlaps
             entry.is_verified = entry.run == run
-            self._kept.note(key, value, published.rows)
+            self._kept.note(key, value, published.blocks)
 
     async def _still_holds(self, published: Published, serialized: Serialized) -> bool:
         try:

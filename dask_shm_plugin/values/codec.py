@@ -79,9 +79,13 @@ class Published:
         return DaskSerialized({"serializer": "pickle", "writeable": ()}, [self._pickled])
 
     @property
-    def rows(self) -> list[BlockId]:
-        """The blocks of the value."""
-        return [hold.row for hold in self._holds]
+    def blocks(self) -> dict[BlockId, int]:
+        """The blocks of the value, with the bytes of its frames in each."""
+        found = dict.fromkeys((hold.row for hold in self._holds), 0)
+        for part in self.handle.parts:
+            if isinstance(part, Span):
+                found[part.row] += part.length
+        return found
 
     @property
     def is_used_elsewhere(self) -> bool:

@@ -128,7 +128,11 @@ def test_doctor_finds_nothing_wrong_here_and_measures() -> None:
     result = run("doctor")
     assert result.exit_code == 0, result.output
     assert "attach" in result.output
-    assert {one["subject"] for one in json.loads(run("doctor", "--json").output)} >= {"versions", "/dev/shm", "ulimit -n"}
+    assert {one["subject"] for one in json.loads(run("doctor", "--json").output)} >= {
+        "versions",
+        "/dev/shm",
+        "ulimit -n",
+    }
 
 
 def test_doctor_ends_with_status_1_if_sharing_would_be_off(monkeypatch: pytest.MonkeyPatch) -> None:
