@@ -72,7 +72,7 @@ class Labels:
     def __init__(self, segment: Segment, member: Member, is_held: Callable[[BlockId], bool]) -> None:
         self._segment, self._member, self._is_held = segment, member, is_held
         self._sources: tuple[Source, ...] = ()
-        self._written = b""
+        self._written = NOTHING
         self.cluster = ""
 
     def add(self, source: Source) -> None:
@@ -91,15 +91,16 @@ class Labels:
         if not self.cluster:
             return
         labels = [label for source in self._sources for label in source() if all(map(self._is_held, label.blocks))]
-        packed = _packed(Told(self.cluster, COUNTERS.snapshot(), labels))
-        if packed != self._written:
+        told = Told(self.cluster, COUNTERS.snapshot(), labels)
+        if told != self._written:
+            packed = _packed(told)
             head = _HEAD.pack(self._member.incarnation, len(packed), zlib.crc32(packed))
             with contextlib.suppress(SharedMemoryError, OSError):
                 self._segment.write(labels_offset(self._member.slot), memoryview(head + packed))
-                self._written = packed
+                self._written = told
 
     def __repr__(self) -> str:
-        return f"<Labels of member {self._member.slot}, {len(self._written)} bytes>"
+        return f"<Labels of member {self._member.slot}, {len(self._written.labels)} labels>"
 
 
 def _packed(told: Told) -> bytes:

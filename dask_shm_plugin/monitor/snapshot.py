@@ -156,7 +156,8 @@ class _Reader:
         }
 
     def _block(self, row: Row) -> BlockSeen:
-        found = [label for _, label in self._labels[row.block]]
+        # Labels are up to a second old: that of a member that has released the block since is left out.
+        found = [label for member, label in self._labels[row.block] if member in self._claims[row.block]]
         first = found[0] if found else Label((), "", "", "")
         return BlockSeen(
             block=f"{row.block.index}:{row.block.generation}",

@@ -39,7 +39,9 @@ def explain(worker: Any, key: Any, answers: Answers, publisher: Publisher, thres
     if entry is not None and entry.is_adopted:
         return Explanation("adopted", "the worker has given up its private copy for the shared one")
     if entry is not None and entry.published is not None and not codec.is_shared(box[0]):
-        return Explanation("private copy kept", f"a shared copy exists, too; {_why_private(box, task)}")
+        return Explanation(
+            "private copy kept", f"a shared copy exists, too; {_why_private(box, task, has_entry=entry is not None)}"
+        )
     if not answers.is_large(key):
         size = (task.nbytes or 0) if task else 0
         return Explanation("private", f"Dask measures it as {size} bytes, less than shm.threshold ({threshold})")
@@ -48,17 +50,18 @@ def explain(worker: Any, key: Any, answers: Answers, publisher: Publisher, thres
     if answers.is_of_small_items(key, box[0]):
         return Explanation("private", "it has very many small parts, and is sent as bytes")
     return Explanation(
-        "private", f"no process of this machine has asked for it yet; if one does: {_why_private(box, task)}"
+        "private",
+        f"no process of this machine has asked for it yet; if one does: {_why_private(box, task, has_entry=entry is not None)}",
     )
 
 
-def _why_private(box: list[Any], task: Any) -> str:
+def _why_private(box: list[Any], task: Any, *, has_entry: bool) -> str:
     """Return the reason why a value in a box of its own would keep its private copy, or would not."""
     if not adoption.may_adopt(box[0]):
         return f"the type {type(box[0]).__qualname__} cannot be rebuilt exactly, so the owner keeps its own copy"
     if task is not None and any(user.state in ("executing", "long-running") for user in task.dependents):
         return "a task uses it now"
-    # The references of the worker's data and of an entry, if there is one.
-    if not any(aliases.is_alone(box, known) for known in (1, 2)):
+    # The references of the worker's data, and of the entry.
+    if not aliases.is_alone(box, 1 + has_entry):
         return "something else in the worker can reach its memory: a view, a cache, a global or an attribute"
     return "nothing else reaches it, so the shared copy replaces the private one"

@@ -39,10 +39,10 @@ def client(nothing_leaks: None) -> Iterator[Client]:
 
 
 @pytest.fixture
-def sharing(client: Client) -> Iterator[Any]:
-    """Keep a value of four MiB on both workers, and yield its future."""
+def sharing(client: Client) -> Any:
+    """Keep a value of four MiB on both workers, and return its future."""
     register(client, threshold="64 KiB", capacity="256 MiB")
-    yield client.scatter(np.random.default_rng(fresh()).random(2**19), broadcast=True)
+    return client.scatter(np.random.default_rng(fresh()).random(2**19), broadcast=True)
 
 
 def get(client: Client, path: str) -> str:
@@ -164,7 +164,9 @@ def follow(page: Any, address: str, ready: Any) -> dict[str, Any]:
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.goto(address)
     page.wait_for_function("window.Bokeh && Bokeh.documents.length > 0")
-    result = wait_until(lambda: (found := shown(page)) and ready(found) and found, "the page shows the values", seconds=60)
+    result = wait_until(
+        lambda: (found := shown(page)) and ready(found) and found, "the page shows the values", seconds=60
+    )
     assert [problem for problem in problems if "favicon" not in problem] == []
     return result
 
@@ -189,7 +191,9 @@ def test_a_browser_shows_each_plot_alone(client: Client, sharing: Any, browser: 
     """As in the extension of JupyterLab."""
     page = browser.new_page()
     for plot in PLOTS:
-        follow(page, f"{client.dashboard_link.rpartition('/')[0]}/{plot}", lambda found: len(found) > 1 or found["text"])
+        follow(
+            page, f"{client.dashboard_link.rpartition('/')[0]}/{plot}", lambda found: len(found) > 1 or found["text"]
+        )
     page.close()
 
 
@@ -197,7 +201,9 @@ def test_the_page_shows_64_workers_with_a_thousand_blocks_each(
     client: Client, sharing: Any, browser: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eight nodes have eight workers each."""
-    counters = {event: {"count": 9, "bytes": 2**20} for event in metrics.EVENTS} | {"sent": {"stale": {"count": 1, "bytes": 1}}}
+    counters = {event: {"count": 9, "bytes": 2**20} for event in metrics.EVENTS} | {
+        "sent": {"stale": {"count": 1, "bytes": 1}}
+    }
     state = {"capacity": 2**30, "used": 2**29, "resident": 2**29, "blocks": 1000, "members": 9}
     held = tuple(f"tcp://10.0.0.1:{n}" for n in range(8))
     values = [ValueSeen(f"key-{n}", "numpy.ndarray", "3 float64", 2**20 + n, held) for n in range(40)]
