@@ -24,6 +24,8 @@ from dask_shm_plugin.monitor.nodes import Node, ValueSeen
 from dask_shm_plugin.seams.checks import Seam
 
 pytest.importorskip("bokeh")
+from jinja2 import TemplateNotFound
+
 from dask_shm_plugin.seams import dashboard as seam
 
 pytestmark = pytest.mark.slow
@@ -92,8 +94,11 @@ def test_the_page_is_gone_after_unregistering_and_back_after_registering(client:
 def test_a_performance_report_contains_the_page(client: Client, sharing: Any, tmp_path: Path) -> None:
     """It is a tab behind those of Dask."""
     report = tmp_path / "report.html"
-    with performance_report(str(report)):
-        client.submit(array, fresh()).result()
+    try:
+        with performance_report(str(report)):
+            client.submit(array, fresh()).result()
+    except TemplateNotFound:
+        pytest.skip("this version of Dask makes no reports with this version of Bokeh")
     text = report.read_text()
     assert '"title":"Task Stream"' in text.replace('": "', '":"')
     assert "Memory by node" in text
