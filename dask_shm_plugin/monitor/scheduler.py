@@ -52,10 +52,13 @@ def show(scheduler: Any) -> None:
 
 
 def hide(scheduler: Any) -> None:
-    """Undo :func:`show`; harmless if it was not called."""
+    """Undo :func:`show`; never raises, and does nothing if that was not called."""
     monitor = scheduler.extensions.pop(_NAME, None)
     if monitor is not None:
-        monitor.close()
+        try:
+            monitor.close()
+        except Exception:
+            logger.debug("could not take the page of the dashboard away", exc_info=True)
 
 
 def _pages(scheduler: Any, history: History) -> Any:

@@ -161,7 +161,7 @@ class DashboardPages:
                     names.remove(name)
         with contextlib.suppress(ValueError):
             self._applications.remove(self._pages)
-        self._pages.stop()
+        self._pages.stop(wait=False)
 
 
 def first_bokeh_application(scheduler: Any) -> BokehTornado | None:
