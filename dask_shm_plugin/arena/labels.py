@@ -124,6 +124,8 @@ def unpack(data: bytes, member: Member) -> Told | None:
     Told or None
         ``NOTHING`` if the member has written nothing; None if the bytes were read in the middle of a write.
     """
+    if len(data) < _HEAD.size:
+        return NOTHING
     incarnation, length, checksum = _HEAD.unpack_from(data)
     packed = data[_HEAD.size : _HEAD.size + length]
     if incarnation != member.incarnation:

@@ -11,8 +11,10 @@ from collections.abc import Iterable
 import click
 
 from dask_shm_plugin.exceptions import SharedMemoryError
-from dask_shm_plugin.monitor import arenas, text
+from dask_shm_plugin.monitor import text
 from dask_shm_plugin.monitor.seen import Snapshot
+
+# ``dask`` imports this module for each of its commands, on every system: the rest is imported when it is needed.
 
 _as_json = click.option("--json", "is_json", is_flag=True, help="Print everything as JSON.")
 
@@ -20,13 +22,15 @@ _as_json = click.option("--json", "is_json", is_flag=True, help="Print everythin
 @click.group()
 def shm() -> None:
     """Look at the shared memory of Dask clusters on this machine."""
+    if not sys.platform.startswith("linux"):
+        raise click.ClickException(f"shared memory needs Linux, this is {sys.platform}")
 
 
 @shm.command("list")
 @_as_json
 def list_arenas(is_json: bool) -> None:
     """List all arenas of this user."""
-    found = arenas.snapshots()
+    found = _chosen(None)
     if is_json:
         click.echo(text.as_json([one.to_json() for one in found]))
     else:
@@ -43,6 +47,8 @@ def list_arenas(is_json: bool) -> None:
 def show(arena: str | None, order: str, limit: int, is_json: bool) -> None:
     """Show the members and blocks of ARENA (the first digits of its id), or of all arenas."""
     found = _chosen(arena)
+    if not found:
+        raise click.ClickException(f"there is no arena {arena}" if arena else "there are no arenas of this user")
     if is_json:
         click.echo(text.as_json([one.to_json() for one in found]))
         return
@@ -90,10 +96,10 @@ def doctor(is_json: bool) -> None:
 
 
 def _chosen(arena: str | None) -> list[Snapshot]:
-    found = [one for one in arenas.snapshots() if one.arena.startswith(arena or "")]
-    if not found:
-        raise click.ClickException(f"there is no arena {arena}" if arena else "there are no arenas of this user")
-    return found
+    """Return the snapshots of the arenas whose id begins so."""
+    from dask_shm_plugin.monitor.arenas import snapshots
+
+    return [one for one in snapshots() if one.arena.startswith(arena or "")]
 
 
 def _print(lines: Iterable[str]) -> None:

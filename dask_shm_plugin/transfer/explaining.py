@@ -17,7 +17,7 @@ class Explanation(NamedTuple):
 
 
 def explain(worker: Any, key: Any, answers: Answers, publisher: Publisher, threshold: int) -> Explanation:
-    """Explain the value of a key; to be called on the worker's event loop.
+    """Explain the value of a key, and say if it was sent as bytes; to be called on the worker's event loop.
 
     Parameters
     ----------
@@ -28,6 +28,12 @@ def explain(worker: Any, key: Any, answers: Answers, publisher: Publisher, thres
     threshold
         Smallest value to share, in bytes.
     """
+    state, why = _explain(worker, key, answers, publisher, threshold)
+    reason = answers.last_reason(key)
+    return Explanation(state, f"{why}; it was sent as bytes: {reason}" if reason else why)
+
+
+def _explain(worker: Any, key: Any, answers: Answers, publisher: Publisher, threshold: int) -> Explanation:
     task = worker.state.tasks.get(key)
     box = [publisher.in_memory(key)]
     if box[0] is None:

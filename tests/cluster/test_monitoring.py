@@ -87,6 +87,16 @@ def test_explain_gives_the_reason_for_a_private_copy(four: Client) -> None:
     assert "less than shm.threshold" in explain(small)[one]["why"]
 
 
+def test_explain_says_why_a_value_was_sent(four: Client) -> None:
+    """A client without the plugin is no member of the arena."""
+    one = addresses(four)[0]
+    made = four.submit(array, fresh(), workers=[one])
+    wait(made)
+    with Client(four.scheduler.address, set_as_default=False) as outsider:
+        outsider.sync(outsider.scheduler.gather, keys=[made.key])
+    assert "it was sent as bytes: not-co-located" in explain(made)[one]["why"]
+
+
 # -- stats
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import secrets
+import select
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from other_processes import JOIN, LEAVE, Process
+from other_processes import JOIN, LEAVE, Process, wait_until
 
 from dask_shm_plugin.monitor import commands, doctor, top
 from dask_shm_plugin.monitor.doctor import Finding
@@ -70,6 +74,14 @@ def test_show_prints_the_blocks_of_one_arena_with_the_reasons(member: Process) -
     assert own(run("show", arena, "--json"), member)["blocks"][0]["size"] == 10_000
 
 
+def test_another_system_is_told_that_shared_memory_needs_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands exist on each system, because ``dask`` loads them for all of its commands."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    result = run("list")
+    assert result.exit_code == 1
+    assert "needs Linux" in result.output
+
+
 def test_show_says_which_arena_is_not_there() -> None:
     """The status tells, too."""
     result = run("show", "nonsense")
@@ -121,6 +133,41 @@ def test_top_without_a_terminal_prints_frames(member: Process) -> None:
     result = run("top", "--count", "2", "--interval", "0.01")
     assert result.exit_code == 0
     assert result.output.count("blocks by size") == 2
+
+
+def test_top_follows_keys_in_a_terminal(member: Process) -> None:
+    """It draws in place, takes another order, and quits."""
+    leader, follower = pty.openpty()
+    line = [sys.executable, "-m", "dask", "shm", "top", "--interval", "0.05"]
+    env = os.environ | {"TERM": "xterm", "LINES": "30", "COLUMNS": "120"}
+    with subprocess.Popen(line, stdin=follower, stdout=follower, stderr=follower, env=env) as process:
+        try:
+            os.close(follower)
+            read_until(leader, b"blocks by size")
+            os.write(leader, b"aq")  # only the cells that differ are drawn anew, so no text can be waited for
+            wait_until(lambda: (read_some(leader), process.poll())[1] == 0, "it has ended")
+        finally:
+            process.kill()
+            os.close(leader)
+
+
+def read_some(leader: int) -> bytes:
+    """Read from a terminal, if there is anything to be read now."""
+    with contextlib.suppress(OSError):  # the other end is closed
+        return os.read(leader, 65536) if select.select([leader], [], [], 0.1)[0] else b""
+    return b""
+
+
+def read_until(leader: int, text: bytes) -> None:
+    """Read from a terminal until it has shown a text."""
+    shown = b""
+
+    def is_shown() -> bool:
+        nonlocal shown
+        shown += read_some(leader)
+        return text in shown
+
+    wait_until(is_shown, f"the terminal shows {text!r}", 60)
 
 
 def test_doctor_finds_nothing_wrong_here_and_measures() -> None:
