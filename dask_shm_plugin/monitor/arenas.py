@@ -12,12 +12,15 @@ from dask_shm_plugin.monitor import snapshot
 from dask_shm_plugin.monitor.seen import Snapshot
 
 
-def snapshots() -> list[Snapshot]:
-    """Return a snapshot of each arena, the largest first; a segment with another layout is left out."""
+def snapshots(*, measure_large: bool = False) -> list[Snapshot]:
+    """Return a snapshot of each arena, the largest first; a segment with another layout is left out.
+
+    For ``measure_large``, see :func:`snapshot.take`.
+    """
     found = []
     for seen in sightings():
         with contextlib.suppress(OSError, TableCorrupt), _opened(seen) as fd:
-            found.append(snapshot.take(fd, seen))
+            found.append(snapshot.take(fd, seen, measure_large=measure_large))
     return sorted(found, key=lambda one: (-one.used, one.arena))
 
 

@@ -96,10 +96,10 @@ def doctor(is_json: bool) -> None:
 
 
 def _chosen(arena: str | None) -> list[Snapshot]:
-    """Return the snapshots of the arenas whose id begins so."""
+    """Return the snapshots of the arenas whose id begins so, with their large pages."""
     from dask_shm_plugin.monitor.arenas import snapshots
 
-    return [one for one in snapshots() if one.arena.startswith(arena or "")]
+    return [one for one in snapshots(measure_large=True) if one.arena.startswith(arena or "")]
 
 
 def _print(lines: Iterable[str]) -> None:

@@ -46,7 +46,17 @@ class BlockSeen(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """An arena at one moment; ``largest_fit`` is the largest value for which it has room."""
+    """An arena at one moment.
+
+    Attributes
+    ----------
+    largest_fit
+        The largest value for which it has room.
+    large
+        The bytes that the member with the most of them has mapped by large pages; None if they were not measured.
+    counters
+        The counters of the process of each member, by pid.
+    """
 
     arena: str
     cluster: str
@@ -54,12 +64,12 @@ class Snapshot(NamedTuple):
     capacity: int
     used: int
     resident: int
+    large: int | None
     largest_fit: int
     age: float | None
     members: list[MemberSeen]
     blocks: list[BlockSeen]
     counters: dict[int, dict[str, Any]]
-    """The counters of the process of each member, by pid."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the snapshot as dicts and lists."""

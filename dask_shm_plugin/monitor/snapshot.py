@@ -38,7 +38,7 @@ class Row(NamedTuple):
     owner: Member
 
 
-def take(fd: int, seen: Sighting) -> Snapshot:
+def take(fd: int, seen: Sighting, *, measure_large: bool = False) -> Snapshot:
     """Return a snapshot of an arena.
 
     Parameters
@@ -47,13 +47,15 @@ def take(fd: int, seen: Sighting) -> Snapshot:
         A descriptor of its segment; it is only read.
     seen
         The segment, and the processes that have it open.
+    measure_large
+        Whether to measure large pages, which takes time in proportion to the mapped memory.
 
     Raises
     ------
     TableCorrupt
         The segment has no table of this version.
     """
-    return _Reader(fd, seen).snapshot()
+    return _Reader(fd, seen).snapshot(measure_large=measure_large)
 
 
 def table_of(fd: int) -> Table:
@@ -124,7 +126,8 @@ class _Reader:
                     self._labels[row].append((member, label))
         self._views = {pid: sightings.mapped_by(pid, seen.file) for pid in {*seen.descriptors, *self._pids.values()}}
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, *, measure_large: bool) -> Snapshot:
+        large = [sightings.large_pages_of(pid, self._seen.file) for pid in self._pids.values() if measure_large]
         table, rows = self._table, list(rows_of(self._table))
         taken = np.array([row.extent for row in rows], np.uint64).reshape(-1, 2)
         used = int(taken[:, 1].sum())
@@ -136,6 +139,7 @@ class _Reader:
             capacity=table.capacity,
             used=used,
             resident=os.fstat(self._fd).st_blocks * 512,
+            large=max(large, default=None),
             largest_fit=max(0, min(int(longest_gap), table.capacity - used)),
             age=self._age(table.created),
             members=list(self._members.values()),

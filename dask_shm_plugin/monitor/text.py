@@ -52,13 +52,14 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequenc
 
 
 def arenas(found: Sequence[Snapshot]) -> list[str]:
-    """Return one line for each arena, and a line of totals if there are several."""
-    header = ("ARENA", "CLUSTER", "CAPACITY", "USED", "RESIDENT", "BLOCKS", "MEMBERS", "AGE", "MEMORY")
+    """Return one line for each arena, and a line of totals if there are several; LARGE is mapped by large pages."""
+    header = ("ARENA", "CLUSTER", "CAPACITY", "USED", "RESIDENT", "LARGE", "BLOCKS", "MEMBERS", "AGE", "MEMORY")
     rows = [
         (
             one.arena[:8],
             one.cluster[-12:],
             *map(format_bytes, (one.capacity, one.used, one.resident)),
+            "?" if one.large is None else format_bytes(one.large),
             str(len(one.blocks)),
             str(len(one.members)),
             duration(one.age),
@@ -69,8 +70,8 @@ def arenas(found: Sequence[Snapshot]) -> list[str]:
     if len(found) > 1:
         sums = [sum(getattr(one, name) for one in found) for name in ("capacity", "used", "resident")]
         counts = [sum(len(getattr(one, name)) for one in found) for name in ("blocks", "members")]
-        rows.append(("total", "", *map(format_bytes, sums), *map(str, counts), "", ""))
-    return columns(header, rows, header[2:7])
+        rows.append(("total", "", *map(format_bytes, sums), "", *map(str, counts), "", ""))
+    return columns(header, rows, header[2:9])
 
 
 def blocks(found: Sequence[BlockSeen]) -> list[str]:

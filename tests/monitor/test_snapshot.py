@@ -65,6 +65,13 @@ def test_an_arena_is_seen_as_its_members_see_it(member: Process) -> None:
     assert block.owner == f"worker tcp://{member.pid}"
 
 
+def test_large_pages_are_measured_on_request(member: Process) -> None:
+    """A small arena has none."""
+    arena = member("arena.arena_id.hex()")
+    assert seen(member).large is None
+    assert [one.large for one in arenas.snapshots(measure_large=True) if one.arena == arena] == [0]
+
+
 def test_the_observer_is_no_member_and_leaves_nothing(member: Process) -> None:
     """A look changes neither the members nor the descriptors of the observer."""
     before = os.listdir("/proc/self/fd")
