@@ -8,8 +8,18 @@ from typing import Any
 
 from bokeh.document import Document
 from bokeh.layouts import column, row
-from bokeh.models import BasicTicker, ColumnDataSource, Div, FactorRange, HoverTool, NumeralTickFormatter, TabPanel
+from bokeh.models import (
+    BasicTicker,
+    ColumnDataSource,
+    Div,
+    FactorRange,
+    HoverTool,
+    NoOverlap,
+    NumeralTickFormatter,
+    TabPanel,
+)
 from bokeh.plotting import figure
+from bokeh.transform import dodge
 from dask.utils import format_bytes
 from distributed.dashboard.components import add_periodic_callback
 
@@ -62,50 +72,43 @@ class NodesPlot(_Part):
 
     def __init__(self, history: History) -> None:
         super().__init__(history)
-        self.source = ColumnDataSource({name: [] for name in ("y", "used", "warm", "free", "private", "text")})
-        self.root = figure(
-            title="Memory by node",
-            y_range=FactorRange(),
-            tools="",
-            sizing_mode="stretch_both",
-            min_height=160,
+        self.source = ColumnDataSource({name: [] for name in ("node", "used", "warm", "free", "private", "text")})
+        plot = self.root = figure(
+            title="Memory by node", y_range=FactorRange(), tools="", sizing_mode="stretch_both", min_height=160
         )
-        names, colors = ["used", "warm", "free", "private"], [_USED, _WARM, _FREE, _PRIVATE]
-        labels = ["used by blocks", "warm", "free", "private memory of the workers"]
-        self.root.hbar_stack(
-            names, y="y", height=0.8, color=colors, line_color=None, source=self.source, legend_label=labels
-        )
-        self.root.add_tools(HoverTool(tooltips="@text"))
-        _count_bytes(self.root.xaxis)
-        self.root.x_range.start = 0
-        self.root.legend.orientation = "horizontal"
-        self.root.add_layout(self.root.legend[0], "below")
-        self.root.ygrid.visible = False
+        shared, private = (dodge("node", place, range=plot.y_range) for place in (0.2, -0.2))
+        bars: dict[str, Any] = {"height": 0.38, "line_color": None, "source": self.source}
+        parts = {"used": ("used by blocks", _USED), "warm": ("warm", _WARM), "free": ("free", _FREE)}
+        labels, colors = map(list, zip(*parts.values(), strict=True))
+        plot.hbar_stack(list(parts), y=shared, color=colors, legend_label=labels, **bars)
+        plot.hbar(right="private", y=private, color=_PRIVATE, legend_label="private memory of the workers", **bars)
+        plot.add_tools(HoverTool(tooltips="@node: @text"))
+        _count_bytes(plot.xaxis)
+        plot.x_range.start = 0
+        plot.yaxis.major_label_policy = NoOverlap()
+        plot.legend.orientation = "horizontal"
+        plot.add_layout(plot.legend[0], "below")
 
     def show(self, last: Moment) -> None:
         """Show two bars for each node."""
-        bars = [bar for node in reversed(last.nodes) for bar in _bars(node)]
-        self.root.y_range.factors = [bar[0] for bar in bars]
-        names = ("y", "used", "warm", "free", "private", "text")
-        self.source.data = {name: [bar[n] for bar in bars] for n, name in enumerate(names)}
+        rows = [_sizes(node) for node in last.nodes]
+        self.root.y_range.factors = [node.name for node in reversed(last.nodes)]
+        self.source.data = {
+            "node": [node.name for node in last.nodes],
+            **{name: [row[name] for row in rows] for name in ("used", "warm", "free", "private")},
+            "text": [_told(node, row) for node, row in zip(last.nodes, rows, strict=True)],
+        }
 
 
-def _bars(node: Node) -> Iterable[tuple[tuple[str, str], int, int, int, int, str]]:
-    state, private = node.state, sum(node.private.values())
-    warm = max(0, min(state["resident"], state["capacity"]) - state["used"])
-    free = max(0, state["capacity"] - state["used"] - warm)
-    text = ", ".join(
-        f"{format_bytes(size)} {name}" for size, name in ((state["used"], "used"), (warm, "warm"), (free, "free"))
-    )
-    yield (node.name, "private"), 0, 0, 0, private, f"{format_bytes(private)} in {len(node.private)} workers"
-    yield (
-        (node.name, "shared"),
-        state["used"],
-        warm,
-        free,
-        0,
-        f"{text}; {state['blocks']} blocks, {state['members']} members",
-    )
+def _sizes(node: Node) -> dict[str, int]:
+    used, capacity = node.state["used"], node.state["capacity"]
+    warm = max(0, min(node.state["resident"], capacity) - used)
+    return {"used": used, "warm": warm, "free": max(0, capacity - used - warm), "private": sum(node.private.values())}
+
+
+def _told(node: Node, sizes: dict[str, int]) -> str:
+    parts = ", ".join(f"{format_bytes(size)} {name}" for name, size in sizes.items())
+    return f"{parts}; {node.state['blocks']} blocks, {node.state['members']} members, {len(node.private)} workers"
 
 
 class TimePlot(_Part):

@@ -217,7 +217,7 @@ def test_the_page_shows_64_workers_with_a_thousand_blocks_each(
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     address = f"{client.dashboard_link.rpartition('/')[0]}/{PAGE}"
     found = follow(page, address, lambda found: "key-39" in found["text"])
-    assert len(found["y"]) == 16
+    assert len(found["node"]) == 8
     assert max(found["blocks"]) == 8000
     assert found["text"].count("<tr>") == 21
     assert "sent: stale" in found["event"]
