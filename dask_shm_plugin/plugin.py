@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections import defaultdict
 from typing import Any
 
 from distributed import Client
 from distributed.diagnostics.plugin import SchedulerPlugin
 
-from dask_shm_plugin import config, metrics, stub
+from dask_shm_plugin import __version__, config, metrics, stub
+from dask_shm_plugin.monitor.notebook import ArenaFigures, Explanations
 from dask_shm_plugin.notices import warn_once
 from dask_shm_plugin.seams.checks import why_not
 
@@ -56,6 +58,7 @@ class SharedMemoryPlugin(SchedulerPlugin):
         warm: str | float | None = None,
     ) -> None:
         given = {"capacity": capacity, "threshold": threshold, "publish": publish, "views": views, "warm": warm}
+        self._scheduler: Any = None
         self.given = {name: value for name, value in given.items() if value is not None}
         self.options = config.options(self.given)
 
@@ -68,6 +71,13 @@ class SharedMemoryPlugin(SchedulerPlugin):
         scheduler.plugins.pop(self.name, None)
         if self.is_possible():
             await stub.install(scheduler, self.name, *self.halves())
+            self._scheduler = scheduler
+            stub.show(scheduler)
+
+    async def close(self) -> None:
+        """Take the page of the dashboard away; the scheduler calls this when it closes."""
+        if self._scheduler is not None:
+            stub.hide(self._scheduler)
 
     def halves(self) -> tuple[bytes, bytes]:
         """Return the pickled stubs of the nanny plugin and of the worker plugin."""
@@ -159,7 +169,8 @@ async def _unregister(client: Client) -> None:
         # Raised if no plugin of this kind is registered with the scheduler.
         with contextlib.suppress(ValueError, KeyError):
             await call(name=stub.NAME)
-    await scheduler.run_function(function=stub.dumps(stub.stop_scheduling))
+    for undo in (stub.stop_scheduling, stub.hide):
+        await scheduler.run_function(function=stub.dumps(undo))
     # Plugins that were started by --preload were never registered with the scheduler.
     await scheduler.broadcast(msg={"op": "run", "function": stub.dumps(stub.remove), "wait": True}, on_error="ignore")
 
@@ -175,7 +186,7 @@ def stats(client: Client) -> Any:
     Returns
     -------
     dict
-        One dict per arena, with the key "host-id": the host of its workers ("here" if only this client reported the
+        One dict per arena, shown as a table in a notebook, with the key "host-id": the host of its workers ("here" if only this client reported the
         arena), and the first eight digits of the arena's id. Sizes are in bytes. Each dict has these items:
 
         ``capacity``
@@ -227,16 +238,62 @@ async def _stats(client: Client) -> dict[str, dict[str, Any]]:
     by_arena: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for report in [*reports, *([own] if own else [])]:
         by_arena[report["arena"]].append(report)
-    return {
-        f"{hosts.get(arena, 'here')}-{arena[:8]}": _summary(said) | _placing(placing, arena)
-        for arena, said in by_arena.items()
-    }
+    _warn_of_versions(reports)
+    return ArenaFigures(
+        {
+            f"{hosts.get(arena, 'here')}-{arena[:8]}": _summary(said) | _placing(placing, arena)
+            for arena, said in by_arena.items()
+        }
+    )
 
 
 def _placing(answer: dict[str, Any], arena: str) -> dict[str, int]:
     """Return the figures of the scheduler for an arena, from its answer."""
     said = (answer.get("result") or {}).get(arena, {})
     return {name: said.get(name, 0) for name in ("free_replicas", "deaths_absorbed")}
+
+
+def _warn_of_versions(reports: list[dict[str, Any]]) -> None:
+    others = sorted({(one["worker"], one["version"]) for one in reports if one["version"] != __version__})
+    if others:
+        named = ", ".join(f"{worker} has {version}" for worker, version in others)
+        warn_once(
+            f"Workers have another version of dask_shm_plugin than this client ({__version__}): {named}. "
+            "Install the same one everywhere."
+        )
+
+
+def explain(future: Any, client: Client | None = None) -> Any:
+    """Say for one value, on every worker, whether it is shared, and the reason.
+
+    Parameters
+    ----------
+    future
+        A future of the value.
+    client
+        The client, by default that of the future. If it is asynchronous, await the result.
+
+    Returns
+    -------
+    dict
+        For the address of each worker, a dict of ``state`` and ``why``. The state is "shared" (mapped from the arena),
+        "adopted" (the same, in the worker that made the value), "private copy kept" (there is a shared copy, too),
+        "private", "on disk", "absent", or "off". The reason is a sentence. In a notebook the dict is shown as a table.
+    """
+    chosen: Client = client or future.client
+    return chosen.sync(_explain, chosen, future.key)
+
+
+async def _explain(client: Client, key: Any) -> dict[str, dict[str, Any]]:
+    scheduler: Any = client.scheduler
+    kwargs = {"key": key}
+    answers = await scheduler.broadcast(
+        msg={"op": "run", "function": stub.dumps(stub.explain), "kwargs": pickle.dumps(kwargs), "wait": True},
+        on_error="ignore",
+    )
+    return Explanations(
+        {address: answer["result"] for address, answer in sorted(answers.items()) if answer.get("status") == "OK"}
+    )
 
 
 _STATE = ("capacity", "used", "resident", "room", "bound_by", "blocks", "members")

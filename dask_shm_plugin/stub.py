@@ -108,6 +108,12 @@ class SchedulerStub(SchedulerPlugin):
         # Removed first: Dask warns when a registration replaces a plugin of the same name.
         scheduler.plugins.pop(self.name, None)
         await install(scheduler, self.name, self.nanny, self.worker)
+        self._scheduler = scheduler
+        show(scheduler)
+
+    async def close(self) -> None:
+        """Show nothing any more: the scheduler closes."""
+        hide(self._scheduler)
 
 
 async def install(scheduler: Any, name: str, nanny: bytes, worker: bytes) -> None:
@@ -150,11 +156,39 @@ def report_of_scheduler(dask_scheduler: Any) -> dict[str, Any]:
     return said
 
 
+def show(scheduler: Any) -> None:
+    """Show the arenas in the scheduler's dashboard and metrics, if the package is installed there."""
+    import contextlib
+    import importlib
+
+    with contextlib.suppress(ImportError):
+        importlib.import_module("dask_shm_plugin.monitor.scheduler").show(scheduler)
+
+
+def hide(dask_scheduler: Any) -> None:
+    """Undo :func:`show`; runs on the scheduler."""
+    import sys
+
+    monitor = sys.modules.get("dask_shm_plugin.monitor.scheduler")
+    if monitor is not None:
+        monitor.hide(dask_scheduler)
+
+
 def report(dask_worker: Any) -> dict[str, Any] | None:
     """Return a worker's report about its arena, or None if it does not share; runs on the worker."""
     plugin = dask_worker.plugins.get("dask-shm")
     half = getattr(plugin, "half", plugin)
     said: dict[str, Any] | None = half.report() if half is not None else None
+    return said
+
+
+def explain(dask_worker: Any, key: Any) -> dict[str, str]:
+    """Return a worker's explanation of one value; runs on the worker."""
+    plugin = dask_worker.plugins.get("dask-shm")
+    half = getattr(plugin, "half", plugin)
+    if half is None:
+        return {"state": "off", "why": "the plugin is not registered in this worker, or the package is missing there"}
+    said: dict[str, str] = half.explain(key)
     return said
 
 

@@ -106,6 +106,6 @@ class Allocator:
         return self._access.table.holders(row.index)
 
     def _take(self, table: Table, hold: Hold, extent: Extent, size: int) -> None:
-        row = table.reserve(extent, size, self._member)
+        row = table.reserve(extent, size, self._member, time.monotonic())
         # A draft counts as a reference: the process must not leave the arena while one of its threads writes the draft.
         self._holdings.references.add(row, hold)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from dask_shm_plugin.arena.budget import Budget
 from dask_shm_plugin.arena.directory import Directory
 from dask_shm_plugin.arena.guard import GuardedTable, map_table
 from dask_shm_plugin.arena.holdings import Holdings
+from dask_shm_plugin.arena.labels import Labels
 from dask_shm_plugin.arena.members import Roster
 from dask_shm_plugin.arena.pages import Pages
 from dask_shm_plugin.arena.references import Hold
@@ -122,6 +124,7 @@ class Arena:
         self.roster = Roster(self._access, segment, self.member)
         self.directory = Directory(table.marks, segment, self.roster, self.member)
         self.shares = Shares(self._access, self.member)
+        self.labels = Labels(segment, self.member, self.holdings.references.knows)
         self._home = Home(self.arena_id, self.allocator, self.holdings, self.pages)
         housekeeping.start(self._chores(), lambda: self.has_left)
 
@@ -142,7 +145,7 @@ class Arena:
         segment = Segment.create(BLOCKS_FROM + layout.SPREAD * capacity, TABLE_BYTES + capacity)
         try:
             segment.reserve(0, layout.SHARED_BYTES)
-            Table.format(map_table(segment), secrets.token_bytes(16), capacity)
+            Table.format(map_table(segment), secrets.token_bytes(16), capacity, time.monotonic())
             return cls(segment, warm)
         except BaseException:
             segment.close()
@@ -279,6 +282,18 @@ class Arena:
 
         return self._access.run(count)
 
+    def glance(self) -> ArenaStats:
+        """Return the figures of the arena without its lock, as an estimate that does not wait for other processes.
+
+        Raises
+        ------
+        TableCorrupt, ArenaUnavailable
+            The table is damaged, or this process has left the arena.
+        """
+        table = self._access.table
+        blocks, members = len(table.blocks.taken_by_now()), len(table.members.slots())
+        return ArenaStats(table.capacity, table.blocks.bytes_held(), self.segment.resident, blocks, members)
+
     def inspect(self) -> None:
         """Check the table, all its rows, and the references of this process.
 
@@ -402,6 +417,7 @@ class Arena:
         with self.in_use:
             self.trimmer.trim()
         self.shares.note_other_shared()
+        self.labels.write()
         for call in self._upkeep:
             call()
 

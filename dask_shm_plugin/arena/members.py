@@ -8,7 +8,7 @@ from dask_shm_plugin.arena.guard import GuardedTable
 from dask_shm_plugin.exceptions import ArenaUnavailable, TableCorrupt
 from dask_shm_plugin.linux import locks
 from dask_shm_plugin.linux.segment import Segment
-from dask_shm_plugin.table.layout import DIRECTORY_BYTES, directory_offset
+from dask_shm_plugin.table.layout import DIRECTORY_BYTES, BlockId, directory_offset
 from dask_shm_plugin.table.members import Member
 from dask_shm_plugin.table.roles import RoleEntry
 from dask_shm_plugin.table.table import Table
@@ -56,6 +56,10 @@ class Roster:
     def roles(self) -> list[RoleEntry]:
         """Return the roles of all members; takes no mutex, so an entry that is being written is left out."""
         return self._access.table.roles()
+
+    def holders_of(self, row: BlockId) -> list[Member]:
+        """Return the members that refer to a block; takes no mutex, so the answer may be out of date."""
+        return self._access.table.holders_of(row)
 
     def workers_at(self, address: str) -> list[Member]:
         """Return the members that have a worker at an address; several if some have died and are not reclaimed yet.

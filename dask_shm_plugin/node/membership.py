@@ -101,6 +101,7 @@ def join(
             if found is None:
                 return None
             joined = _by_cluster[cluster] = _Joined(*found, [], os.getpid())
+            joined.arena.labels.cluster = cluster
             joined.arena.each_second(functools.partial(_look_after, cluster))
         elif joined.arena.is_damaged:
             raise TableCorrupt("the arena is damaged")

@@ -216,26 +216,41 @@ def exists(name: str) -> bool:
     return os.path.exists(f"{SHM_DIRECTORY}{name}")
 
 
-def purge() -> None:
-    """Remove the files that crashed processes of this user have left: rendezvous and segments without live members."""
-    prefix = f"{NAME_PREFIX}{os.getuid()}-"
+def purge(*, is_trial: bool = False) -> list[str]:
+    """Remove the files that crashed processes of this user have left: rendezvous and segments without live members.
+
+    Parameters
+    ----------
+    is_trial
+        Only look, and remove nothing.
+
+    Returns
+    -------
+    list of str
+        The names of the files, with a slash in front.
+    """
+    prefix, found = f"{NAME_PREFIX}{os.getuid()}-", []
     with contextlib.suppress(OSError):
-        for entry in os.listdir(SHM_DIRECTORY):
-            if entry.startswith(prefix):
-                _purge_one(f"/{entry}")
+        for entry in sorted(os.listdir(SHM_DIRECTORY)):
+            if entry.startswith(prefix) and _purge_one(f"/{entry}", is_trial=is_trial):
+                found.append(f"/{entry}")
+    return found
 
 
 @step("purge")
-def _purge_one(name: str) -> None:
+def _purge_one(name: str, *, is_trial: bool = False) -> bool:
     with contextlib.suppress(ArenaUnavailable, OSError):
         fd = _open(name, create=False)
         if fd is None:
-            return
+            return False
         try:
             if _lock(fd, name) and not locks.is_held(fd, _PRESENCE):
-                os.unlink(f"{SHM_DIRECTORY}{name}")
+                if not is_trial:
+                    os.unlink(f"{SHM_DIRECTORY}{name}")
+                return True
         finally:
             _close(fd)
+    return False
 
 
 def _open(name: str, *, create: bool) -> int | None:

@@ -12,12 +12,14 @@ from distributed import Status
 from distributed.diagnostics.plugin import WorkerPlugin
 from tornado.ioloop import PeriodicCallback
 
-from dask_shm_plugin import config, metrics
+from dask_shm_plugin import __version__, config, metrics
 from dask_shm_plugin.accounting.meters import WorkerMeter
 from dask_shm_plugin.accounting.transfers import Transfers
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.metrics import COUNTERS
+from dask_shm_plugin.monitor import prometheus
+from dask_shm_plugin.monitor.heartbeat import Heartbeat
 from dask_shm_plugin.roles.closing import let_go_when_closed
 from dask_shm_plugin.roles.role import Joining, Role
 from dask_shm_plugin.roles.switch import switch_off, switch_on
@@ -25,9 +27,11 @@ from dask_shm_plugin.scheduling.telling import Telling
 from dask_shm_plugin.seams.worker_data import WorkerData
 from dask_shm_plugin.transfer import fetch
 from dask_shm_plugin.transfer.answers import Answers
+from dask_shm_plugin.transfer.explaining import Explanation, explain
 from dask_shm_plugin.transfer.publisher import Publisher
 from dask_shm_plugin.transfer.scatter_guard import ScatterGuard
 from dask_shm_plugin.values import buffers
+from dask_shm_plugin.values.kept import KeptValues
 
 _PRUNE_INTERVAL_S = 5.0
 _LISTING_TIMEOUT_S = 0.1
@@ -92,9 +96,17 @@ class SharedMemoryWorker(WorkerPlugin):
             await running.stop()
 
     def transition(self, key: Any, start: str, finish: str, **kwargs: Any) -> None:
-        """Note that a task has finished; Dask calls this synchronously at each transition of a task."""
-        if self._running is not None and finish == "memory" and start in ("executing", "long-running"):
-            self._running.completed(key)
+        """Note that a value came or went, or a task has finished; Dask calls this at each transition of a task."""
+        if self._running is not None and "memory" in (start, finish):
+            self._running.moved(key, is_here=finish == "memory")
+            if finish == "memory" and start in ("executing", "long-running"):
+                self._running.completed(key)
+
+    def explain(self, key: Any) -> dict[str, str]:
+        """Return the state of the value of a key, and the reason, see :func:`dask_shm_plugin.explain`."""
+        if self._running is None:
+            return Explanation("off", "sharing is off in this worker; one warning in its log says why")._asdict()
+        return self._running.explain(key)._asdict()
 
     def report(self) -> dict[str, Any] | None:
         """Return the state of the arena and the counters of this process, or None if sharing is off."""
@@ -107,9 +119,12 @@ class _ActiveWorker:
     def __init__(self, worker: Any, role: Role, arena: Arena) -> None:
         self._worker, self._role, self._arena = worker, role, arena
         self._data = WorkerData.of(worker)
-        arena_id = arena.arena_id.hex()
-        self._telling = Telling(worker, arena_id)
-        self.publisher = Publisher(arena, role.options.threshold, self._data, role.address, self._telling.published)
+        self._kept = KeptValues(arena)
+        arena.labels.add(self._kept.labels)
+        self._telling = Telling(worker, arena.arena_id.hex())
+        self.publisher = Publisher(
+            arena, role.options.threshold, self._data, role.address, self._kept, self._telling.published
+        )
         self._answers = Answers(worker, arena, self.publisher, role.options.threshold)
         self._meter = WorkerMeter(worker, arena)
         self._transfers = Transfers(worker, arena)
@@ -118,7 +133,8 @@ class _ActiveWorker:
         self._pruning.start()
         before = COUNTERS.snapshot()
         self._counted = lambda: metrics.since(before)
-        worker.metrics["shm"] = lambda worker: {"arena": arena_id, **self._counted()}
+        self._heartbeat = worker.metrics["shm"] = Heartbeat(arena, self._kept, self._counted)
+        prometheus.register(worker, self._heartbeat.metrics)
         fetch.REQUESTS.begin()
 
     async def stop(self) -> None:
@@ -127,6 +143,7 @@ class _ActiveWorker:
         self._pruning.stop()
         self._telling.stop()
         self.publisher.close()
+        self._arena.labels.remove(self._kept.labels)
         let_go_when_closed(self._worker, self._arena.arena_id)
         try:
             # In this order: first, other processes stop sending handles to this worker. Then it stops resolving them.
@@ -137,6 +154,7 @@ class _ActiveWorker:
             fetch.REQUESTS.end()
             self._worker.metrics.pop("shm", None)
             self._transfers.stop()
+            prometheus.unregister(self._worker)
             self._meter.stop()
             await self._role.leave()
 
@@ -144,6 +162,14 @@ class _ActiveWorker:
         with contextlib.suppress(SharedMemoryError):
             return any(role.kind == "client" for role in self._arena.roster.roles())
         return False
+
+    def moved(self, key: Any, *, is_here: bool) -> None:
+        """Note that the value of a key came into memory, or left it."""
+        value = self._data.in_memory(key) if is_here and self._answers.is_large(key) else None
+        if value is None:
+            self._kept.forget(key)
+        else:
+            self._kept.note(key, value)
 
     def completed(self, key: Any) -> None:
         """Publish the result of a finished task, if ``shm.publish`` is "on-completion"."""
@@ -166,10 +192,14 @@ class _ActiveWorker:
                 offer.add_done_callback(functools.partial(_keep, data))  # keeps the message until the offer is done
             await asyncio.wait(offers, timeout=_LISTING_TIMEOUT_S)
 
+    def explain(self, key: Any) -> Explanation:
+        """Return the state of the value of a key, and the reason."""
+        return explain(self._worker, key, self._answers, self.publisher, self._role.options.threshold)
+
     def report(self) -> dict[str, Any]:
         """Return the state of the arena and the counters of this process."""
         said = self._role.report(self._arena, self._counted())
-        return {"worker": self._worker.address, "host": self._worker.ip, **said}
+        return {"worker": self._worker.address, "host": self._worker.ip, "version": __version__, **said}
 
 
 def _keep(message: dict[Any, Any], done: object) -> None:

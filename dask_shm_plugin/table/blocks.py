@@ -18,6 +18,7 @@ from dask_shm_plugin.table.state_word import DRAFT, FREE
 TRIMMING = 0
 """The size of a draft that is never written: it reserves a free part while its pages are given back to the system."""
 
+_RESERVED_AT = 6
 _ODD_ROW = "the state of a block does not fit what is written beside it"
 
 
@@ -60,7 +61,7 @@ class BlockRows:
         at = BLOCKS_AT + index * BLOCK
         return Extent(self._words[at + 1], self._words[at + 2])
 
-    def add(self, extent: Extent, size: int, owner: Member) -> BlockId:
+    def add(self, extent: Extent, size: int, owner: Member, now: float = 0) -> BlockId:
         """Enter a draft in the lowest free row.
 
         Raises
@@ -82,6 +83,7 @@ class BlockRows:
             self._words[ROWS_WORD] = index + 1
         for n, word in enumerate(body, 1):
             self._words[at + n] = word
+        self._words[at + _RESERVED_AT] = int(now * 1000)
         self._words[at] = state_word.pack(generation, DRAFT, body)
         return BlockId(index, generation)
 
@@ -135,6 +137,10 @@ class BlockRows:
         if not state_word.is_sound(words[0], words[1:]):
             raise TableCorrupt(_ODD_ROW)
         return words
+
+    def reserved(self, index: int) -> float:
+        """Return the time of the monotonic clock, in seconds, at which a block was reserved; 0 if it is not known."""
+        return self._words[BLOCKS_AT + index * BLOCK + _RESERVED_AT] / 1000
 
     # -- all rows
 

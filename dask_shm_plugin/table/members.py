@@ -56,6 +56,10 @@ class Members:
         in_range = 0 <= member.slot < SLOTS
         return in_range and self._words[member.slot * _ENTRY] == member.incarnation << _STATE_BITS | _LIVE
 
+    def pid(self, member: Member) -> int:
+        """Return the pid of a member's process. Needs no mutex."""
+        return self._words[member.slot * _ENTRY + 1]
+
     def note_other_shared(self, member: Member, size: int) -> None:
         """Note the shared memory that a member's process uses outside the arena, in bytes. Needs no mutex."""
         self._words[member.slot * _ENTRY + 3] = size

@@ -30,6 +30,7 @@ from dask_shm_plugin.table.claims import Claims
 from dask_shm_plugin.table.layout import (
     BLOCKS,
     CAPACITY_WORD,
+    CREATED_WORD,
     ID_WORD,
     INCARNATION_WORD,
     MAGIC_WORD,
@@ -87,12 +88,13 @@ class Table:
         self._claims = Claims(self._words[layout.CLAIMS_AT :])
 
     @classmethod
-    def format(cls, buffer: memoryview, arena_id: bytes, capacity: int) -> Table:
-        """Lay out an empty table over zeroed memory."""
+    def format(cls, buffer: memoryview, arena_id: bytes, capacity: int, now: float = 0) -> Table:
+        """Lay out an empty table over zeroed memory; ``now`` is the time of the monotonic clock, in seconds."""
         words = buffer[:TABLE_BYTES].cast("Q")
         words[ID_WORD] = int.from_bytes(arena_id[:8], "little")
         words[ID_WORD + 1] = int.from_bytes(arena_id[8:16], "little")
         words[CAPACITY_WORD] = capacity
+        words[CREATED_WORD] = int(now * 1000)
         words[MAGIC_WORD] = layout.MAGIC
         return cls(buffer)
 
@@ -102,6 +104,11 @@ class Table:
     def span(self) -> int:
         """The end of the offsets of blocks, in bytes."""
         return layout.SPREAD * self.capacity
+
+    @property
+    def created(self) -> float:
+        """The time of the monotonic clock, in seconds, at which the arena was created; 0 if it is not known."""
+        return self._words[CREATED_WORD] / 1000
 
     @property
     def trims(self) -> int:
@@ -224,8 +231,19 @@ class Table:
     # -- blocks
 
     @step("reserve")
-    def reserve(self, extent: Extent, size: int, owner: Member) -> BlockId:
+    def reserve(self, extent: Extent, size: int, owner: Member, now: float = 0) -> BlockId:
         """Enter a draft over an extent that the caller knows to be free.
+
+        Parameters
+        ----------
+        extent
+            Where the draft lies.
+        size
+            Bytes of the extent that will be used.
+        owner
+            The member that writes it.
+        now
+            The time of the monotonic clock, in seconds; it is only reported.
 
         Raises
         ------
@@ -234,7 +252,7 @@ class Table:
         TableCorrupt
             The generation of the row has reached its limit, as after a stray write.
         """
-        return self.blocks.add(extent, size, owner)
+        return self.blocks.add(extent, size, owner, now)
 
     @step("seal")
     def seal(self, row: BlockId, owner: Member) -> None:
@@ -291,6 +309,11 @@ class Table:
         return int(
             np.count_nonzero(self._claims.on(index, self.members.slots()) == np.uint64(self.blocks.generation(index)))
         )
+
+    def holders_of(self, row: BlockId) -> list[Member]:
+        """Return the members that refer to a block. Needs no mutex: the answer may be out of date."""
+        claims = self._claims.on(row.index, self.members.slots())
+        return [one for one, claim in zip(self.members.live(), claims, strict=False) if claim == row.generation]
 
     def count_holders(self, rows: Sequence[BlockId]) -> npt.NDArray[np.intp]:
         """Count, for each of ``rows``, the members that refer to it. Needs no mutex: the counts may be out of date."""

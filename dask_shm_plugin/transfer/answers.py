@@ -7,6 +7,7 @@ import functools
 import inspect
 import logging
 import weakref
+from collections import OrderedDict
 from typing import Any
 
 from dask.utils import has_keyword
@@ -24,6 +25,9 @@ from dask_shm_plugin.values import codec
 from dask_shm_plugin.values.codec import Published, Serialized
 
 logger = logging.getLogger("dask_shm_plugin")
+
+_MAX_REASONS = 256
+"""Number of keys for which the reason is remembered why their values were sent."""
 
 
 class Answers:
@@ -47,6 +51,7 @@ class Answers:
 
     def __init__(self, worker: Any, arena: Arena, publisher: Publisher, threshold: int) -> None:
         self._worker, self._arena, self._publisher, self._threshold = worker, arena, publisher, threshold
+        self._reasons: OrderedDict[Any, str] = OrderedDict()
         self._before = Replacement(worker.handlers, "get_data", _handler_of(self, worker))
 
     def stop(self) -> None:
@@ -76,6 +81,13 @@ class Answers:
         for key in keys:
             if self.is_large(key):
                 COUNTERS.count_sent(reason, self._size(key))
+                self._reasons[key] = reason
+                if len(self._reasons) > _MAX_REASONS:
+                    self._reasons.popitem(last=False)
+
+    def last_reason(self, key: Any) -> str | None:
+        """Return the reason why the value of a key was last sent as bytes, if it is among the last that were."""
+        return self._reasons.get(key)
 
     async def share(self, comm: Any, data: dict[Any, Any], keep: list[Published]) -> dict[Any, Any]:
         """Return the data of an answer with handles in place of the values that are shared.

@@ -21,6 +21,7 @@ from dask_shm_plugin.transfer.entry import Ask, Entry
 from dask_shm_plugin.transfer.publishing import publish_or_count
 from dask_shm_plugin.values import codec
 from dask_shm_plugin.values.codec import Published, Serialized
+from dask_shm_plugin.values.kept import KeptValues
 
 logger = logging.getLogger("dask_shm_plugin")
 
@@ -58,6 +59,8 @@ class Publisher:
         The worker's values.
     address
         The address at which other processes request data from the worker.
+    kept
+        Is told of each value that is published.
     listed
         Called with the key and the size (bytes) of a value whenever other processes can find it without a request.
 
@@ -66,8 +69,17 @@ class Publisher:
     To be used on the worker's event loop. Threads copy the values.
     """
 
-    def __init__(self, arena: Arena, threshold: int, data: WorkerData, address: str, listed: Listed = ignore) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        threshold: int,
+        data: WorkerData,
+        address: str,
+        kept: KeptValues | None = None,
+        listed: Listed = ignore,
+    ) -> None:
         self._arena, self._threshold = arena, threshold
+        self._kept, self._data = kept or KeptValues(arena), data
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="dask-shm-copy")
         self._entries = Entries(arena, data, address, listed)
         self._adopter = Adopter(self._entries, self._threads)
@@ -140,6 +152,16 @@ class Publisher:
                 self._soon(self._adopter.settle(key, entry))
             elif not entry.asks and self._entries.is_current(key, entry) and key not in self._flights:
                 self._entries.forget(key)
+
+    # -- for people
+
+    def in_memory(self, key: Any) -> object:
+        """Return the value of a key if it is in memory, without reporting a read; None if not."""
+        return self._data.in_memory(key)
+
+    def entry(self, key: Any) -> Entry | None:
+        """Return the entry of a key, if there is one."""
+        return self._entries.get(key)
 
     # -- without being asked
 
@@ -243,6 +265,7 @@ class Publisher:
                 entry.published, entry.is_adopted = published, False
                 entry.is_private |= published.has_overlaps
             entry.is_verified = entry.run == run
+            self._kept.note(key, value, published.blocks)
 
     async def _still_holds(self, published: Published, serialized: Serialized) -> bool:
         try:

@@ -80,6 +80,15 @@ class Published:
         return DaskSerialized({"serializer": "pickle", "writeable": ()}, [self._pickled])
 
     @property
+    def blocks(self) -> dict[BlockId, int]:
+        """The blocks of the value, with the bytes of its frames in each."""
+        found = dict.fromkeys((hold.row for hold in self._holds), 0)
+        for part in self.handle.parts:
+            if isinstance(part, Span):
+                found[part.row] += part.length
+        return found
+
+    @property
     def is_used_elsewhere(self) -> bool:
         """Whether any other member refers to one of its blocks; False if the arena is damaged or was left."""
         with contextlib.suppress(SharedMemoryError):

@@ -13,6 +13,7 @@ from dask_shm_plugin.arena import housekeeping
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.node import rendezvous
+from dask_shm_plugin.table import layout
 from dask_shm_plugin.table.members import Member
 
 SIZE = 64 << 10
@@ -135,9 +136,15 @@ class MemberPair:
         with contextlib.suppress(SharedMemoryError):
             self.arena.trimmer.trim_all()
             stats = self.arena.stats()
-            is_small = stats.resident == self.arena._access.table.reserved_bytes() + stats.used
+            is_small = stats.resident == self.arena._access.table.reserved_bytes() + stats.used + self._labels()
             return is_small and (stats.used, stats.blocks) == (3 * SIZE, 3) and not self.guests()
         return False
+
+    def _labels(self) -> int:
+        """Return the bytes of the pages that the labels of all members take."""
+        slots = [member.slot for member in self.arena._access.table.members.live()]
+        missing = [self.arena.segment.missing(layout.labels_offset(slot), layout.LABELS_BYTES) for slot in slots]
+        return sum(layout.LABELS_BYTES - size for size in missing)
 
     def check(self) -> None:
         """Check that others can join and publish, that the arena is then as before, and that no view has changed."""
