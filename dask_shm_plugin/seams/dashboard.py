@@ -34,7 +34,7 @@ from distributed.dashboard.components.scheduler import BOKEH_THEME, env
 from distributed.scheduler import Scheduler
 from tornado.ioloop import IOLoop
 
-from dask_shm_plugin.seams.checks import Seam, names, _still_holds, takes
+from dask_shm_plugin.seams.checks import Seam, _still_holds, names, takes
 from dask_shm_plugin.seams.replacement import Replacement
 
 logger = logging.getLogger("dask_shm_plugin")
@@ -146,8 +146,8 @@ class DashboardPages:
         self._applications.insert(0, self._pages)
         self._pages.initialize(IOLoop.current())
         self._pages.start()
-        for names, ours in self._lists:
-            names.extend(ours)
+        for listed, ours in self._lists:
+            listed.extend(ours)
         self._report_before = Replacement(
             scheduler.handlers, "performance_report", _with_panel(scheduler.handlers["performance_report"], panel)
         )
@@ -155,10 +155,10 @@ class DashboardPages:
     def close(self) -> None:
         """Take the pages and their tabs away; pages that are open in a browser stand still."""
         self._report_before.undo()
-        for names, ours in self._lists:
+        for listed, ours in self._lists:
             for name in ours:
                 with contextlib.suppress(ValueError):
-                    names.remove(name)
+                    listed.remove(name)
         with contextlib.suppress(ValueError):
             self._applications.remove(self._pages)
         self._pages.stop(wait=False)
