@@ -38,6 +38,9 @@ class SharedMemoryPlugin(SchedulerPlugin):
     warm : str or float, optional
         How long freed shared memory stays resident for quick reuse: seconds, or a text such as "2s". It may stay up to
         twice as long. It is returned at once where memory runs short.
+    shuffle : {"auto", "off"}, optional
+        "auto": peer-to-peer shuffles and rechunks move their data through shared memory. "off": they work as with stock
+        Dask.
 
     Raises
     ------
@@ -54,8 +57,10 @@ class SharedMemoryPlugin(SchedulerPlugin):
         publish: str | None = None,
         views: str | None = None,
         warm: str | float | None = None,
+        shuffle: str | None = None,
     ) -> None:
         given = {"capacity": capacity, "threshold": threshold, "publish": publish, "views": views, "warm": warm}
+        given["shuffle"] = shuffle
         self.given = {name: value for name, value in given.items() if value is not None}
         self.options = config.options(self.given)
 
@@ -195,6 +200,9 @@ def stats(client: Client) -> Any:
             Values that were copied into the arena, values that were mapped instead of received, those of them that were
             found in the arena without a request to their owner, and values of which the owner replaced its private copy
             by the shared one. Each is a dict of ``count`` and ``bytes``.
+        ``shuffled``
+            Messages of shuffles and rechunks whose data other workers mapped instead of receiving them: a dict of
+            ``count`` and ``bytes``.
         ``sent``
             Values that were large enough to be shared, but were sent or copied as bytes: a dict of ``count`` and
             ``bytes`` for each reason.

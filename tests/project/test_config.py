@@ -48,7 +48,7 @@ def test_the_repr_tells_all_settings():
     with dask.config.set({"shm.publish": "on-completion"}):
         text = repr(SharedMemoryPlugin(capacity="2 GiB", warm=1))
     assert text == (
-        "SharedMemoryPlugin(capacity='2 GiB', threshold=1048576, publish='on-completion', views='copy-on-write', warm=1.0)"
+        "SharedMemoryPlugin(capacity='2 GiB', threshold=1048576, publish='on-completion', views='copy-on-write', warm=1.0, shuffle='auto')"
     )
 
 
@@ -86,6 +86,8 @@ def test_an_environment_variable_is_a_setting():
         ({"publish": "sometimes"}, "shm.publish"),
         ({"views": "writeable"}, "shm.views"),
         ({"warm": "hot"}, "shm.warm"),
+        ({"shuffle": "on"}, "shm.shuffle"),
+        ({"shuffle": True}, "shm.shuffle"),
         ({"warm": float("nan")}, "shm.warm"),
         ({"warm": float("inf")}, "shm.warm"),
     ],
