@@ -50,6 +50,7 @@ class Draft:
         self._extent, self._size = extent, size
         self._pid = os.getpid()
         self._exists_up_to = 0
+        self._is_brief = False
 
     def write(self, offset: int, data: memoryview) -> None:
         """Copy flat bytes to an offset in the draft.
@@ -83,6 +84,8 @@ class Draft:
     def open(self) -> memoryview:
         """Make all pages of the draft, and return its bytes to be written in place until it is sealed.
 
+        This suits data that are read once, soon: small pages of the block are not made large later.
+
         Raises
         ------
         MemoryExhausted, NoHeadRoom, LimitsReached
@@ -95,7 +98,7 @@ class Draft:
         if self._hold is None:
             raise ValueError("the draft is sealed or given up")
         part = self._home.pages.lay_open(self._extent)
-        self._exists_up_to = self._extent.length
+        self._exists_up_to, self._is_brief = self._extent.length, True
         return Exporter(part.ctypes.data, self._size, (part, self._hold)).bytes()
 
     def _reserve_up_to(self, end: int) -> None:
@@ -116,7 +119,8 @@ class Draft:
         if self._hold is None:
             raise ValueError("the draft is sealed or given up")
         self._reserve_up_to(self._extent.length)
-        self._home.pages.make_later(self._extent)
+        if not self._is_brief:
+            self._home.pages.make_later(self._extent)
         hold, self._hold = self._hold, None
         try:
             self._home.allocator.seal(hold.row)

@@ -61,13 +61,14 @@ SEAMS = (
         ),
     ),
     Seam(
-        "ShuffleRun._comm_buffer.send, .close",
-        "sends the shards of several input partitions to one worker; nothing is sent after its end",
+        "ShuffleRun._comm_buffer.send, .close, ShuffleRun.inputs_done",
+        "sends the shards of several input partitions to one worker; nothing is sent after its end, or after the inputs",
         lambda: (
             _names(ShuffleRun.__init__, "_comm_buffer", "_disk_buffer", "send", "local_address", "_loop")
             and _names(CommShardsBuffer._process, "send", "status", "clean_exception")
             and _takes(ShuffleRun.send, "address", "shards")
             and _names(ShuffleRun.close, "_comm_buffer", "close")
+            and _names(ShuffleRun.inputs_done, "transferred", "_flush_comm")
         ),
     ),
     Seam(

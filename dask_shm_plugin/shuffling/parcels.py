@@ -98,7 +98,7 @@ def _open(descriptor: Descriptor, arrange: Callable[[memoryview], Any]) -> Any:
         if arena is None:
             raise ArenaUnavailable("this process has left the arena")
         return arrange(arena.attach_block(descriptor).borrow())
-    except SharedMemoryError as error:
+    except (SharedMemoryError, OSError) as error:
         raise ParcelLost(str(error)) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import threading
 import weakref
@@ -23,6 +24,7 @@ from dask_shm_plugin.shuffling import parcels
 from dask_shm_plugin.shuffling.failures import forget_shards
 from dask_shm_plugin.shuffling.parcels import Parcel, ParcelLost, Shard
 from dask_shm_plugin.table.layout import BLOCKS
+from dask_shm_plugin.threads import in_thread
 
 _MIN_PARCEL_BYTES = 64 << 10
 """Shards of one input partition for one worker that take fewer bytes are sent as with stock Dask, many in a message."""
@@ -56,6 +58,9 @@ class Sender:
         self._receive = Replacement(run, "receive", self.receive).old
         Replacement(run._comm_buffer, "send", self.send)
         self._close = Replacement(run._comm_buffer, "close", self.close).old
+        self._inputs_done = Replacement(run, "inputs_done", self.inputs_done).old
+        self._strangers: set[str] = set()
+        self._has_packed = False
         self._lock = threading.Lock()
         self._parcels: weakref.WeakSet[Parcel] | None = weakref.WeakSet()
 
@@ -79,7 +84,7 @@ class Sender:
         if size >= _MIN_PARCEL_BYTES and self._is_co_located(address):
             try:
                 return self._noted(parcels.pack_arrays(self._arena, shards))
-            except SharedMemoryError as error:
+            except (SharedMemoryError, OSError) as error:
                 notices.refused(error, size)
         return [(chunk, (index, array.copy())) for chunk, (index, array) in shards]
 
@@ -99,12 +104,13 @@ class Sender:
                 parcel = parcels.pack_table(self._arena, table, _MIN_PARCEL_BYTES)
                 if parcel is not None:
                     return self._noted(parcel)
-            except SharedMemoryError as error:
+            except (SharedMemoryError, OSError) as error:
                 notices.refused(error, table.nbytes)
         return seams.serialize_table(table)
 
     def _noted(self, parcel: Parcel) -> Parcel:
         """Note a parcel, to be closed with the run; if the run was closed meanwhile, close it now: it is not sent."""
+        self._has_packed = True
         with self._lock:
             if self._parcels is None:
                 parcel.close()
@@ -118,13 +124,13 @@ class Sender:
             return False
         try:
             stats = self._arena.stats()
-        except SharedMemoryError:
+        except (SharedMemoryError, OSError):
             return False
         return max(stats.used / (stats.capacity or 1), stats.blocks / BLOCKS) < _MAX_FULL and stats.capacity > 0
 
     def _is_co_located(self, address: str) -> bool:
         try:
-            return bool(self._arena.roster.workers_at(address))
+            return address not in self._strangers and bool(self._arena.roster.workers_at(address))
         except SharedMemoryError:
             return False
 
@@ -138,14 +144,25 @@ class Sender:
         packed = [shard for shard in shards if type(shard[1]) is Parcel]
         others = [shard for shard in shards if type(shard[1]) is not Parcel]
         if packed:
-            response = await seams.send_blob(self._run, address, pickle.dumps(packed))
-            if isinstance(seams.error_in(response), ParcelLost):
+            response = await self._send_packed(address, packed)
+            if response is None:
                 others += [(partition, parcel.as_sent()) for partition, parcel in packed]
-            else:
-                COUNTERS.count("shuffled", sum(parcel.size for _, parcel in packed))
-                if not others or response["status"] != "OK":
-                    return response
+            elif not others or response["status"] != "OK":
+                return response
         return await self._run.send(address, others)
+
+    async def _send_packed(self, address: str, packed: list[tuple[Any, Parcel]]) -> Any:
+        """Send the names of blocks, and return the response, or None if the receiver cannot open them."""
+        try:
+            response = await seams.send_blob(self._run, address, pickle.dumps(packed))
+        except (ImportError, AttributeError):
+            # The receiver is a member of the arena with another version of this package.
+            self._strangers.add(address)
+            return None
+        if isinstance(seams.error_in(response), ParcelLost):
+            return None
+        COUNTERS.count("shuffled", sum(parcel.size for _, parcel in packed))
+        return response
 
     async def _hand_over(self, shards: list[tuple[Any, Any]]) -> Any:
         """Receive this worker's own part, without a connection."""
@@ -164,6 +181,17 @@ class Sender:
             raise
         finally:
             forget_shards(self._run._exception)
+
+    async def inputs_done(self) -> None:
+        """End the transfer as Dask does, and give free pages of the arena back: outputs will need memory now."""
+        await self._inputs_done()
+        if self._has_packed:
+            await in_thread(self._give_pages_back)
+
+    def _give_pages_back(self) -> None:
+        with contextlib.suppress(SharedMemoryError, OSError):
+            self._arena.holdings.tidy()
+            self._arena.trimmer.trim_all()
 
     async def close(self) -> None:
         """Close Dask's buffer of what is to be sent, and all parcels at once: Dask waits for workers that are gone."""

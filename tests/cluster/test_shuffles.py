@@ -280,6 +280,21 @@ def lose_now_and_then() -> Callable[[], None]:
     return lambda: setattr(Arena, "attach_block", attach)
 
 
+def miss_the_module_now_and_then() -> Callable[[], None]:
+    """Let every third parcel arrive where the package is of another version."""
+    from dask_shm_plugin.arena.arena import Arena
+
+    attach, count = Arena.attach_block, itertools.count()
+
+    def refuse(self: Any, descriptor: Any) -> Any:
+        if next(count) % 3 == 0:
+            raise ModuleNotFoundError("for the test")
+        return attach(self, descriptor)
+
+    Arena.attach_block = refuse
+    return lambda: setattr(Arena, "attach_block", attach)
+
+
 def fail_each_read_once() -> Callable[[], None]:
     """Let each task that makes an output of a rechunk fail after it has read the shards for the first time."""
     from distributed.shuffle._rechunk import ArrayRechunkRun
@@ -317,7 +332,10 @@ def drop_a_first_output_at_once() -> Callable[[], None]:
     return lambda: setattr(KeptShards, "read", original)
 
 
-@pytest.mark.parametrize("patch", [refuse_now_and_then, lose_now_and_then], ids=lambda patch: patch.__name__)
+WAYS = [refuse_now_and_then, lose_now_and_then, miss_the_module_now_and_then]
+
+
+@pytest.mark.parametrize("patch", WAYS, ids=lambda patch: patch.__name__)
 @pytest.mark.parametrize("disk", [True, False])
 def test_shards_that_find_no_way_through_the_arena_are_sent(client: Client, patch: Any, disk: bool) -> None:
     """A full arena in the middle, or a block that is gone: the same run goes on with bytes."""

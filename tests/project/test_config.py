@@ -101,6 +101,12 @@ def test_an_invalid_setting_is_refused_at_construction(setting, named):
         SharedMemoryPlugin()
 
 
+def test_a_bare_off_in_a_file_is_off():
+    """YAML reads it as a boolean."""
+    with dask.config.set({"shm.shuffle": False}):
+        assert SharedMemoryPlugin().options.shuffle == "off"
+
+
 def test_an_unknown_option_is_refused():
     """A misspelt setting is an error, as an argument and in the configuration."""
     with pytest.raises(TypeError, match="treshold"):
