@@ -77,9 +77,11 @@ class Parcel:
         self._content = None
 
     def as_sent(self) -> Any:
-        """Return the shards as Dask sends them: a serialized table as ``bytes``, arrays as they are."""
+        """Return the shards as Dask sends them, in private memory: a serialized table as ``bytes``, or arrays."""
         shards = self.open()
-        return bytes(shards) if isinstance(shards, memoryview) else shards
+        if isinstance(shards, memoryview):
+            return bytes(shards)
+        return [(chunk, (index, array.copy())) for chunk, (index, array) in shards]
 
     def __sizeof__(self) -> int:
         return self.size  # asked for by Dask's limit on what is waiting to be sent

@@ -147,6 +147,8 @@ class Sender:
             response = await self._send_packed(address, packed)
             if response is None:
                 others += [(partition, parcel.as_sent()) for partition, parcel in packed]
+                for _, parcel in packed:
+                    parcel.close()
             elif not others or response["status"] != "OK":
                 return response
         return await self._run.send(address, others)
