@@ -15,7 +15,11 @@ from dask.utils import parse_bytes, parse_timedelta
 from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.linux import limits
 
-_CHOICES = {"publish": ("on-request", "on-completion"), "views": ("copy-on-write", "read-only")}
+_CHOICES = {
+    "publish": ("on-request", "on-completion"),
+    "views": ("copy-on-write", "read-only"),
+    "shuffle": ("auto", "off"),
+}
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
 
@@ -32,6 +36,7 @@ class Options(NamedTuple):
     publish: str
     views: str
     warm: float
+    shuffle: str
 
     def capacity_here(self) -> int:
         """Return the capacity of an arena on this node, in bytes.
@@ -84,6 +89,8 @@ def options(given: dict[str, Any]) -> Options:
         raise ValueError(
             f"unknown option shm.{unknown[0]}; known are {', '.join('shm.' + name for name in Options._fields)}"
         )
+    if merged["shuffle"] is False:  # YAML reads a bare ``off`` as a boolean
+        merged["shuffle"] = "off"
     for name, choices in _CHOICES.items():
         if merged[name] not in choices:
             raise ValueError(f"shm.{name} is {merged[name]!r}; it may be {' or '.join(map(repr, choices))}")
@@ -93,6 +100,7 @@ def options(given: dict[str, Any]) -> Options:
         publish=merged["publish"],
         views=merged["views"],
         warm=_seconds("warm", merged["warm"]),
+        shuffle=merged["shuffle"],
     )
     # Reports an invalid capacity here. Its number of bytes is known only on the node where the arena is made.
     with contextlib.suppress(SharedMemoryError):

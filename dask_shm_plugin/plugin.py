@@ -40,6 +40,9 @@ class SharedMemoryPlugin(SchedulerPlugin):
     warm : str or float, optional
         How long freed shared memory stays resident for quick reuse: seconds, or a text such as "2s". It may stay up to
         twice as long. It is returned at once where memory runs short.
+    shuffle : {"auto", "off"}, optional
+        "auto": peer-to-peer shuffles and rechunks move their data through shared memory. "off": they work as with stock
+        Dask.
 
     Raises
     ------
@@ -56,9 +59,11 @@ class SharedMemoryPlugin(SchedulerPlugin):
         publish: str | None = None,
         views: str | None = None,
         warm: str | float | None = None,
+        shuffle: str | None = None,
     ) -> None:
         given = {"capacity": capacity, "threshold": threshold, "publish": publish, "views": views, "warm": warm}
         self._scheduler: Any = None
+        given["shuffle"] = shuffle
         self.given = {name: value for name, value in given.items() if value is not None}
         self.options = config.options(self.given)
 
@@ -212,6 +217,9 @@ def stats(client: Client) -> Any:
             memory mapped.
         ``deaths_absorbed``
             How often a worker was lost while other workers of the arena held values that it had published.
+        ``shuffled``
+            Messages of shuffles and rechunks whose data other workers mapped instead of receiving them: a dict of
+            ``count`` and ``bytes``.
         ``sent``
             Values that were large enough to be shared, but were sent or copied as bytes: a dict of ``count`` and
             ``bytes`` for each reason.

@@ -12,6 +12,7 @@ from dask_shm_plugin.arena.holdings import Holdings, insist_within
 from dask_shm_plugin.arena.pages import Pages
 from dask_shm_plugin.arena.references import Hold
 from dask_shm_plugin.exceptions import ArenaUnavailable
+from dask_shm_plugin.mapping.exporter import Exporter
 from dask_shm_plugin.table.layout import BlockId, Extent
 from dask_shm_plugin.units import PAGE, round_up
 
@@ -49,6 +50,7 @@ class Draft:
         self._extent, self._size = extent, size
         self._pid = os.getpid()
         self._exists_up_to = 0
+        self._is_brief = False
 
     def write(self, offset: int, data: memoryview) -> None:
         """Copy flat bytes to an offset in the draft.
@@ -79,6 +81,26 @@ class Draft:
         self._home.pages.write(self._extent, offset, data, lambda: self._hold)
         self._exists_up_to = max(self._exists_up_to, round_up(offset + len(data)))
 
+    def open(self) -> memoryview:
+        """Make all pages of the draft, and return its bytes to be written in place until it is sealed.
+
+        This suits data that are read once, soon: small pages of the block are not made large later.
+
+        Raises
+        ------
+        MemoryExhausted, NoHeadRoom, LimitsReached
+            There is no memory for the pages of the draft.
+        MappingRefused
+            This process cannot map the arena.
+        ValueError
+            The draft is sealed or given up already.
+        """
+        if self._hold is None:
+            raise ValueError("the draft is sealed or given up")
+        part = self._home.pages.lay_open(self._extent)
+        self._exists_up_to, self._is_brief = self._extent.length, True
+        return Exporter(part.ctypes.data, self._size, (part, self._hold)).bytes()
+
     def _reserve_up_to(self, end: int) -> None:
         if end > self._exists_up_to:
             self._home.pages.reserve(self._extent, self._exists_up_to, end - self._exists_up_to)
@@ -97,7 +119,8 @@ class Draft:
         if self._hold is None:
             raise ValueError("the draft is sealed or given up")
         self._reserve_up_to(self._extent.length)
-        self._home.pages.make_later(self._extent)
+        if not self._is_brief:
+            self._home.pages.make_later(self._extent)
         hold, self._hold = self._hold, None
         try:
             self._home.allocator.seal(hold.row)
@@ -180,6 +203,23 @@ class Block:
             The part is not within the used bytes of the block.
         """
         return self._home.holdings.map(self.row, self._extent, self._used, offset, length)
+
+    def borrow(self) -> memoryview:
+        """Close the block, and return all its bytes, read-only; the reference lasts as long as any view of them.
+
+        The bytes lie in this process's one mapping of the whole segment, so nothing is mapped for them. This suits
+        data that are read once, by code of this package and of Dask. A user's code might find the mapping's other bytes.
+
+        Raises
+        ------
+        MappingRefused
+            This process cannot map the arena.
+        ValueError
+            The block was closed before.
+        """
+        hold = self.detach()
+        part = self._home.pages.look_at(self._extent, self._used)
+        return Exporter(part.ctypes.data, self._used, (part, hold)).bytes().toreadonly()
 
     def read(self, offset: int, length: int) -> memoryview:
         """Copy a part of the block into private memory, for a process that cannot map it.

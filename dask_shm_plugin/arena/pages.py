@@ -6,6 +6,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from dask_shm_plugin.arena.budget import Budget
 from dask_shm_plugin.arena.guard import GuardedTable
 from dask_shm_plugin.arena.trimming import Trimmer
@@ -108,6 +111,44 @@ class Pages:
     def read(self, extent: Extent, offset: int, length: int) -> memoryview:
         """Copy bytes of a block into private memory; this process must refer to the block."""
         return self._segment.read(self._blocks_from + extent.offset + offset, length)
+
+    def lay_open(self, extent: Extent) -> npt.NDArray[np.uint8]:
+        """Make all pages of a draft exist, and return its bytes in the write mapping, to be written in place.
+
+        Raises
+        ------
+        NoHeadRoom, MemoryExhausted, LimitsReached
+            There is no memory for the pages.
+        MappingRefused
+            This process cannot map the arena.
+        """
+        begin = self._blocks_from + extent.offset
+        part = self._window.part(begin, extent.length)
+        for start, length in _steps(begin, extent.length):
+            trims = self._access.table.trims  # read first, as in `_write_in_place`
+            if self._window.knows(start, length, trims):
+                continue
+            if not (self._window.sees(start, length) or self._has_pages(extent, start, length)):
+                self._make(extent, start, length, self._segment.reserve, length)
+                if not self._window.fill(start, length):
+                    continue
+            self._window.learn(start, length, trims)
+        return part
+
+    def look_at(self, extent: Extent, length: int) -> npt.NDArray[np.uint8]:
+        """Return the first ``length`` bytes of a block in the write mapping; the caller holds the block, and only reads.
+
+        Raises
+        ------
+        MappingRefused
+            This process cannot map the arena.
+        """
+        begin, trims = self._blocks_from + extent.offset, self._access.table.trims
+        part = self._window.part(begin, length)
+        # Filled at once, the page table of a block costs less than a fault for every few pages.
+        if not self._window.knows(begin, extent.length, trims) and self._window.fill(begin, extent.length):
+            self._window.learn(begin, extent.length, trims)
+        return part
 
     def close(self) -> None:
         """Unmap the write mapping and end its threads, as soon as no thread writes."""

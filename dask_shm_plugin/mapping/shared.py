@@ -10,6 +10,7 @@ until pages are given back.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 
@@ -41,7 +42,7 @@ class WriteMapping:
     """
 
     def __init__(self, segment: Segment) -> None:
-        self._segment = segment
+        self._segment, self._pid = segment, os.getpid()
         self._lock = threading.Lock()
         self._copier = Copier()
         self._bytes: npt.NDArray[np.uint8] | None = None
@@ -107,6 +108,21 @@ class WriteMapping:
         if part is None:
             raise ArenaUnavailable("this process has left the arena")
         self._copier.copy(part, np.frombuffer(data, np.uint8), keep)
+
+    def part(self, offset: int, length: int) -> npt.NDArray[np.uint8]:
+        """Return a part of the mapping, which stays mapped as long as the array lives.
+
+        All pages of the part must exist when it is read or written: a missing one may be answered by SIGBUS.
+
+        Raises
+        ------
+        MappingRefused
+            The mapping is closed or cannot be made, or this process is a forked child, which does not inherit it.
+        """
+        part = self._part(offset, length) if os.getpid() == self._pid else None
+        if part is None:
+            raise MappingRefused("this process cannot map the arena; check ulimit -v and vm.max_map_count")
+        return part
 
     def close(self) -> None:
         """Unmap the segment as soon as no write is in progress; it is not mapped again."""

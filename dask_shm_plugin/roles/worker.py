@@ -25,6 +25,7 @@ from dask_shm_plugin.roles.role import Joining, Role
 from dask_shm_plugin.roles.switch import switch_off, switch_on
 from dask_shm_plugin.scheduling.telling import Telling
 from dask_shm_plugin.seams.worker_data import WorkerData
+from dask_shm_plugin.shuffling import switch as shuffling
 from dask_shm_plugin.transfer import fetch
 from dask_shm_plugin.transfer.answers import Answers
 from dask_shm_plugin.transfer.explaining import Explanation, explain
@@ -45,7 +46,7 @@ class SharedMemoryWorker(WorkerPlugin):
 
     Parameters
     ----------
-    capacity, threshold, publish, views, warm
+    capacity, threshold, publish, views, warm, shuffle
         See :class:`SharedMemoryPlugin`. Settings that are not given come from Dask's configuration, namespace ``shm``.
     """
 
@@ -136,9 +137,12 @@ class _ActiveWorker:
         self._heartbeat = worker.metrics["shm"] = Heartbeat(arena, self._kept, self._counted)
         prometheus.register(worker, self._heartbeat.metrics)
         fetch.REQUESTS.begin()
+        self._shuffles = shuffling.switch_on(worker, arena) if role.options.shuffle == "auto" else None
 
     async def stop(self) -> None:
         self._answers.stop()
+        if self._shuffles is not None:
+            self._shuffles.stop()
         self._scatter_guard.retire()
         self._pruning.stop()
         self._telling.stop()
@@ -173,6 +177,8 @@ class _ActiveWorker:
 
     def completed(self, key: Any) -> None:
         """Publish the result of a finished task, if ``shm.publish`` is "on-completion"."""
+        if self._shuffles is not None:
+            self._shuffles.finished(key)
         # A result that is not known to be large is published only on request: it may not even be serializable.
         if self._role.options.publish != "on-completion" or not self._answers.is_large(key):
             return

@@ -48,7 +48,7 @@ def test_the_repr_tells_all_settings():
     with dask.config.set({"shm.publish": "on-completion"}):
         text = repr(SharedMemoryPlugin(capacity="2 GiB", warm=1))
     assert text == (
-        "SharedMemoryPlugin(capacity='2 GiB', threshold=1048576, publish='on-completion', views='copy-on-write', warm=1.0)"
+        "SharedMemoryPlugin(capacity='2 GiB', threshold=1048576, publish='on-completion', views='copy-on-write', warm=1.0, shuffle='auto')"
     )
 
 
@@ -86,6 +86,8 @@ def test_an_environment_variable_is_a_setting():
         ({"publish": "sometimes"}, "shm.publish"),
         ({"views": "writeable"}, "shm.views"),
         ({"warm": "hot"}, "shm.warm"),
+        ({"shuffle": "on"}, "shm.shuffle"),
+        ({"shuffle": True}, "shm.shuffle"),
         ({"warm": float("nan")}, "shm.warm"),
         ({"warm": float("inf")}, "shm.warm"),
     ],
@@ -97,6 +99,12 @@ def test_an_invalid_setting_is_refused_at_construction(setting, named):
     configured = dask.config.set({f"shm.{name}": value for name, value in setting.items()})
     with configured, pytest.raises((TypeError, ValueError), match=named):
         SharedMemoryPlugin()
+
+
+def test_a_bare_off_in_a_file_is_off():
+    """YAML reads it as a boolean."""
+    with dask.config.set({"shm.shuffle": False}):
+        assert SharedMemoryPlugin().options.shuffle == "off"
 
 
 def test_an_unknown_option_is_refused():

@@ -30,6 +30,7 @@ def test_nothing_is_counted_at_first() -> None:
         "attached": nothing,
         "found": nothing,
         "adopted": nothing,
+        "shuffled": nothing,
         "sent": {},
     }
 
@@ -46,6 +47,7 @@ def test_values_and_their_bytes_are_counted_by_event_and_reason() -> None:
         "attached": {"count": 1, "bytes": 5},
         "found": {"count": 1, "bytes": 5},
         "adopted": {"count": 1, "bytes": 0},
+        "shuffled": {"count": 0, "bytes": 0},
         "sent": {"arena-full": {"count": 2, "bytes": 15}, "stale": {"count": 1, "bytes": 0}},
     }
 
@@ -87,6 +89,7 @@ def test_snapshots_are_added_up() -> None:
         "attached": {"count": 0, "bytes": 0},
         "found": {"count": 0, "bytes": 0},
         "adopted": {"count": 0, "bytes": 0},
+        "shuffled": {"count": 0, "bytes": 0},
         "sent": {"stale": {"count": 1, "bytes": 1}, "arena-full": {"count": 1, "bytes": 2}},
     }
     assert (one, other) == (first.snapshot(), second.snapshot())
@@ -104,6 +107,7 @@ def test_counts_since_a_snapshot_are_differences(monkeypatch: pytest.MonkeyPatch
         "attached": nothing,
         "found": nothing,
         "adopted": nothing,
+        "shuffled": nothing,
         "sent": {},
     }
     metrics.COUNTERS.count("published", 4)
@@ -113,6 +117,7 @@ def test_counts_since_a_snapshot_are_differences(monkeypatch: pytest.MonkeyPatch
         "attached": nothing,
         "found": nothing,
         "adopted": nothing,
+        "shuffled": nothing,
         "sent": {"arena-full": {"count": 1, "bytes": 2}},
     }
 

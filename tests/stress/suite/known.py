@@ -7,6 +7,8 @@ from __future__ import annotations
 
 _NOT_ASKED = "a value that is listed in the arena is found there, and its owner is not asked: "
 
+_NOT_WRITTEN = "received shards are kept in memory, not in files: "
+
 MAY_DIFFER: dict[str, str] = {
     "distributed/tests/test_worker.py::test_prefer_gather_from_local_address": (
         _NOT_ASKED + "the test looks for the transfer in the log of requests"
@@ -23,6 +25,14 @@ MAY_DIFFER: dict[str, str] = {
     ),
     "distributed/tests/test_cancelled_state.py::test_worker_stream_died_during_comm": (
         _NOT_ASKED + "the test waits for the request, and closes the owner at that moment"
+    ),
+    "distributed/shuffle/tests/test_shuffle.py::test_meaningful_out_of_disk_error": (
+        _NOT_WRITTEN + "the test lets every write to a file fail, and there is none"
+    ),
+    "distributed/shuffle/tests/test_metrics.py::test_rechunk": _NOT_WRITTEN
+    + "the test looks for the bytes read from disk",
+    "distributed/shuffle/tests/test_metrics.py::test_dataframe": (
+        _NOT_WRITTEN + "the test looks for the bytes read from disk"
     ),
     "distributed/tests/test_worker_memory.py::test_dict_data_if_no_spill_to_disk": (
         "the plugin wraps the data of a worker to notice reads, even without a spill buffer; the test expects a dict"

@@ -1,7 +1,7 @@
 """A preload for every scheduler, client and worker of a run with the plugin: it makes the plugin share all it can.
 
-The values of these tests are small. Usually, frames of up to 1 KiB travel inside a handle. Here they lie in the arena,
-too.
+The values of these tests are small. Usually, frames of up to 1 KiB travel inside a handle, and shards of shuffles of
+less than 64 KiB as with stock Dask. Here they lie in the arena, too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dask_shm_stress.watching import save_counts
 from distributed import Worker
 
 from dask_shm_plugin import preload
+from dask_shm_plugin.shuffling import sending
 from dask_shm_plugin.values import codec
 
 INLINE_LIMITS = ("_INLINE_FRAME_BYTES", "_INLINE_TOTAL_BYTES")
@@ -21,6 +22,9 @@ for name in INLINE_LIMITS:
     if not isinstance(getattr(codec, name), int):
         raise TypeError(f"codec.{name} is not a number of bytes any more")
     setattr(codec, name, 1)
+if not isinstance(sending._MIN_PARCEL_BYTES, int):
+    raise TypeError("sending._MIN_PARCEL_BYTES is not a number of bytes any more")
+sending._MIN_PARCEL_BYTES = 1
 
 
 async def dask_setup(server: Any) -> None:

@@ -1,0 +1,1 @@
+"""P2P shuffles and rechunks through the arena."""

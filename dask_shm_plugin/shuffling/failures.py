@@ -1,0 +1,25 @@
+"""A failed shuffle keeps no shards: errors are kept by runs and by a worker's log, and their frames refer to shards."""
+
+from __future__ import annotations
+
+import contextlib
+
+from dask_shm_plugin.seams.shuffle import RECEIVING
+
+
+def forget_shards(error: BaseException | None) -> None:
+    """Clear the frames that have received shards, in the tracebacks of an error and of its causes.
+
+    All other frames stay as they are. A run raises one error many times, and its traceback then has frames of coroutines
+    that go on later: to clear one of these would end it.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        trace = error.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_code in RECEIVING:
+                with contextlib.suppress(RuntimeError):  # it runs
+                    trace.tb_frame.clear()
+            trace = trace.tb_next
+        error = error.__cause__ or error.__context__
