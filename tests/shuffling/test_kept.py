@@ -170,16 +170,18 @@ def test_nothing_is_kept_while_it_is_switched_off(with_rig: Any) -> None:
     with_rig(use)
 
 
-def test_objects_go_to_the_files(with_rig: Any) -> None:
+def test_objects_and_small_arrays_go_to_the_files(with_rig: Any) -> None:
     """Only shards whose size is known are kept."""
 
     async def use(rig: Rig) -> None:
-        await rig.buffer.write({"a": [((0,), np.array([{}, []], object))], "b": [((0,), np.zeros(2))]})
+        await rig.buffer.write(
+            {"a": [((0,), np.array([{}, []], object))], "b": [((0,), np.zeros(1 << 14))], "c": [((0,), np.zeros(2))]}
+        )
         await rig.buffer.flush()
-        assert rig.in_files() == ["a"]
+        assert rig.in_files() == ["a", "c"]
         assert rig.readers == []
 
-    with_rig(use)
+    with_rig(use, limit=1 << 20)
 
 
 def test_an_array_is_copied_out_of_a_message_once() -> None:
