@@ -22,7 +22,6 @@ from dask_shm_plugin.seams import shuffle as seams
 from dask_shm_plugin.seams.replacement import Replacement
 from dask_shm_plugin.shuffling.parcels import is_plain
 
-
 _LEAST_ARRAY_BYTES = 128 << 10
 """Smaller arrays go to Dask's files. In a worker, ``malloc`` returns larger memory at once when it is freed, and keeps the
 pages of smaller pieces: 512 MiB in pieces of 32 KiB took 1.26 times the memory of stock Dask."""
