@@ -238,7 +238,10 @@ async def _stats(client: Client) -> dict[str, dict[str, Any]]:
     answers = await scheduler.broadcast(
         msg={"op": "run", "function": stub.dumps(stub.report), "wait": True}, on_error="ignore"
     )
-    placing = await scheduler.run_function(function=stub.dumps(stub.report_of_scheduler))
+    try:
+        placing = await scheduler.run_function(function=stub.dumps(stub.report_of_scheduler))
+    except Exception:  # the scheduler does not let clients run functions
+        placing = {}
     half = half_of(client)
     reports = [answer["result"] for answer in answers.values() if answer.get("status") == "OK" and answer["result"]]
     own = half.report() if half else None

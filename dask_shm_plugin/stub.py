@@ -134,8 +134,10 @@ async def install(scheduler: Any, name: str, nanny: bytes, worker: bytes) -> Non
 
 async def begin_scheduling(dask_scheduler: Any) -> None:
     """Let a scheduler place tasks by the place of their inputs, if its process has the package; runs on the scheduler."""
-    if SCHEDULING in dask_scheduler.plugins:
+    half = dask_scheduler.plugins.get(SCHEDULING)
+    if half is not None and half.is_on:
         return
+    stop_scheduling(dask_scheduler)
     half = _half("SharedMemoryScheduler", {}, "Tasks are placed as without the plugin")
     if half is not None:
         dask_scheduler.add_plugin(half, name=SCHEDULING)

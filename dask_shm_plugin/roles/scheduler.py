@@ -11,7 +11,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 
 from dask_shm_plugin.notices import warn_once
 from dask_shm_plugin.scheduling.costs import Costs
-from dask_shm_plugin.scheduling.nodes import TOPIC, Nodes
+from dask_shm_plugin.scheduling.nodes import TOPIC, Nodes, has_large_input
 from dask_shm_plugin.scheduling.occupancy import Occupancy
 from dask_shm_plugin.scheduling.placement import Placement
 from dask_shm_plugin.scheduling.replicas import Replicas
@@ -32,6 +32,11 @@ class SharedMemoryScheduler(SchedulerPlugin):
     def __init__(self) -> None:
         self._scheduler: Any = None
         self._endings: list[Callable[[], None]] = []
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the scheduler's functions are replaced."""
+        return self._scheduler is not None
 
     async def start(self, scheduler: Any) -> None:
         """Replace the scheduler's functions; warn once if a private name has moved, and leave it as it is."""
@@ -70,18 +75,18 @@ class SharedMemoryScheduler(SchedulerPlugin):
 
     def log_event(self, topic: str, msg: Any) -> None:
         """Note published keys."""
-        if topic == TOPIC and self._scheduler is not None and self._nodes.heard(msg):
-            self._replicas.choose_soon()
+        if topic == TOPIC and self.is_on:
+            self._replicas.choose_soon(self._nodes.heard(msg))
 
     def remove_worker(self, scheduler: Any, worker: str, **kwargs: Any) -> None:
         """Forget a worker; the values that it held get other second holders."""
-        if self._scheduler is not None:
+        if self.is_on:
             self._occupancy.forget(worker)
-            self._replicas.choose_soon()
+            self._replicas.choose_all()
 
     def report(self) -> dict[str, dict[str, int]]:
         """Return the figures that ``stats`` shows for each arena."""
-        return self._replicas.report() if self._scheduler is not None else {}
+        return self._replicas.report() if self.is_on else {}
 
     def _replace(self, owner: Any, name: str, around: Callable[[Any], Any]) -> None:
         own = getattr(owner, name)
@@ -114,7 +119,7 @@ class SharedMemoryScheduler(SchedulerPlugin):
 
         def add_to_processing(ts: Any, ws: Any, stimulus_id: str) -> Any:
             limit = ws.memory_limit
-            if self._guarded(self._placement.fits, ts, ws):
+            if has_large_input(ts) and self._guarded(self._placement.fits, ts, ws):
                 ws.memory_limit = 0  # Dask does not check a worker that has no limit
             try:
                 return own(ts, ws, stimulus_id)

@@ -35,6 +35,7 @@ from dask_shm_plugin.values import buffers
 from dask_shm_plugin.values.kept import KeptValues
 
 _PRUNE_INTERVAL_S = 5.0
+_HEARTBEAT_TIMEOUT_S = 1.0
 _LISTING_TIMEOUT_S = 0.1
 """Longest time (s) for which a scatter waits until its values are listed."""
 
@@ -73,7 +74,10 @@ class SharedMemoryWorker(WorkerPlugin):
         self._joining = Joining(role, lambda arena: self._joined(worker, role, arena))
         await self._joining.start()
         if self._running is not None and worker.status is Status.running:
-            await worker.heartbeat()  # the scheduler knows now which arena the worker uses
+            # The scheduler shall know at once which arena the worker uses. If it does not know the worker any more, the
+            # heartbeat closes the worker, which waits for the end of this function.
+            telling = asyncio.create_task(worker.heartbeat())
+            await asyncio.wait([telling], timeout=_HEARTBEAT_TIMEOUT_S)
         if self._running is None and role.kept_out_by is not None:
             self._outsider = fetch.Outsider(lambda: role.kept_out_by)
 
@@ -123,9 +127,7 @@ class _ActiveWorker:
         self._kept = KeptValues(arena)
         arena.labels.add(self._kept.labels)
         self._telling = Telling(worker, arena.arena_id.hex())
-        self.publisher = Publisher(
-            arena, role.options.threshold, self._data, role.address, self._kept, self._telling.published
-        )
+        self.publisher = Publisher(arena, role.options.threshold, self._data, role.address, self._kept, self._telling)
         self._answers = Answers(worker, arena, self.publisher, role.options.threshold)
         self._meter = WorkerMeter(worker, arena)
         self._transfers = Transfers(worker, arena)

@@ -1,12 +1,14 @@
 """Tell which workers share an arena, and which values lie in it.
 
 A worker names its arena in the metrics of its heartbeats, so no knowledge about it can outlive it. Workers and
-clients tell in a topic of the scheduler's event log which keys they have published.
+clients tell in a topic of the scheduler's event log which keys they have published, and which no longer are.
 """
 
 from __future__ import annotations
 
+import time
 import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,16 +18,22 @@ TOPIC = "dask-shm"
 LARGE_BYTES = 8 << 20
 """Smallest value whose place in an arena the scheduler considers; smaller ones are treated as by stock Dask."""
 
+MAX_INPUTS = 32
+"""A task with more inputs is placed as by stock Dask: the inputs are looked at for each worker that may run it."""
 
-def news(arena_id: str, keys: Iterable[Any]) -> dict[str, Any]:
-    """Return the message that tells that the values of some keys lie in an arena."""
-    return {"arena": arena_id, "published": list(keys)}
+_PATIENCE_S = 30.0
+"""How long news about a key waits until the scheduler knows the key: a direct scatter registers it last."""
+
+
+def news(arena_id: str, published: Iterable[Any], withdrawn: Iterable[Any] = ()) -> dict[str, Any]:
+    """Return the message that tells which keys have values that lie in an arena, and which no longer have."""
+    return {"arena": arena_id, "published": list(published), "withdrawn": list(withdrawn)}
 
 
 def arena_of(ws: Any) -> str | None:
     """Return the id of a worker's arena, or None if the worker does not share; ``ws`` is a ``WorkerState``."""
     said = ws.metrics.get("shm")
-    return said.get("arena") if said else None
+    return said.get("arena") if isinstance(said, dict) else None
 
 
 def is_large(ts: Any) -> bool:
@@ -34,8 +42,36 @@ def is_large(ts: Any) -> bool:
 
 
 def has_large_input(ts: Any) -> bool:
-    """Return whether any input of a task is large."""
-    return any(dts.nbytes >= LARGE_BYTES for dts in ts.dependencies)
+    """Return whether the place of a task's inputs matters: some are large, and they are few enough to look at."""
+    return len(ts.dependencies) <= MAX_INPUTS and any(dts.nbytes >= LARGE_BYTES for dts in ts.dependencies)
+
+
+class _Known:
+    """The arenas in which the value of one run of a task lies; ``ts`` is None until the scheduler knows the key."""
+
+    def __init__(self, ts: Any) -> None:
+        self.arenas: set[str] = set()
+        self._ref: weakref.ref[Any] | None = None
+        self._run_id: int | None = None
+        self._since = time.monotonic()
+        if ts is not None:
+            self.bind(ts)
+
+    def bind(self, ts: Any) -> None:
+        self._ref, self._run_id = weakref.ref(ts), ts.run_id
+
+    def is_of(self, ts: Any) -> bool:
+        """Return whether this is about the present value of a task: one that has run again has another."""
+        if self._ref is None:
+            self.bind(ts)
+        return self._ref is not None and self._run_id == ts.run_id and self._ref() is ts
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the task is gone, or has not come."""
+        if self._ref is None:
+            return time.monotonic() - self._since > _PATIENCE_S
+        return self._ref() is None
 
 
 class Nodes:
@@ -53,57 +89,74 @@ class Nodes:
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
-        self._published: weakref.WeakKeyDictionary[Any, tuple[int | None, set[str]]] = weakref.WeakKeyDictionary()
+        self._known: dict[Any, _Known] = {}
 
-    def heard(self, message: Any) -> bool:
-        """Note published keys; return whether any of them is that of a large value.
+    def heard(self, message: Any) -> list[Any]:
+        """Note published and withdrawn keys; return the keys that were published.
 
         A message of another form, as another version of the package may send it, says nothing.
         """
         try:
-            arena_id, keys = str(message["arena"]), list(message["published"])
+            arena_id, published, withdrawn = str(message["arena"]), list(message["published"]), message["withdrawn"]
         except (TypeError, KeyError):
-            return False
-        found = [ts for key in keys if (ts := self._scheduler.tasks.get(key)) is not None]
-        for ts in found:
-            run_id, arenas = self._published.get(ts, (None, set()))
-            # A task that ran again has a new value.
-            self._published[ts] = ts.run_id, (arenas if run_id == ts.run_id else set()) | {arena_id}
-        return bool(found)
+            return []
+        for key in withdrawn:
+            if key in self._known:
+                self._known[key].arenas.discard(arena_id)
+        for key in published:
+            ts, known = self._scheduler.tasks.get(key), self._known.get(key)
+            if known is None or (ts is not None and not known.is_of(ts)):
+                known = self._known[key] = _Known(ts)
+            known.arenas.add(arena_id)
+        return published
 
     def is_published(self, ts: Any, arena_id: str | None) -> bool:
         """Return whether a value lies in an arena, and is held by a worker that uses this arena."""
-        run_id, arenas = self._published.get(ts, (None, ()))
-        return arena_id in arenas and run_id == ts.run_id and self.is_held_in(ts, arena_id)
+        return arena_id in self._arenas(ts) and self.is_held_in(ts, arena_id)
+
+    def _arenas(self, ts: Any) -> set[str]:
+        known = self._known.get(ts.key)
+        return known.arenas if known is not None and known.is_of(ts) else set()
 
     def is_held_in(self, ts: Any, arena_id: str | None) -> bool:
         """Return whether a worker that uses an arena holds a value, in the arena or privately."""
         return arena_id is not None and any(arena_of(ws) == arena_id for ws in ts.who_has or ())
 
-    def workers_of(self, arena_id: str | None) -> set[Any]:
-        """Return the running workers that use an arena."""
-        return {ws for ws in self._scheduler.running if arena_of(ws) == arena_id} if arena_id else set()
+    def workers(self) -> dict[str | None, set[Any]]:
+        """Return the running workers by arena."""
+        by_arena: defaultdict[str | None, set[Any]] = defaultdict(set)
+        for ws in self._scheduler.running:
+            by_arena[arena_of(ws)].add(ws)
+        return by_arena
 
-    def published(self) -> Iterator[tuple[Any, dict[str, set[Any]]]]:
-        """Yield each published large value, and its holders by arena."""
-        for ts in list(self._published):
-            if ts.who_has and is_large(ts):
-                holders = {
-                    arena_id: {ws for ws in ts.who_has if arena_of(ws) == arena_id}
-                    for arena_id in self._published[ts][1]
-                    if self.is_published(ts, arena_id)
-                }
-                if holders:
-                    yield ts, holders
+    def holders(self, keys: Iterable[Any] | None = None) -> Iterator[tuple[Any, dict[str, set[Any]]]]:
+        """Yield published large values, and the holders of each by arena.
+
+        Parameters
+        ----------
+        keys
+            The keys to look at, by default all.
+        """
+        for key in list(self._known) if keys is None else keys:
+            ts, known = self._scheduler.tasks.get(key), self._known.get(key)
+            if known is not None and ts is None and known.is_over:
+                del self._known[key]
+            elif known is not None and ts is not None and ts.who_has and is_large(ts) and known.is_of(ts):
+                by_arena: defaultdict[str, set[Any]] = defaultdict(set)
+                for ws in ts.who_has:
+                    if (arena_id := arena_of(ws)) in known.arenas:
+                        by_arena[str(arena_id)].add(ws)
+                yield ts, by_arena
 
     def copies(self, ts: Any, holders: Iterable[Any]) -> list[set[Any]]:
-        """Group holders of a value by physical copy, the most widely held copy first.
+        """Group holders of a value by physical copy: those on running workers first, then the most widely held.
 
         Holders that map a published value from one arena hold one copy; any other holder has its own.
         """
-        by_copy: dict[Any, set[Any]] = {}
+        arenas = self._arenas(ts) if is_large(ts) else set()
+        by_copy: defaultdict[Any, set[Any]] = defaultdict(set)
         for ws in holders:
             arena_id = arena_of(ws)
-            is_mapped = is_large(ts) and self.is_published(ts, arena_id)
-            by_copy.setdefault(arena_id if is_mapped else ws, set()).add(ws)
-        return sorted(by_copy.values(), key=len, reverse=True)
+            by_copy[arena_id if arena_id in arenas else ws].add(ws)
+        running = self._scheduler.running
+        return sorted(by_copy.values(), key=lambda copy: (not copy.isdisjoint(running), len(copy)), reverse=True)

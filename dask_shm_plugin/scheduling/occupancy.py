@@ -45,7 +45,8 @@ class Occupancy:
         for address in list(self._taken_off):
             ws = self._scheduler.workers.get(address)
             for ts in list(self._taken_off[address]) if ws is not None else ():
-                self.will_be_taken(ws, ts)
+                if ts in ws.needs_what:
+                    self.will_be_taken(ws, ts)
         self._taken_off.clear()
 
     def forget(self, address: str) -> None:
@@ -81,7 +82,7 @@ def _inc_needs_replica(ws: Any, ts: Any) -> None:
 
 
 def _dec_needs_replica(ws: Any, ts: Any) -> None:
-    if ts.nbytes >= LARGE_BYTES and ws.needs_what.get(ts) == 1 and ws.scheduler in _ACTIVE:
+    if ws.needs_what.get(ts) == 1 and ws.scheduler in _ACTIVE:
         _ACTIVE[ws.scheduler].will_be_taken(ws, ts)
     _DEC.old(ws, ts)
 

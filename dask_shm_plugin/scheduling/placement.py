@@ -11,6 +11,9 @@ from distributed.stealing import LATENCY, fast_tasks
 from dask_shm_plugin.scheduling.costs import Costs
 from dask_shm_plugin.scheduling.nodes import Nodes, arena_of, has_large_input, is_large
 
+_NEVER_S = 1e6
+"""Added to the cost (s) of a worker that has no room for the inputs. It is finite, because Dask subtracts costs again."""
+
 
 class Placement:
     """Advises a scheduler; each method returns None where Dask's own answer stands.
@@ -38,24 +41,31 @@ class Placement:
         valid = self._scheduler.valid_workers(ts)
         if valid is not None:
             candidates &= valid
+        candidates = {ws for ws in candidates if self.fits(ts, ws)} or candidates
         return min(candidates, key=partial(self._scheduler.worker_objective, ts), default=None)
 
     def _neighbours(self, ts: Any) -> set[Any]:
         """Return the workers that could map a large input of a task from their arena, with or without it now."""
-        found: set[Any] = set()
-        for dts in ts.dependencies:
-            if is_large(dts):
-                for arena_id in {arena_of(ws) for ws in dts.who_has or ()}:
-                    if self._costs.near(dts, arena_id) is not None:
-                        found |= self._nodes.workers_of(arena_id)
-        return found
+        near = {
+            arena_id
+            for dts in ts.dependencies
+            if is_large(dts)
+            for arena_id in {arena_of(ws) for ws in dts.who_has or ()}
+            if self._costs.near(dts, arena_id) is not None
+        }
+        if not near:
+            return set()
+        workers = self._nodes.workers()
+        return {ws for arena_id in near for ws in workers[arena_id]}
 
     def comm_cost(self, ts: Any, ws: Any) -> float | None:
         """Return the time (s) until a worker has the inputs of a task that it does not hold."""
         if not has_large_input(ts):
             return None
         missing = [dts for dts in ts.dependencies if ws not in (dts.who_has or ())]
-        return sum(self._costs.transfer(dts, ws) for dts in missing)
+        cost = sum(self._costs.transfer(dts, ws) for dts in missing)
+        # Dask does not check the memory limit of a worker that steals a task.
+        return cost if not missing or self.fits(ts, ws) else cost + _NEVER_S
 
     def steal_time_ratio(self, ts: Any) -> tuple[float, int] | tuple[None, None] | None:
         """Return how much longer a task takes if its node's other workers steal it, and its level among the stealable.
@@ -75,8 +85,8 @@ class Placement:
 
     def fits(self, ts: Any, ws: Any) -> bool:
         """Return whether a task's inputs fit into a worker's memory if those that lie in its arena take none there."""
-        if not has_large_input(ts) or not ws.memory_limit:
-            return False
+        if not ws.memory_limit or sum(dts.nbytes for dts in ts.dependencies) <= ws.memory_limit:
+            return True
         arena_id = arena_of(ws)
         private = sum(dts.nbytes for dts in ts.dependencies if not self._nodes.is_published(dts, arena_id))
         return bool(private <= ws.memory_limit)

@@ -1,9 +1,10 @@
-"""Policies of the Active Memory Manager that know nodes: shared replicas are one copy, and each shared value has a second holder."""
+"""Policies of the Active Memory Manager that know nodes: shared replicas are one copy, and get a second holder."""
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from distributed.active_memory_manager import (
@@ -14,7 +15,7 @@ from distributed.active_memory_manager import (
     SuggestionGenerator,
 )
 
-from dask_shm_plugin.scheduling.nodes import Nodes, arena_of
+from dask_shm_plugin.scheduling.nodes import Nodes, arena_of, is_large
 
 _SOON_S = 0.1
 """How long after news the second holders are chosen: one look serves all news of this time."""
@@ -42,11 +43,15 @@ class ReduceReplicasPerNode(ActiveMemoryManagerPolicy):
     def _suggestions(self) -> Iterator[Suggestion]:
         for ts in self.manager.scheduler.replicated_tasks:
             coming, going = self.manager.pending.get(ts, (set(), set()))
-            copies = self._nodes.copies(ts, ({*(ts.who_has or ())} | coming) - going)
-            if len(copies) > 1:
+            holders = ({*(ts.who_has or ())} | coming) - going
+            copies = self._nodes.copies(ts, holders) if is_large(ts) else []
+            if any(len(copy) > 1 for copy in copies):
                 for copy in copies[_wanted_copies(ts) :]:
                     for _ in copy:
                         yield Suggestion("drop", ts, set(copy))
+            else:  # each replica is a copy, and Dask chooses among all of them
+                for _ in range(len(holders) - _wanted_copies(ts)):
+                    yield Suggestion("drop", ts)
 
 
 def _wanted_copies(ts: Any) -> int:
@@ -66,10 +71,18 @@ class SecondHolders(ActiveMemoryManagerPolicy):
         The arenas and published values that are known.
     guarded
         Calls a function, and returns None if it fails.
+
+    Notes
+    -----
+    A second holder is asked for once, and again when a worker of the node has come or gone. It may have been dropped by
+    a policy of the user, which would otherwise drop it again and again.
     """
 
     def __init__(self, nodes: Nodes, guarded: Callable[..., Any]) -> None:
         self._nodes, self._guarded = nodes, guarded
+        self.keys: set[Any] | None = None
+        """The keys that the next run looks at; None for all."""
+        self._asked: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
 
     def run(self) -> SuggestionGenerator:
         """Suggest a further replica on the same node for each published value that only one worker there holds.
@@ -81,10 +94,15 @@ class SecondHolders(ActiveMemoryManagerPolicy):
             yield suggestion
 
     def _suggestions(self) -> Iterator[Suggestion]:
-        for ts, holders in self._nodes.published():
+        workers, keys = self._nodes.workers(), self.keys
+        self.keys = None
+        if all(len(there) < 2 for there in workers.values()):
+            return
+        for ts, holders in self._nodes.holders(keys):
             for arena_id, there in holders.items():
-                neighbours = self._nodes.workers_of(arena_id) - there if len(there) == 1 else None
-                if neighbours:
+                neighbours = workers[arena_id] - there
+                if len(there) == 1 and neighbours and self._asked.get(ts) != workers[arena_id]:
+                    self._asked[ts] = workers[arena_id]
                     yield Suggestion("replicate", ts, neighbours)
 
 
@@ -111,10 +129,10 @@ class Replicas:
         self._replaced = [policy for policy in self._manager.policies if type(policy) is ReduceReplicas]
         self._own = [ReduceReplicasPerNode(nodes, guarded) for _ in self._replaced]
         self._exchange(self._replaced, self._own)
+        self._told: set[Any] = set()
+        self._second_holders = SecondHolders(nodes, guarded)
         # A manager of its own runs soon after news, without the policies of the user.
-        self._seconds = ActiveMemoryManagerExtension(
-            scheduler, {SecondHolders(nodes, guarded)}, register=False, start=True
-        )
+        self._seconds = ActiveMemoryManagerExtension(scheduler, {self._second_holders}, register=False, start=True)
 
     def stop(self) -> None:
         """Put Dask's policy back in place, unless the user has taken ours out."""
@@ -127,29 +145,35 @@ class Replicas:
         for policy in new:
             self._manager.add_policy(policy)
 
-    def choose_soon(self) -> None:
-        """Choose second holders within 0.1 s: a value was published, or a holder is gone."""
-        if not self._is_due:
+    def choose_soon(self, keys: Iterable[Any]) -> None:
+        """Choose second holders of newly published keys, within 0.1 s."""
+        self._told.update(keys)
+        if self._told and not self._is_due:
             self._is_due = True
             self._scheduler.loop.call_later(_SOON_S, self._choose)
 
-    def _choose(self) -> None:
-        self._is_due = False
+    def choose_all(self) -> None:
+        """Choose second holders of all published values, now: a worker is gone."""
         if self._seconds.running:
             self._seconds.run_once()
+
+    def _choose(self) -> None:
+        self._is_due = False
+        self._second_holders.keys, self._told = self._told, set()
+        self.choose_all()
 
     def will_lose(self, ws: Any) -> None:
         """Note that a worker is about to be lost; count it if others of its node hold values that it has published."""
         arena_id = arena_of(ws)
         if arena_id is not None and any(
-            ws in there.get(arena_id, ()) and len(there[arena_id]) > 1 for _, there in self._nodes.published()
+            ws in there.get(arena_id, ()) and len(there[arena_id]) > 1 for _, there in self._nodes.holders()
         ):
             self._deaths_absorbed[arena_id] += 1
 
     def report(self) -> dict[str, dict[str, int]]:
         """Return by arena the replicas that take no memory, and how often a worker was lost without losing values."""
         free: Counter[str] = Counter()
-        for _, holders in self._nodes.published():
+        for _, holders in self._nodes.holders():
             for arena_id, there in holders.items():
                 free[arena_id] += len(there) - 1
         return {

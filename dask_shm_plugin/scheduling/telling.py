@@ -26,31 +26,48 @@ class Telling:
 
     Notes
     -----
-    To be used on the worker's event loop. Nothing waits for the scheduler.
+    Nothing waits for the scheduler.
     """
 
     def __init__(self, worker: Any, arena_id: str) -> None:
         self._worker, self._arena_id = worker, arena_id
-        self._keys: set[Any] = set()
+        self._told: set[Any] = set()
+        self._news: dict[Any, bool] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._is_over = False
 
     def published(self, key: Any, size: int) -> None:
-        """Tell about a key within 0.05 s, if its value of ``size`` bytes is large."""
-        if size >= LARGE_BYTES:
-            self._keys.add(key)
-            if self._timer is None:
-                self._timer = asyncio.get_running_loop().call_later(_PAUSE_S, self._tell)
+        """Tell about a key within 0.05 s, if its value of ``size`` bytes is large; to be called on the event loop."""
+        if size >= LARGE_BYTES and not self._is_over:
+            self._told.add(key)
+            self._note(key, is_published=True)
+
+    def withdrawn(self, key: Any) -> None:
+        """Tell that the value of a key no longer lies in the arena, if the opposite was told; for any thread."""
+        if key in self._told and not self._is_over:
+            self._told.discard(key)
+            self._worker.loop.add_callback(self._note, key, is_published=False)
 
     def stop(self) -> None:
         """Tell nothing any more."""
+        self._is_over = True
         if self._timer is not None:
             self._timer.cancel()
 
+    def _note(self, key: Any, *, is_published: bool) -> None:
+        if self._is_over:
+            return
+        self._news[key] = is_published
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_PAUSE_S, self._tell)
+
     def _tell(self) -> None:
         self._timer = None
-        keys, self._keys = self._keys, set()
+        told, self._news = self._news, {}
+        published = [key for key, is_published in told.items() if is_published]
+        withdrawn = [key for key, is_published in told.items() if not is_published]
         try:
-            self._worker.log_event(TOPIC, news(self._arena_id, keys))
+            self._worker.log_event(TOPIC, news(self._arena_id, published, withdrawn))
         except Exception:
             logger.debug("the scheduler does not know which values are published", exc_info=True)
 

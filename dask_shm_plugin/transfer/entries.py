@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.seams.worker_data import WorkerData
@@ -13,12 +13,15 @@ from dask_shm_plugin.values import aliases
 from dask_shm_plugin.values.handles import Handle
 from dask_shm_plugin.values.index import PublishedIndex
 
-Listed = Callable[[Any, int], None]
-"""Called with the key and the size (bytes) of a value that other processes can find now without a request."""
 
+class Listener(Protocol):
+    """Is told which values other processes can find without a request."""
 
-def ignore(key: Any, size: int) -> None:
-    """Do nothing about a listed value."""
+    def published(self, key: Any, size: int) -> None:
+        """Note that a value of ``size`` bytes is listed."""
+
+    def withdrawn(self, key: Any) -> None:
+        """Note that a value is not published any more. Any thread may call this."""
 
 
 class Entries:
@@ -32,8 +35,8 @@ class Entries:
         The values of the worker.
     address
         The address at which other processes request data from the worker.
-    listed
-        Called whenever a value is listed.
+    listener
+        Is told of each value that is listed or forgotten.
 
     Notes
     -----
@@ -42,8 +45,8 @@ class Entries:
     another value: it holds the value itself and compares identity.
     """
 
-    def __init__(self, arena: Arena, data: WorkerData, address: str, listed: Listed = ignore) -> None:
-        self._listed = listed
+    def __init__(self, arena: Arena, data: WorkerData, address: str, listener: Listener | None = None) -> None:
+        self._listener = listener
         self._data = data
         self._index = PublishedIndex(arena, address)
         self._entries: dict[Any, Entry] = {}
@@ -103,7 +106,8 @@ class Entries:
 
     def _add_listing(self, key: Any, handle: Handle) -> None:
         self._index.add(key, handle)
-        self._listed(key, handle.size)
+        if self._listener is not None:
+            self._listener.published(key, handle.size)
 
     def adopt(self, key: Any, entry: Entry, shared: object) -> Entry | None:
         """Replace a private copy by the shared one; return the new entry, or None if the value was read meanwhile."""
@@ -128,6 +132,8 @@ class Entries:
         entry = self._entries.pop(key, None)
         if entry is not None:
             entry.close()
+            if self._listener is not None:
+                self._listener.withdrawn(key)
 
     def close(self) -> None:
         """Drop all entries; no value is added or listed any more."""

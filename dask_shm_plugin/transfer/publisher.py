@@ -16,7 +16,7 @@ from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.seams.worker_data import WorkerData
 from dask_shm_plugin.threads import call_in
 from dask_shm_plugin.transfer.adopter import RETRY_PAUSES_S, Adopter
-from dask_shm_plugin.transfer.entries import Entries, Listed, ignore
+from dask_shm_plugin.transfer.entries import Entries, Listener
 from dask_shm_plugin.transfer.entry import Ask, Entry
 from dask_shm_plugin.transfer.publishing import publish_or_count
 from dask_shm_plugin.values import codec
@@ -61,8 +61,8 @@ class Publisher:
         The address at which other processes request data from the worker.
     kept
         Is told of each value that is published.
-    listed
-        Called with the key and the size (bytes) of a value whenever other processes can find it without a request.
+    listener
+        Is told of each value that other processes can find without a request.
 
     Notes
     -----
@@ -76,12 +76,12 @@ class Publisher:
         data: WorkerData,
         address: str,
         kept: KeptValues | None = None,
-        listed: Listed = ignore,
+        listener: Listener | None = None,
     ) -> None:
         self._arena, self._threshold = arena, threshold
         self._kept, self._data = kept or KeptValues(arena), data
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="dask-shm-copy")
-        self._entries = Entries(arena, data, address, listed)
+        self._entries = Entries(arena, data, address, listener)
         self._adopter = Adopter(self._entries, self._threads)
         self._flights: dict[Any, _Flight] = {}
         self._turns: weakref.WeakValueDictionary[Any, asyncio.Lock] = weakref.WeakValueDictionary()

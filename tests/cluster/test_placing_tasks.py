@@ -85,7 +85,7 @@ def is_known(client: Client, future: Any) -> bool:
 
     def look(dask_scheduler: Any) -> bool:
         half = dask_scheduler.plugins["dask-shm-scheduling"]
-        return any(ts.key == future.key for ts, _ in half._nodes.published())
+        return any(ts.key == future.key for ts, _ in half._nodes.holders())
 
     return client.run_on_scheduler(look)
 

@@ -9,6 +9,7 @@ import pytest
 
 from dask_shm_plugin.scheduling.costs import Costs
 from dask_shm_plugin.scheduling.nodes import LARGE_BYTES, Nodes, news
+from dask_shm_plugin.scheduling.placement import Placement
 
 
 class Value:
@@ -27,8 +28,9 @@ class Value:
 class Worker:
     """Stands for a `WorkerState`."""
 
-    def __init__(self, arena: str | None) -> None:
+    def __init__(self, arena: str | None, limit: int = 0) -> None:
         self.nthreads, self.metrics = 1, {"shm": {"arena": arena}} if arena else {}
+        self.memory_limit = limit
 
 
 def known(*values: Value, workers: tuple[Worker, ...] = ()) -> tuple[Nodes, Costs]:
@@ -104,7 +106,8 @@ def test_replicas_of_one_arena_are_one_copy() -> None:
 
 
 @pytest.mark.parametrize(
-    "message", [None, 1, "text", {}, {"arena": "a"}, {"published": ["x"]}, {"arena": "a", "published": 1}]
+    "message",
+    [None, 1, "text", {}, {"arena": "a"}, {"published": ["x"]}, {"arena": "a", "published": 1, "withdrawn": []}],
 )
 def test_a_message_of_another_form_says_nothing(message: Any) -> None:
     """Another version of the package may use the same topic."""
@@ -114,7 +117,57 @@ def test_a_message_of_another_form_says_nothing(message: Any) -> None:
     assert not nodes.is_published(value, "a")
 
 
-def test_a_key_that_the_scheduler_does_not_know_says_nothing() -> None:
-    """It may have been released since."""
+def test_news_about_a_key_waits_until_the_scheduler_knows_it() -> None:
+    """A direct scatter registers its keys after the workers have told about them."""
+    value = Value(Worker("a"))
     nodes, _ = known()
-    assert not nodes.heard(news("a", ["y"]))
+    nodes.heard(news("a", ["x"]))
+    assert list(nodes.holders()) == []
+    nodes._scheduler.tasks["x"] = value
+    assert nodes.is_published(value, "a")
+    assert [(ts, set(there)) for ts, there in nodes.holders()] == [(value, {"a"})]
+
+
+def test_a_withdrawn_value_is_private_again() -> None:
+    """Its owner has spilled or replaced it."""
+    value = Value(Worker("a"))
+    nodes, _ = known(value)
+    nodes.heard(news("a", ["x"]))
+    nodes.heard(news("a", [], ["x", "another"]))
+    assert not nodes.is_published(value, "a")
+
+
+def test_another_value_under_the_same_key_is_private() -> None:
+    """A key can be forgotten, and used again for a scattered value."""
+    first, second = Value(Worker("a")), Value(Worker("a"))
+    nodes, _ = known(first)
+    nodes.heard(news("a", ["x"]))
+    assert nodes.is_published(first, "a")
+    assert not nodes.is_published(second, "a")
+
+
+def test_a_task_that_does_not_fit_goes_where_it_fits() -> None:
+    """Dask would refuse it, or, if it is stolen, let the worker be killed."""
+    here, there = Worker("a", limit=1 << 20), Worker("b", limit=1 << 20)
+    value = Value(here)
+    nodes, costs = known(value, workers=(here, there))
+    nodes.heard(news("a", ["x"]))
+    placement = Placement(nodes._scheduler, nodes, costs)
+    task: Any = SimpleNamespace(dependencies={value}, actor=False)
+    assert placement.fits(task, here)
+    assert not placement.fits(task, there)
+    assert placement.comm_cost(task, there) > 1e5
+    assert placement.comm_cost(task, here) == 0
+    nodes._scheduler.worker_objective = lambda ts, ws: ws is here  # prefers the other one
+    nodes._scheduler.valid_workers = lambda ts: {here, there}
+    assert placement.decide_worker(task) is here
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_copies_on_workers_that_leave_are_dropped_first(*, is_shared: bool) -> None:
+    """A worker that is being retired has copied its value to another one, which must keep it."""
+    retiring, neighbour, other = Worker("a"), Worker("a"), Worker(None)
+    value = Value(retiring, other, *([neighbour] if is_shared else []))
+    nodes, _ = known(value, workers=(other,))
+    nodes.heard(news("a", ["x"]))
+    assert nodes.copies(value, value.who_has)[0] == {other}
