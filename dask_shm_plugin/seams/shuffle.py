@@ -6,6 +6,7 @@ Written against distributed 2026.8.0.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from typing import Any
@@ -129,7 +130,7 @@ SEAMS = (
         "starts a shuffle again whose output is needed a second time, after its shards have been dropped",
         lambda: (
             takes(ShuffleSchedulerPlugin.barrier, "id", "run_id", "consistent")
-            and names(ShuffleSchedulerPlugin.barrier, "_restart_shuffle")
+            and names(ShuffleSchedulerPlugin.barrier, "_restart_shuffle", "active_shuffles", "ValueError")
             and inspect.iscoroutinefunction(ShuffleSchedulerPlugin.barrier)
         ),
     ),
@@ -158,5 +159,9 @@ def error_in(response: Any) -> BaseException | None:
 
 
 async def ask_for_restart(run: Any) -> None:
-    """Let the scheduler start a run's shuffle again, as it does when the run's data turn out to be inconsistent."""
-    await run.scheduler.shuffle_barrier(id=run.id, run_id=run.run_id, consistent=False)
+    """Let the scheduler start a run's shuffle again, as it does when the run's data turn out to be inconsistent.
+
+    Nothing happens if this run has ended for the scheduler: another task was first, or nobody needs the shuffle any more.
+    """
+    with contextlib.suppress(KeyError, ValueError):  # no such shuffle, or a later run of it
+        await run.scheduler.shuffle_barrier(id=run.id, run_id=run.run_id, consistent=False)

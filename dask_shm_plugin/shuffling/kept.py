@@ -73,6 +73,8 @@ class KeptShards:
         Called with the key of a task, this object and the name of the output whose kept shards the task has read.
     note_closed
         Called with this object when the run was closed.
+    note_restart
+        Called with the id of the shuffle, in the thread of a task, before it is started again.
 
     Notes
     -----
@@ -89,13 +91,14 @@ class KeptShards:
         is_on: Callable[[], bool],
         note_reader: Callable[[Any, KeptShards, str], None],
         note_closed: Callable[[KeptShards], None],
+        note_restart: Callable[[Any], None],
     ) -> None:
         self._run, self._allowance, self._is_on = run, allowance, is_on
-        self._note_reader, self._note_closed = note_reader, note_closed
+        self._note_reader, self._note_closed, self._note_restart = note_reader, note_closed, note_restart
         self._shards: defaultdict[str, list[Any]] = defaultdict(list)
         self._sizes: defaultdict[str, int] = defaultdict(int)
         self._dropped: set[str] = set()
-        self._is_to_restart = False
+        self._rescheduled: set[Any] = set()
         buffer = run._disk_buffer
         self._write = Replacement(buffer, "write", self.write).old
         self._read = Replacement(buffer, "read", self.read).old
@@ -131,9 +134,11 @@ class KeptShards:
     @step("read shards")
     def read(self, name: str) -> Any:
         """Return all shards of an output."""
-        if name in self._dropped:
-            self._restart()
+        # In this order: the event loop may drop the output meanwhile. It notes the name first.
         kept = self._shards.get(name, [])
+        if not kept and name in self._dropped:
+            self._run.raise_if_closed()
+            self._restart()
         try:
             written = self._read(name)
         except seams.DataUnavailable:
@@ -150,13 +155,15 @@ class KeptShards:
         Raises
         ------
         Reschedule
-            The shuffle was started again.
+            The shuffle was started again, by this task or by another one.
         RuntimeError
             The scheduler did not start it again, because a task that needs it has failed.
         """
-        if self._is_to_restart:
+        key = getattr(thread_state, "key", None)
+        if key in self._rescheduled:
             raise RuntimeError(f"{self._run} has dropped shards that are needed again, and cannot be started again")
-        self._is_to_restart = True
+        self._rescheduled.add(key)
+        self._note_restart(self._run.id)
         sync(self._run._loop, seams.ask_for_restart, self._run)
         raise Reschedule
 
@@ -172,6 +179,7 @@ class KeptShards:
             await self._close()
         finally:
             self._note_closed(self)
+            self._dropped.update(self._shards)
             for name in list(self._shards):
                 await self._forget(name)
 

@@ -33,16 +33,28 @@ class Rig:
         self.buffer: Any = DiskShardsBuffer(str(folder / "files"), read, self.limiter)
         self.is_on = True
         self.readers: list[tuple[Any, str]] = []
-        self.run = SimpleNamespace(_disk_buffer=self.buffer, deserialize=lambda shard: shard, _loop=None)
+        self.run = SimpleNamespace(
+            _disk_buffer=self.buffer,
+            deserialize=lambda shard: shard,
+            _loop=None,
+            id="shuffle",
+            raise_if_closed=self._raise_if_closed,
+        )
         self.allowance = Allowance(self.limiter)
         self.closed: list[KeptShards] = []
+        self.restarted: set[str] = set()
         self.kept = KeptShards(
             self.run,
             self.allowance,
             lambda: self.is_on,
             lambda key, kept, name: self.readers.append((key, name)),
             self.closed.append,
+            self.restarted.add,
         )
+
+    def _raise_if_closed(self) -> None:
+        if self.closed:
+            raise RuntimeError("closed")
 
     def in_files(self) -> list[str]:
         return sorted(path.name for path in self.buffer.directory.iterdir())
@@ -131,9 +143,39 @@ def test_a_dropped_output_starts_the_shuffle_again_once_and_is_never_empty(
         with pytest.raises(Reschedule):
             rig.buffer.read("a")
         assert asked == [rig.run]
+        assert rig.restarted == {"shuffle"}
         with pytest.raises(RuntimeError, match="dropped"):
             rig.buffer.read("a")
+        thread_state.key = "another task"
+        try:
+            with pytest.raises(Reschedule):
+                rig.buffer.read("a")
+        finally:
+            del thread_state.key
 
+    with_rig(use)
+
+
+def test_an_output_that_is_dropped_while_it_is_read_is_complete(with_rig: Any) -> None:
+    """A task's thread reads while the event loop drops: it gets all shards, or the shuffle starts again."""
+
+    class DroppedWhenAsked(set[str]):
+        def __contains__(self, name: object) -> bool:
+            was_there = super().__contains__(name)
+            rig.kept._shards.pop("a", None)
+            return was_there
+
+    async def use(used: Rig) -> None:
+        nonlocal rig
+        rig = used
+        await rig.buffer.write({"a": b"1"})
+        await rig.buffer.flush()
+        rig.kept._dropped = DroppedWhenAsked()
+        shards = rig.kept._shards["a"]
+        assert rig.buffer.read("a") == [b"1"]
+        rig.kept._shards["a"] = shards
+
+    rig: Any = None
     with_rig(use)
 
 
