@@ -11,7 +11,8 @@ import functools
 import inspect
 from typing import Any
 
-from distributed.core import clean_exception
+from distributed.core import clean_exception, error_message
+from distributed.protocol import Serialize
 from distributed.shuffle._arrow import serialize_table
 from distributed.shuffle._buffer import ShardsBuffer
 from distributed.shuffle._comms import CommShardsBuffer
@@ -37,6 +38,7 @@ __all__ = [
     "DiskShardsBuffer",
     "P2PConsistencyError",
     "ShuffleRunManager",
+    "as_received",
     "ask_for_restart",
     "error_in",
     "send_blob",
@@ -84,7 +86,11 @@ SEAMS = (
     Seam(
         "ShuffleWorkerPlugin.shuffle_receive",
         "receives a worker's own part, without a connection",
-        lambda: takes(ShuffleWorkerPlugin.shuffle_receive, "shuffle_id", "run_id", "data"),
+        lambda: (
+            takes(ShuffleWorkerPlugin.shuffle_receive, "shuffle_id", "run_id", "data")
+            and names(ShuffleWorkerPlugin.shuffle_receive, "P2PConsistencyError", "error_message")
+            and names(error_message, "to_serialize")
+        ),
     ),
     Seam(
         "ArrayRechunkRun._shard_partition, .split_axes, .worker_for",
@@ -156,6 +162,11 @@ async def send_blob(run: Any, address: str, blob: bytes) -> Any:
 def error_in(response: Any) -> BaseException | None:
     """Return the exception that a response contains, or None."""
     return clean_exception(**response)[1] if response["status"] == "error" else None
+
+
+def as_received(response: Any) -> Any:
+    """Return a response of this process as a connection would deliver it: with the bytes that were to be serialized."""
+    return {name: part.data if isinstance(part, Serialize) else part for name, part in response.items()}
 
 
 async def ask_for_restart(run: Any) -> None:

@@ -170,7 +170,9 @@ class Sender:
         """Receive this worker's own part, without a connection."""
         opened = [(partition, one.open() if type(one) is Parcel else one) for partition, one in shards]
         try:
-            return await self._plugin.shuffle_receive(shuffle_id=self._run.id, run_id=self._run.run_id, data=opened)
+            run = self._run
+            response = await self._plugin.shuffle_receive(shuffle_id=run.id, run_id=run.run_id, data=opened)
+            return seams.as_received(response)
         finally:
             opened.clear()  # if this has failed, the error's traceback refers to the list
 
