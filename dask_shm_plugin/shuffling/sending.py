@@ -168,6 +168,7 @@ class Sender:
 
     async def _hand_over(self, shards: list[tuple[Any, Any]]) -> Any:
         """Receive this worker's own part, without a connection."""
+        self._run.raise_if_closed()  # as Dask does before it sends
         opened = [(partition, one.open() if type(one) is Parcel else one) for partition, one in shards]
         try:
             run = self._run
