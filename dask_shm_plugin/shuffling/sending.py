@@ -194,7 +194,7 @@ class Sender:
             await in_thread(self._give_pages_back)
 
     def _give_pages_back(self) -> None:
-        with contextlib.suppress(SharedMemoryError, OSError):
+        with contextlib.suppress(SharedMemoryError, OSError), self._arena.in_use:
             self._arena.holdings.tidy()
             self._arena.trimmer.trim_all()
 
