@@ -162,6 +162,7 @@ class Sender:
             self._strangers.add(address)
             return None
         if isinstance(seams.error_in(response), ParcelLost):
+            self._strangers.add(address)  # so nothing more is packed in vain
             return None
         COUNTERS.count("shuffled", sum(parcel.size for _, parcel in packed))
         return response
