@@ -39,18 +39,21 @@ class Allowance:
     -----
     To be used on the worker's event loop. Kept shards take three quarters of the limit at most. There must never be a
     moment when they take all of it: nothing more would be written to files then, and the shuffle would wait for ever.
+    So a quarter must be left whoever has taken the rest: runs of an earlier plugin may still keep shards.
     """
 
     def __init__(self, limiter: Any) -> None:
         self.limiter, self._kept = limiter, 0
 
-    def take(self, size: int) -> bool:
-        """Take ``size`` bytes if that many are left, and return whether they were."""
-        if size > self.limiter.available or self._kept + size > self.limiter.limit * 3 // 4:
-            return False
+    def has(self, size: int) -> bool:
+        """Return whether ``size`` bytes may be taken now."""
+        limit = self.limiter.limit
+        return bool(self.limiter.available - size >= limit // 4 and self._kept + size <= limit * 3 // 4)
+
+    def take(self, size: int) -> None:
+        """Take ``size`` bytes; ask :meth:`has` before."""
         self._kept += size
         self.limiter.increase(size)
-        return True
 
     async def give_back(self, size: int) -> None:
         """Undo :meth:`take`."""
@@ -125,9 +128,14 @@ class KeptShards:
 
     def _keep(self, name: str, shards: Any) -> bool:
         size = sizeof(shards)
-        if not (self._is_on() and _is_keepable(shards) and self._allowance.take(size)):
+        if not (self._is_on() and _is_keepable(shards) and self._allowance.has(size)):
             return False
-        self._shards[name].append(in_private(shards))
+        try:
+            private = in_private(shards)
+        except MemoryError:
+            return False  # Dask's file takes them
+        self._allowance.take(size)
+        self._shards[name].append(private)
         self._sizes[name] += size
         return True
 
