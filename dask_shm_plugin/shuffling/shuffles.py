@@ -88,10 +88,14 @@ class Shuffles:
 
 
 async def _refresh(manager: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run in place of ``_ShuffleRunManager._refresh``; nothing uses a new run before this returns."""
+    """Run in place of ``_ShuffleRunManager._refresh``; nothing uses a new run before this returns.
+
+    A run that began before the plugin was switched on may be returned, and stays as it is.
+    """
+    before = set(manager._active_runs.values())
     run = await _REFRESH.old(manager, *args, **kwargs)
     shuffles = _ACTIVE.get(manager._plugin.worker)
-    if shuffles is not None:
+    if shuffles is not None and run not in before:
         shuffles.share(run, manager._plugin)
     return run
 
