@@ -12,7 +12,7 @@ import inspect
 from typing import Any
 
 from distributed.core import clean_exception, error_message
-from distributed.protocol import Serialize
+from distributed.protocol.serialize import Serialize
 from distributed.shuffle._arrow import serialize_table
 from distributed.shuffle._buffer import ShardsBuffer
 from distributed.shuffle._comms import CommShardsBuffer
@@ -102,13 +102,16 @@ SEAMS = (
         ),
     ),
     Seam(
-        "DataFrameShuffleRun._shard_partition, .column, .meta, .worker_for, split_by_worker, serialize_table",
-        "splits a partition of a DataFrame; its parts are serialized in the arena instead",
+        "DataFrameShuffleRun._shard_partition, ._repartition_buffers, .column, .meta, .worker_for, split_by_worker, "
+        "serialize_table",
+        "splits a partition of a DataFrame; its parts are serialized in the arena instead, and dropped if that fails",
         lambda: (
             takes(DataFrameShuffleRun._shard_partition, "data", "partition_id")
             and names(
                 DataFrameShuffleRun._shard_partition, "split_by_worker", "column", "meta", "worker_for", "p2p-shards"
             )
+            and takes(DataFrameShuffleRun._repartition_buffers, "data")
+            and names(DataFrameShuffleRun._receive, "offload", "_repartition_buffers", "_write_to_disk")
             and takes(split_by_worker, "df", "column", "meta", "worker_for")
             and names(serialize_table, "ipc", "new_stream", "write_table")
         ),

@@ -21,7 +21,7 @@ from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.seams import shuffle as seams
 from dask_shm_plugin.seams.replacement import Replacement
 from dask_shm_plugin.shuffling import parcels
-from dask_shm_plugin.shuffling.failures import forget_shards
+from dask_shm_plugin.shuffling.failures import forget_shards, forget_tables
 from dask_shm_plugin.shuffling.parcels import Parcel, ParcelLost, Shard
 from dask_shm_plugin.table.layout import BLOCKS
 from dask_shm_plugin.threads import in_thread
@@ -53,8 +53,10 @@ class Sender:
 
     def __init__(self, run: Any, plugin: Any, arena: Arena, is_on: Callable[[], bool]) -> None:
         self._run, self._plugin, self._arena, self._is_on = run, plugin, arena, is_on
-        split = self.split_array if isinstance(run, seams.ArrayRechunkRun) else self.split_table
-        self._split = Replacement(run, "_shard_partition", split).old
+        is_table = isinstance(run, seams.DataFrameShuffleRun)
+        self._split = Replacement(run, "_shard_partition", self.split_table if is_table else self.split_array).old
+        if is_table:
+            forget_tables(run)
         self._receive = Replacement(run, "receive", self.receive).old
         Replacement(run._comm_buffer, "send", self.send)
         self._close = Replacement(run._comm_buffer, "close", self.close).old
