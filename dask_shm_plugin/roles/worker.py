@@ -106,6 +106,8 @@ class SharedMemoryWorker(WorkerPlugin):
             self._running.moved(key, is_here=finish == "memory")
             if finish == "memory" and start in ("executing", "long-running"):
                 self._running.completed(key)
+            elif finish == "memory" and start == "resumed":
+                self._running.read_shards(key)
 
     def explain(self, key: Any) -> dict[str, str]:
         """Return the state of the value of a key, and the reason, see :func:`dask_shm_plugin.explain`."""
@@ -179,13 +181,17 @@ class _ActiveWorker:
 
     def completed(self, key: Any) -> None:
         """Publish the result of a finished task, if ``shm.publish`` is "on-completion"."""
-        if self._shuffles is not None:
-            self._shuffles.finished(key)
+        self.read_shards(key)
         # A result that is not known to be large is published only on request: it may not even be serializable.
         if self._role.options.publish != "on-completion" or not self._answers.is_large(key):
             return
         if not self._answers.is_of_small_items(key, self._data.in_memory(key)):
             self.publisher.offer(key)
+
+    def read_shards(self, key: Any) -> None:
+        """Drop the shards of a shuffle that a finished task has read."""
+        if self._shuffles is not None:
+            self._shuffles.finished(key)
 
     async def _received(self, data: dict[Any, Any]) -> None:
         """List scattered values that lie in the arena, so that other processes find them without a request."""

@@ -6,11 +6,13 @@ Written against distributed 2026.8.0.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from typing import Any
 
-from distributed.core import clean_exception
+from distributed.core import clean_exception, error_message
+from distributed.protocol.serialize import Serialize
 from distributed.shuffle._arrow import serialize_table
 from distributed.shuffle._buffer import ShardsBuffer
 from distributed.shuffle._comms import CommShardsBuffer
@@ -36,6 +38,7 @@ __all__ = [
     "DiskShardsBuffer",
     "P2PConsistencyError",
     "ShuffleRunManager",
+    "as_received",
     "ask_for_restart",
     "error_in",
     "send_blob",
@@ -83,7 +86,11 @@ SEAMS = (
     Seam(
         "ShuffleWorkerPlugin.shuffle_receive",
         "receives a worker's own part, without a connection",
-        lambda: takes(ShuffleWorkerPlugin.shuffle_receive, "shuffle_id", "run_id", "data"),
+        lambda: (
+            takes(ShuffleWorkerPlugin.shuffle_receive, "shuffle_id", "run_id", "data")
+            and names(ShuffleWorkerPlugin.shuffle_receive, "P2PConsistencyError", "error_message")
+            and names(error_message, "to_serialize")
+        ),
     ),
     Seam(
         "ArrayRechunkRun._shard_partition, .split_axes, .worker_for",
@@ -95,13 +102,16 @@ SEAMS = (
         ),
     ),
     Seam(
-        "DataFrameShuffleRun._shard_partition, .column, .meta, .worker_for, split_by_worker, serialize_table",
-        "splits a partition of a DataFrame; its parts are serialized in the arena instead",
+        "DataFrameShuffleRun._shard_partition, ._repartition_buffers, .column, .meta, .worker_for, split_by_worker, "
+        "serialize_table",
+        "splits a partition of a DataFrame; its parts are serialized in the arena instead, and dropped if that fails",
         lambda: (
             takes(DataFrameShuffleRun._shard_partition, "data", "partition_id")
             and names(
                 DataFrameShuffleRun._shard_partition, "split_by_worker", "column", "meta", "worker_for", "p2p-shards"
             )
+            and takes(DataFrameShuffleRun._repartition_buffers, "data")
+            and names(DataFrameShuffleRun._receive, "offload", "_repartition_buffers", "_write_to_disk")
             and takes(split_by_worker, "df", "column", "meta", "worker_for")
             and names(serialize_table, "ipc", "new_stream", "write_table")
         ),
@@ -129,7 +139,7 @@ SEAMS = (
         "starts a shuffle again whose output is needed a second time, after its shards have been dropped",
         lambda: (
             takes(ShuffleSchedulerPlugin.barrier, "id", "run_id", "consistent")
-            and names(ShuffleSchedulerPlugin.barrier, "_restart_shuffle")
+            and names(ShuffleSchedulerPlugin.barrier, "_restart_shuffle", "active_shuffles", "ValueError")
             and inspect.iscoroutinefunction(ShuffleSchedulerPlugin.barrier)
         ),
     ),
@@ -157,6 +167,15 @@ def error_in(response: Any) -> BaseException | None:
     return clean_exception(**response)[1] if response["status"] == "error" else None
 
 
+def as_received(response: Any) -> Any:
+    """Return a response of this process as a connection would deliver it: with the bytes that were to be serialized."""
+    return {name: part.data if isinstance(part, Serialize) else part for name, part in response.items()}
+
+
 async def ask_for_restart(run: Any) -> None:
-    """Let the scheduler start a run's shuffle again, as it does when the run's data turn out to be inconsistent."""
-    await run.scheduler.shuffle_barrier(id=run.id, run_id=run.run_id, consistent=False)
+    """Let the scheduler start a run's shuffle again, as it does when the run's data turn out to be inconsistent.
+
+    Nothing happens if this run has ended for the scheduler: another task was first, or nobody needs the shuffle any more.
+    """
+    with contextlib.suppress(KeyError, ValueError):  # no such shuffle, or a later run of it
+        await run.scheduler.shuffle_barrier(id=run.id, run_id=run.run_id, consistent=False)

@@ -3,8 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
+from dask_shm_plugin.exceptions import forget_values
+from dask_shm_plugin.seams.replacement import Replacement
 from dask_shm_plugin.seams.shuffle import RECEIVING
+
+
+def forget_tables(run: Any) -> None:
+    """Let a run of a DataFrame drop what it has received if that cannot be split into outputs.
+
+    This is done in a thread, and Dask's frames there refer to the received tables as long as the error is kept.
+    """
+
+    def repartition(data: list[Any]) -> Any:
+        try:
+            return replacement.old(data)
+        except Exception as error:
+            forget_values(error)  # it is new, and all its frames have ended but this one
+            data.clear()
+            raise
+
+    replacement = Replacement(run, "_repartition_buffers", repartition)
 
 
 def forget_shards(error: BaseException | None) -> None:

@@ -39,18 +39,21 @@ class Allowance:
     -----
     To be used on the worker's event loop. Kept shards take three quarters of the limit at most. There must never be a
     moment when they take all of it: nothing more would be written to files then, and the shuffle would wait for ever.
+    So a quarter must be left whoever has taken the rest: runs of an earlier plugin may still keep shards.
     """
 
     def __init__(self, limiter: Any) -> None:
         self.limiter, self._kept = limiter, 0
 
-    def take(self, size: int) -> bool:
-        """Take ``size`` bytes if that many are left, and return whether they were."""
-        if size > self.limiter.available or self._kept + size > self.limiter.limit * 3 // 4:
-            return False
+    def has(self, size: int) -> bool:
+        """Return whether ``size`` bytes may be taken now."""
+        limit = self.limiter.limit
+        return bool(self.limiter.available - size >= limit // 4 and self._kept + size <= limit * 3 // 4)
+
+    def take(self, size: int) -> None:
+        """Take ``size`` bytes; ask :meth:`has` before."""
         self._kept += size
         self.limiter.increase(size)
-        return True
 
     async def give_back(self, size: int) -> None:
         """Undo :meth:`take`."""
@@ -73,6 +76,8 @@ class KeptShards:
         Called with the key of a task, this object and the name of the output whose kept shards the task has read.
     note_closed
         Called with this object when the run was closed.
+    note_restart
+        Called with the id of the shuffle, in the thread of a task, before it is started again.
 
     Notes
     -----
@@ -89,13 +94,14 @@ class KeptShards:
         is_on: Callable[[], bool],
         note_reader: Callable[[Any, KeptShards, str], None],
         note_closed: Callable[[KeptShards], None],
+        note_restart: Callable[[Any], None],
     ) -> None:
         self._run, self._allowance, self._is_on = run, allowance, is_on
-        self._note_reader, self._note_closed = note_reader, note_closed
+        self._note_reader, self._note_closed, self._note_restart = note_reader, note_closed, note_restart
         self._shards: defaultdict[str, list[Any]] = defaultdict(list)
         self._sizes: defaultdict[str, int] = defaultdict(int)
         self._dropped: set[str] = set()
-        self._is_to_restart = False
+        self._rescheduled: set[Any] = set()
         buffer = run._disk_buffer
         self._write = Replacement(buffer, "write", self.write).old
         self._read = Replacement(buffer, "read", self.read).old
@@ -122,18 +128,25 @@ class KeptShards:
 
     def _keep(self, name: str, shards: Any) -> bool:
         size = sizeof(shards)
-        if not (self._is_on() and _is_keepable(shards) and self._allowance.take(size)):
+        if not (self._is_on() and _is_keepable(shards) and self._allowance.has(size)):
             return False
-        self._shards[name].append(in_private(shards))
+        try:
+            private = in_private(shards)
+        except MemoryError:
+            return False  # Dask's file takes them
+        self._allowance.take(size)
+        self._shards[name].append(private)
         self._sizes[name] += size
         return True
 
     @step("read shards")
     def read(self, name: str) -> Any:
         """Return all shards of an output."""
-        if name in self._dropped:
-            self._restart()
+        # In this order: the event loop may drop the output meanwhile. It notes the name first.
         kept = self._shards.get(name, [])
+        if not kept and name in self._dropped:
+            self._run.raise_if_closed()
+            self._restart()
         try:
             written = self._read(name)
         except seams.DataUnavailable:
@@ -150,13 +163,15 @@ class KeptShards:
         Raises
         ------
         Reschedule
-            The shuffle was started again.
+            The shuffle was started again, by this task or by another one.
         RuntimeError
             The scheduler did not start it again, because a task that needs it has failed.
         """
-        if self._is_to_restart:
+        key = getattr(thread_state, "key", None)
+        if key in self._rescheduled:
             raise RuntimeError(f"{self._run} has dropped shards that are needed again, and cannot be started again")
-        self._is_to_restart = True
+        self._rescheduled.add(key)
+        self._note_restart(self._run.id)
         sync(self._run._loop, seams.ask_for_restart, self._run)
         raise Reschedule
 
@@ -172,6 +187,7 @@ class KeptShards:
             await self._close()
         finally:
             self._note_closed(self)
+            self._dropped.update(self._shards)
             for name in list(self._shards):
                 await self._forget(name)
 

@@ -21,7 +21,7 @@ from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.seams import shuffle as seams
 from dask_shm_plugin.seams.replacement import Replacement
 from dask_shm_plugin.shuffling import parcels
-from dask_shm_plugin.shuffling.failures import forget_shards
+from dask_shm_plugin.shuffling.failures import forget_shards, forget_tables
 from dask_shm_plugin.shuffling.parcels import Parcel, ParcelLost, Shard
 from dask_shm_plugin.table.layout import BLOCKS
 from dask_shm_plugin.threads import in_thread
@@ -53,8 +53,10 @@ class Sender:
 
     def __init__(self, run: Any, plugin: Any, arena: Arena, is_on: Callable[[], bool]) -> None:
         self._run, self._plugin, self._arena, self._is_on = run, plugin, arena, is_on
-        split = self.split_array if isinstance(run, seams.ArrayRechunkRun) else self.split_table
-        self._split = Replacement(run, "_shard_partition", split).old
+        is_table = isinstance(run, seams.DataFrameShuffleRun)
+        self._split = Replacement(run, "_shard_partition", self.split_table if is_table else self.split_array).old
+        if is_table:
+            forget_tables(run)
         self._receive = Replacement(run, "receive", self.receive).old
         Replacement(run._comm_buffer, "send", self.send)
         self._close = Replacement(run._comm_buffer, "close", self.close).old
@@ -162,15 +164,19 @@ class Sender:
             self._strangers.add(address)
             return None
         if isinstance(seams.error_in(response), ParcelLost):
+            self._strangers.add(address)  # so nothing more is packed in vain
             return None
         COUNTERS.count("shuffled", sum(parcel.size for _, parcel in packed))
         return response
 
     async def _hand_over(self, shards: list[tuple[Any, Any]]) -> Any:
         """Receive this worker's own part, without a connection."""
+        self._run.raise_if_closed()  # as Dask does before it sends
         opened = [(partition, one.open() if type(one) is Parcel else one) for partition, one in shards]
         try:
-            return await self._plugin.shuffle_receive(shuffle_id=self._run.id, run_id=self._run.run_id, data=opened)
+            run = self._run
+            response = await self._plugin.shuffle_receive(shuffle_id=run.id, run_id=run.run_id, data=opened)
+            return seams.as_received(response)
         finally:
             opened.clear()  # if this has failed, the error's traceback refers to the list
 
@@ -191,7 +197,7 @@ class Sender:
             await in_thread(self._give_pages_back)
 
     def _give_pages_back(self) -> None:
-        with contextlib.suppress(SharedMemoryError, OSError):
+        with contextlib.suppress(SharedMemoryError, OSError), self._arena.in_use:
             self._arena.holdings.tidy()
             self._arena.trimmer.trim_all()
 

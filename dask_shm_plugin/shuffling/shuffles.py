@@ -35,6 +35,7 @@ class Shuffles:
         self._is_on = True
         self._allowances: weakref.WeakKeyDictionary[Any, Allowance] = weakref.WeakKeyDictionary()
         self._readers: dict[Any, list[tuple[KeptShards, str]]] = {}
+        self._restarted: set[Any] = set()
         _ACTIVE[worker] = self
         _REFRESH.begin()
 
@@ -52,8 +53,10 @@ class Shuffles:
             return
         Sender(run, plugin, self._arena, self.is_on)
         if isinstance(run._disk_buffer, seams.DiskShardsBuffer):
+            if run.id in self._restarted:
+                return  # its outputs are read more than once, which files allow
             allowance = self._allowance(run._disk_buffer.memory_limiter)
-            KeptShards(run, allowance, self.is_on, self._note_reader, self._note_closed)
+            KeptShards(run, allowance, self.is_on, self._note_reader, self._note_closed, self._restarted.add)
         else:
             copy_from_arena(run)
 
@@ -85,10 +88,14 @@ class Shuffles:
 
 
 async def _refresh(manager: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run in place of ``_ShuffleRunManager._refresh``; nothing uses a new run before this returns."""
+    """Run in place of ``_ShuffleRunManager._refresh``; nothing uses a new run before this returns.
+
+    A run that began before the plugin was switched on may be returned, and stays as it is.
+    """
+    before = set(manager._active_runs.values())
     run = await _REFRESH.old(manager, *args, **kwargs)
     shuffles = _ACTIVE.get(manager._plugin.worker)
-    if shuffles is not None:
+    if shuffles is not None and run not in before:
         shuffles.share(run, manager._plugin)
     return run
 

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from clusters import local_cluster
 from distributed import Client, futures_of, wait
+from distributed.shuffle._scheduler_plugin import ShuffleSchedulerPlugin
 from observing import MIB, settle, totals, wait_until
 from surroundings import sent
 
@@ -351,11 +352,27 @@ def test_shards_that_find_no_way_through_the_arena_are_sent(client: Client, patc
 @pytest.mark.parametrize("patch", [fail_each_read_once, drop_a_first_output_at_once], ids=lambda patch: patch.__name__)
 def test_an_output_that_is_made_again_is_right(client: Client, patch: Any) -> None:
     """Its shards are still there, or the shuffle starts again: it never looks like an empty one."""
-    whole = np.random.default_rng(4).random((100, 100))
-    x = da.from_array(whole, (10, 100), name=f"again-{patch.__name__}")
+    whole = np.random.default_rng(4).random((1024, 1024))  # in shards that are large enough to be kept
+    x = da.from_array(whole, (128, 1024), name=f"again-{patch.__name__}")
     with patched(client, patch):
-        y = x.rechunk((100, 10)).persist(retries=3)
+        y = x.rechunk((1024, 128)).persist(retries=3)
         np.testing.assert_array_equal(y.compute(), whole)
+
+
+def test_two_computations_that_share_a_rechunk_are_right(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has tasks of its own that read the outputs. A worker starts the shuffle again once at most."""
+    restarts, restart = [], ShuffleSchedulerPlugin._restart_shuffle
+    monkeypatch.setattr(
+        ShuffleSchedulerPlugin,
+        "_restart_shuffle",
+        lambda self, id, *args, **kwargs: (restarts.append(id), restart(self, id, *args, **kwargs)),
+    )
+    whole = np.random.default_rng(8).random((1024, 1024))  # in shards that are large enough to be kept
+    y = da.from_array(whole, (128, 1024), name="shared").map_blocks(slow).rechunk((1024, 128))
+    results = [client.compute(reduced) for reduced in (y.sum(), y.mean(), y.max())]
+    expected = [whole.sum(), whole.mean(), whole.max()]
+    np.testing.assert_allclose([result.result(120) for result in results], expected)
+    assert len(restarts) <= 3
 
 
 def slow(block: np.ndarray) -> np.ndarray:

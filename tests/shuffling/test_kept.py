@@ -33,16 +33,28 @@ class Rig:
         self.buffer: Any = DiskShardsBuffer(str(folder / "files"), read, self.limiter)
         self.is_on = True
         self.readers: list[tuple[Any, str]] = []
-        self.run = SimpleNamespace(_disk_buffer=self.buffer, deserialize=lambda shard: shard, _loop=None)
+        self.run = SimpleNamespace(
+            _disk_buffer=self.buffer,
+            deserialize=lambda shard: shard,
+            _loop=None,
+            id="shuffle",
+            raise_if_closed=self._raise_if_closed,
+        )
         self.allowance = Allowance(self.limiter)
         self.closed: list[KeptShards] = []
+        self.restarted: set[str] = set()
         self.kept = KeptShards(
             self.run,
             self.allowance,
             lambda: self.is_on,
             lambda key, kept, name: self.readers.append((key, name)),
             self.closed.append,
+            self.restarted.add,
         )
+
+    def _raise_if_closed(self) -> None:
+        if self.closed:
+            raise RuntimeError("closed")
 
     def in_files(self) -> list[str]:
         return sorted(path.name for path in self.buffer.directory.iterdir())
@@ -131,9 +143,39 @@ def test_a_dropped_output_starts_the_shuffle_again_once_and_is_never_empty(
         with pytest.raises(Reschedule):
             rig.buffer.read("a")
         assert asked == [rig.run]
+        assert rig.restarted == {"shuffle"}
         with pytest.raises(RuntimeError, match="dropped"):
             rig.buffer.read("a")
+        thread_state.key = "another task"
+        try:
+            with pytest.raises(Reschedule):
+                rig.buffer.read("a")
+        finally:
+            del thread_state.key
 
+    with_rig(use)
+
+
+def test_an_output_that_is_dropped_while_it_is_read_is_complete(with_rig: Any) -> None:
+    """A task's thread reads while the event loop drops: it gets all shards, or the shuffle starts again."""
+
+    class DroppedWhenAsked(set[str]):
+        def __contains__(self, name: object) -> bool:
+            was_there = super().__contains__(name)
+            rig.kept._shards.pop("a", None)
+            return was_there
+
+    async def use(used: Rig) -> None:
+        nonlocal rig
+        rig = used
+        await rig.buffer.write({"a": b"1"})
+        await rig.buffer.flush()
+        rig.kept._dropped = DroppedWhenAsked()
+        shards = rig.kept._shards["a"]
+        assert rig.buffer.read("a") == [b"1"]
+        rig.kept._shards["a"] = shards
+
+    rig: Any = None
     with_rig(use)
 
 
@@ -168,6 +210,31 @@ def test_nothing_is_kept_while_it_is_switched_off(with_rig: Any) -> None:
         assert sorted(rig.buffer.read("a")) == [b"1", b"2"]
 
     with_rig(use)
+
+
+def test_shards_that_cannot_be_copied_go_to_the_files(with_rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take nothing of the allowance."""
+
+    def refuse(shards: Any) -> Any:
+        raise MemoryError
+
+    async def use(rig: Rig) -> None:
+        monkeypatch.setattr(kept, "in_private", refuse)
+        await rig.buffer.write({"a": b"1"})
+        await rig.buffer.flush()
+        assert rig.in_files() == ["a"]
+        assert rig.allowance._kept == 0
+
+    with_rig(use)
+
+
+def test_a_quarter_of_the_limit_is_left_beside_shards_of_an_earlier_plugin() -> None:
+    """After ``unregister`` and a new registration, runs of the first one may keep shards."""
+    limiter = ResourceLimiter(4000)
+    first, second = Allowance(limiter), Allowance(limiter)
+    first.take(2500)
+    assert second.has(500)
+    assert not second.has(501)
 
 
 def test_objects_and_small_arrays_go_to_the_files(with_rig: Any) -> None:
