@@ -21,6 +21,8 @@ from dask_shm_plugin import __version__, explain, notices, plugin, stats
 from dask_shm_plugin.monitor import arenas
 from dask_shm_plugin.monitor.seen import BlockSeen, Snapshot
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 
 

@@ -21,6 +21,8 @@ from processes import environment, scheduler, workers
 
 from dask_shm_plugin import unregister
 
+pytestmark = pytest.mark.slow
+
 SIZE = 32 * MIB
 REPLACED = ("decide_worker_non_rootish", "get_comm_cost", "_add_to_processing", "remove_worker")
 
@@ -108,7 +110,6 @@ def placed(client: Client) -> list[int]:
     return [len(keys) for keys in client.processing().values()]
 
 
-@pytest.mark.slow
 def test_tasks_that_share_a_private_value_are_spread_if_that_is_worth_a_copy(client: Client) -> None:
     """One worker holds the value; the tasks take eight seconds altogether, and a copy a tenth of one."""
     before = totals(client)
@@ -171,12 +172,10 @@ def test_expected_traffic_comes_back_to_nothing(client: Client) -> None:
 
 SETTINGS: list[dict[str, Any]] = [
     {"distributed.scheduler.worker-saturation": float("inf")},
-    {"distributed.scheduler.worker-saturation": 1.1},
-    {"distributed.scheduler.work-stealing": False},
+    {"distributed.scheduler.worker-saturation": 1.1, "distributed.scheduler.work-stealing": False},
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_random_programs_give_the_right_results_whatever_happens_to_the_workers(settings: dict[str, Any]) -> None:
     """Values are rebalanced and replicated, workers are added, retired and restarted, and replicas are managed."""
@@ -201,7 +200,6 @@ def two_sums(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     return float(a.sum().round(3)), float(b.sum().round(3))
 
 
-@pytest.mark.slow
 def test_near_inputs_are_no_traffic(client: Client) -> None:
     """A worker that waits for a published value is not taken to be busy with receiving it."""
     a, b, c, _ = addresses(client)
@@ -244,7 +242,6 @@ def test_mapped_bytes_are_no_measure_of_the_network(client: Client) -> None:
 # --------------------------------------------------------------------------------------------------- memory limits
 
 
-@pytest.mark.slow
 def test_a_broadcast_beyond_each_workers_limit_is_used_on_its_node_and_refused_elsewhere() -> None:
     """768 MiB are mapped by workers of 700 MB; a worker outside the arena gets Dask's `MemoryError` at once."""
     with (
@@ -293,7 +290,6 @@ def test_everything_is_put_back_when_the_plugin_is_switched_off() -> None:
         assert client.run_on_scheduler(replaced) == stock
 
 
-@pytest.mark.slow
 def test_an_error_puts_everything_back_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     """The task that met the error runs, and all later ones are placed as without the plugin."""
 
@@ -310,7 +306,6 @@ def test_an_error_puts_everything_back_with_one_warning(caplog: pytest.LogCaptur
     assert len([record for record in caplog.records if "placed as without" in record.message]) == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lacks", ["the package", "this part of it"])
 def test_a_scheduler_without_the_package_places_tasks_as_stock_dask(tmp_path: Path, lacks: str) -> None:
     """Values are shared all the same. Another version of the package may not have this part."""

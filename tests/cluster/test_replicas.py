@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 import zlib
@@ -146,6 +147,23 @@ def noted(function: Any, *args: Any) -> Any:
 def run_counts(client: Client) -> int:
     """Return how many tasks have told that they ran."""
     return len(client.get_events("runs"))
+
+
+def test_workers_that_are_killed_in_turn_lose_nothing_that_was_shared(client: Client) -> None:
+    """Dask's own events name the values that each removal of a worker has lost."""
+    order, seeds = random.Random(3), [fresh() for _ in range(9)]
+    futures = [client.submit(big, seed, pure=False) for seed in seeds[:6]]
+    futures += [client.scatter(big(seed), hash=False) for seed in seeds[6:]]
+    wait(futures)
+    for _ in range(4):
+        wait_until(lambda: all(len(holders(client, one)) >= 2 for one in futures), "each value has two holders")
+        kill(client, order.choice(addresses(client)))
+        wait_until(lambda: len(addresses(client)) == 3, "the nanny restarts the worker")
+    assert [digest(one.result(timeout=30)) for one in futures] == [digest(big(seed)) for seed in seeds]
+    events = [event for _, event in client.get_events("all") if event.get("action") == "remove-worker"]
+    lost = {key for event in events for kind in ("computed", "scattered") for key in event[f"lost-{kind}-tasks"]}
+    assert len(events) == 4
+    assert lost.isdisjoint(one.key for one in futures)
 
 
 def test_a_released_value_has_no_second_holder(client: Client) -> None:

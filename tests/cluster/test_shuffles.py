@@ -21,6 +21,8 @@ from surroundings import sent
 
 from dask_shm_plugin import SharedMemoryPlugin, stats, unregister
 
+pytestmark = pytest.mark.slow
+
 #: Dask merges chunks that are smaller than ``array.chunk-size`` before it rechunks them.
 P2P = {"dataframe.shuffle.method": "p2p", "array.rechunk.method": "p2p", "array.chunk-size": "1 B"}
 DTYPES = ["f8", "i2", "?", ">c16", "M8[ns]", "S3", "U2", "f4", [("a", "u1"), ("b", "f8")]]

@@ -36,8 +36,9 @@ PLACES = np.array(
 """The words that make up a state."""
 SIZES = [at + 3 for at in _BLOCK]
 AT = {int(place): n for n, place in enumerate(PLACES)}
-IGNORED = {at + n for at in _MEMBER for n in (1, 2, 3, 4, 5)} | {*SIZES}
-"""Words that no operation reads: pids and start times, figures of memory, sizes."""
+TIMES = [at + 6 for at in _BLOCK]
+IGNORED = {at + n for at in _MEMBER for n in (1, 2, 3, 4, 5)} | {*SIZES, *TIMES}
+"""Words that no operation reads: pids and start times, figures of memory, sizes, times of reservation."""
 
 Words = tuple[int, ...]
 
