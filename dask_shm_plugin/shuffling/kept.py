@@ -1,4 +1,4 @@
-"""Received shards that are kept in memory instead of in Dask's files, as far as Dask's limit for these allows.
+"""Received shards of tables that are kept in memory instead of in Dask's files, as far as Dask's limit for these allows.
 
 Dask writes what a worker has received to files, and reads them again for the output. Bytes in that queue count towards
 ``distributed.p2p.storage.buffer``. Here, shards stay in memory while they take less than a part of that limit. Each
@@ -21,10 +21,6 @@ from dask_shm_plugin.exceptions import forget_values
 from dask_shm_plugin.seams import shuffle as seams
 from dask_shm_plugin.seams.replacement import Replacement
 from dask_shm_plugin.shuffling.parcels import is_plain
-
-_LEAST_ARRAY_BYTES = 128 << 10
-"""Smaller arrays go to Dask's files. In a worker, ``malloc`` returns larger memory at once when it is freed, and keeps the
-pages of smaller pieces: 512 MiB in pieces of 32 KiB took 1.26 times the memory of stock Dask."""
 
 
 class Allowance:
@@ -130,12 +126,8 @@ class KeptShards:
         size = sizeof(shards)
         if not (self._is_on() and _is_keepable(shards) and self._allowance.has(size)):
             return False
-        try:
-            private = in_private(shards)
-        except MemoryError:
-            return False  # Dask's file takes them
         self._allowance.take(size)
-        self._shards[name].append(private)
+        self._shards[name].append(shards)
         self._sizes[name] += size
         return True
 
@@ -209,9 +201,8 @@ def copy_from_arena(run: Any) -> None:
 
 
 def _is_keepable(shards: Any) -> bool:
-    return isinstance(shards, bytes) or all(
-        is_plain(array) and array.nbytes >= _LEAST_ARRAY_BYTES for _, array in shards
-    )
+    """Return whether shards are those of a table; arrays are quicker in files, which take no private memory."""
+    return isinstance(shards, bytes)
 
 
 def in_private(shards: Any) -> Any:

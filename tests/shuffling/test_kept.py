@@ -212,22 +212,6 @@ def test_nothing_is_kept_while_it_is_switched_off(with_rig: Any) -> None:
     with_rig(use)
 
 
-def test_shards_that_cannot_be_copied_go_to_the_files(with_rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take nothing of the allowance."""
-
-    def refuse(shards: Any) -> Any:
-        raise MemoryError
-
-    async def use(rig: Rig) -> None:
-        monkeypatch.setattr(kept, "in_private", refuse)
-        await rig.buffer.write({"a": b"1"})
-        await rig.buffer.flush()
-        assert rig.in_files() == ["a"]
-        assert rig.allowance._kept == 0
-
-    with_rig(use)
-
-
 def test_a_quarter_of_the_limit_is_left_beside_shards_of_an_earlier_plugin() -> None:
     """After ``unregister`` and a new registration, runs of the first one may keep shards."""
     limiter = ResourceLimiter(4000)
@@ -237,15 +221,15 @@ def test_a_quarter_of_the_limit_is_left_beside_shards_of_an_earlier_plugin() -> 
     assert not second.has(501)
 
 
-def test_objects_and_small_arrays_go_to_the_files(with_rig: Any) -> None:
-    """Only shards whose size is known are kept."""
+def test_arrays_go_to_the_files(with_rig: Any) -> None:
+    """They are quicker there, and take no private memory."""
 
     async def use(rig: Rig) -> None:
         await rig.buffer.write(
             {"a": [((0,), np.array([{}, []], object))], "b": [((0,), np.zeros(1 << 14))], "c": [((0,), np.zeros(2))]}
         )
         await rig.buffer.flush()
-        assert rig.in_files() == ["a", "c"]
+        assert rig.in_files() == ["a", "b", "c"]
         assert rig.readers == []
 
     with_rig(use, limit=1 << 20)
