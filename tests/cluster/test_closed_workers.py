@@ -6,6 +6,7 @@ import asyncio
 import gc
 import itertools
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -30,6 +31,7 @@ async def in_process(n_workers: int = 2, **arguments: Any) -> AsyncIterator[tupl
     scheduler = await Scheduler(port=0, dashboard_address=":0")
     workers = [await Worker(scheduler.address, **arguments) for _ in range(n_workers)]
     client = await Client(scheduler.address, asynchronous=True)
+    await client.amm.stop()  # it would drop replicas after two seconds
     await client.register_plugin(SharedMemoryPlugin(**OPTIONS))
     yield client, workers, scheduler
     for one in (client, *workers, scheduler):
@@ -42,8 +44,10 @@ async def share(client: Client, workers: list[Worker]) -> tuple[list[Future], se
     made = client.submit(array, fresh(), workers=[workers[0].address], pure=False)
     small = await client.scatter(np.arange(3), broadcast=True)
     await client.replicate([made])
-    for worker in workers:  # the publisher adopts its value after a fetch
+    deadline = time.monotonic() + 30
+    for worker in workers:  # the publisher adopts its value after a fetch, or when it looks again after five seconds
         while len(workers) > 1 and not shared_in_data(made.key, worker):
+            assert time.monotonic() < deadline
             await asyncio.sleep(0.01)
     return [scattered, made, small], {scattered.key, made.key}, small.key
 

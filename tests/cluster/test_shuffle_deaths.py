@@ -25,8 +25,7 @@ pytestmark = pytest.mark.slow
 STEPS = ("reserve", "seal", "pack arrays", "send shards", "open parcel", "acquire", "keep shards", "read shards")
 CELLS = [
     *(("rechunk", f"after {step}") for step in STEPS),
-    *(("rechunk", f"before {step}") for step in ("pack arrays", "open parcel", "read shards")),
-    ("shuffle", "before pack table"),
+    ("rechunk", "before pack arrays"),
     ("shuffle", "after pack table"),
     ("shuffle", "after keep shards"),
     ("shuffle", "after read shards"),
