@@ -93,7 +93,12 @@ class SharedMemoryScheduler(SchedulerPlugin):
         self._endings.append(Replacement(owner, name, functools.wraps(own)(around(own))).undo)
 
     def _guarded(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a function; if it fails, warn once, put everything back in place, and return None."""
+        """Call a function; if it fails, warn once, put everything back in place, and return None.
+
+        Nothing is called after that: where other code has replaced our function since, ours cannot be taken out.
+        """
+        if not self.is_on:
+            return None
         try:
             return function(*args)
         except Exception as error:

@@ -36,6 +36,7 @@ from dask_shm_plugin.values.kept import KeptValues
 
 _PRUNE_INTERVAL_S = 5.0
 _HEARTBEAT_TIMEOUT_S = 1.0
+"""Longest time (s) for which a start waits until the scheduler knows the worker's arena."""
 _LISTING_TIMEOUT_S = 0.1
 """Longest time (s) for which a scatter waits until its values are listed."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -21,8 +22,8 @@ _SOON_S = 0.1
 """How long after news the second holders are chosen: one look serves all news of this time."""
 
 
-class ReduceReplicasPerNode(ActiveMemoryManagerPolicy):
-    """Drop superfluous copies, as ``ReduceReplicas`` does. Replicas that share memory are one copy, and stay together.
+class _Policy(ActiveMemoryManagerPolicy):
+    """A policy that makes all its suggestions at once, and none if that fails.
 
     Parameters
     ----------
@@ -36,9 +37,20 @@ class ReduceReplicasPerNode(ActiveMemoryManagerPolicy):
         self._nodes, self._guarded = nodes, guarded
 
     def run(self) -> SuggestionGenerator:
-        """Suggest to drop all replicas of each superfluous copy, those with fewest holders first."""
+        """Yield the suggestions; Dask sends its choices in return, which are not needed."""
         for suggestion in self._guarded(lambda: list(self._suggestions())) or ():  # noqa: UP028 (a list takes no choices)
             yield suggestion
+
+    @abc.abstractmethod
+    def _suggestions(self) -> Iterator[Suggestion]:
+        """Yield the replicas that are to be made and dropped."""
+
+
+class ReduceReplicasPerNode(_Policy):
+    """Drop superfluous copies, as ``ReduceReplicas`` does. Replicas that share memory are one copy, and stay together.
+
+    Of several copies, those on workers that do not run are dropped first, then those with fewest holders.
+    """
 
     def _suggestions(self) -> Iterator[Suggestion]:
         for ts in self.manager.scheduler.replicated_tasks:
@@ -62,41 +74,24 @@ def _wanted_copies(ts: Any) -> int:
     return max(1, len(waiters))
 
 
-class SecondHolders(ActiveMemoryManagerPolicy):
+class SecondHolders(_Policy):
     """Let a second worker of the node hold each published value, so that a worker's death loses none.
 
-    Parameters
-    ----------
-    nodes
-        The arenas and published values that are known.
-    guarded
-        Calls a function, and returns None if it fails.
-
-    Notes
-    -----
-    A second holder is asked for once, and again when a worker of the node has come or gone. It may have been dropped by
-    a policy of the user, which would otherwise drop it again and again.
+    None is suggested while the user has stopped the Active Memory Manager. A second holder is asked for once, and again
+    when a worker of the node has come or gone: a policy of the user, which drops it, would otherwise do so for ever.
     """
 
     def __init__(self, nodes: Nodes, guarded: Callable[..., Any]) -> None:
-        self._nodes, self._guarded = nodes, guarded
+        super().__init__(nodes, guarded)
         self.keys: set[Any] | None = None
         """The keys that the next run looks at; None for all."""
         self._asked: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
 
-    def run(self) -> SuggestionGenerator:
-        """Suggest a further replica on the same node for each published value that only one worker there holds.
-
-        None is suggested while the user has stopped the Active Memory Manager.
-        """
-        is_on = self.manager.scheduler.extensions["amm"].running
-        for suggestion in (is_on and self._guarded(lambda: list(self._suggestions()))) or ():  # noqa: UP028
-            yield suggestion
-
     def _suggestions(self) -> Iterator[Suggestion]:
         workers, keys = self._nodes.workers(), self.keys
         self.keys = None
-        if all(len(there) < 2 for there in workers.values()):
+        is_on = self.manager.scheduler.extensions["amm"].running
+        if not is_on or all(len(there) < 2 for there in workers.values()):
             return
         for ts, holders in self._nodes.holders(keys):
             for arena_id, there in holders.items():

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dask
@@ -323,6 +324,27 @@ def test_a_scheduler_without_the_package_places_tasks_as_stock_dask(tmp_path: Pa
         assert totals(client).sent == 0
         assert not client.run_on_scheduler(lambda dask_scheduler: set(vars(dask_scheduler)) & {"get_comm_cost"})
         unregister(client)
+
+
+def test_a_function_that_other_code_has_wrapped_is_dasks_own_after_unregister() -> None:
+    """Ours cannot be taken out then, and it gives no advice any more."""
+
+    def wrap(dask_scheduler: Any) -> None:
+        ours = dask_scheduler.get_comm_cost
+        dask_scheduler.get_comm_cost = lambda ts, ws: ours(ts, ws)
+
+    def stock(dask_scheduler: Any) -> bool:
+        (ts,) = dask_scheduler.tasks.values()
+        waiting = SimpleNamespace(dependencies={ts})
+        ws = next(ws for ws in dask_scheduler.workers.values() if ws not in ts.who_has)
+        return dask_scheduler.get_comm_cost(waiting, ws) == ts.nbytes / dask_scheduler.bandwidth
+
+    with local_cluster(2) as client:
+        future = client.submit(big, fresh(), workers=addresses(client)[:1], pure=False)
+        wait(future)
+        client.run_on_scheduler(wrap)
+        unregister(client)
+        assert client.run_on_scheduler(stock)
 
 
 def test_two_clusters_of_one_process_do_not_disturb_each_other() -> None:
