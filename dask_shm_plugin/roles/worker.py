@@ -21,6 +21,7 @@ from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.monitor import prometheus
 from dask_shm_plugin.monitor.heartbeat import Heartbeat
 from dask_shm_plugin.roles.closing import let_go_when_closed
+from dask_shm_plugin.roles.cycles import CycleCollector
 from dask_shm_plugin.roles.role import Joining, Role
 from dask_shm_plugin.roles.switch import switch_off, switch_on
 from dask_shm_plugin.scheduling.telling import Telling
@@ -39,6 +40,10 @@ _HEARTBEAT_TIMEOUT_S = 1.0
 """Longest time (s) for which a start waits until the scheduler knows the worker's arena."""
 _LISTING_TIMEOUT_S = 0.1
 """Longest time (s) for which a scatter waits until its values are listed."""
+
+_EXECUTING = frozenset(("executing", "long-running", "cancelled", "resumed"))
+_FAILED = frozenset(("error", "rescheduled", "released"))
+"""States of a task after one of :data:`_EXECUTING`, if its function has raised an error."""
 
 logger = logging.getLogger("dask_shm_plugin")
 
@@ -102,8 +107,12 @@ class SharedMemoryWorker(WorkerPlugin):
             await running.stop()
 
     def transition(self, key: Any, start: str, finish: str, **kwargs: Any) -> None:
-        """Note that a value came or went, or a task has finished; Dask calls this at each transition of a task."""
-        if self._running is not None and "memory" in (start, finish):
+        """Note that a value came or went, or a task has ended; Dask calls this at each transition of a task."""
+        if self._running is None:
+            return
+        if start in _EXECUTING and finish in _FAILED:
+            self._running.cycles.note_failure()
+        if "memory" in (start, finish):
             self._running.moved(key, is_here=finish == "memory")
             if finish == "memory" and start in ("executing", "long-running"):
                 self._running.completed(key)
@@ -135,6 +144,7 @@ class _ActiveWorker:
         self._meter = WorkerMeter(worker, arena)
         self._transfers = Transfers(worker, arena)
         self._scatter_guard = ScatterGuard.around(worker.handlers, self._received)
+        self.cycles = CycleCollector(worker.loop, lambda: len(arena.holdings) > 0)
         self._pruning = PeriodicCallback(self.publisher.prune, _PRUNE_INTERVAL_S * 1000)
         self._pruning.start()
         before = COUNTERS.snapshot()
@@ -150,6 +160,7 @@ class _ActiveWorker:
             self._shuffles.stop()
         self._scatter_guard.retire()
         self._pruning.stop()
+        self.cycles.stop()
         self._telling.stop()
         self.publisher.close()
         self._arena.labels.remove(self._kept.labels)
