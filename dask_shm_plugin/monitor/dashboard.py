@@ -160,7 +160,7 @@ class MovedPlot(_Part):
         super().__init__(history)
         self.source = ColumnDataSource({name: [] for name in ("event", "bytes", "color", "text")})
         self.root = figure(
-            title="Values moved by the workers since sharing was switched on",
+            title="Values moved since sharing was switched on",
             y_range=FactorRange(),
             tools="",
             sizing_mode="stretch_both",

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from distributed.metrics import time
 from tornado.ioloop import PeriodicCallback
 
+from dask_shm_plugin.monitor.clients import CountersOfClients
 from dask_shm_plugin.monitor.nodes import Node, nodes
 
 _INTERVAL_S, _MAX_MOMENTS = 1.0, 600
@@ -27,14 +28,16 @@ class History:
     ----------
     scheduler
         A running scheduler. Only the last heartbeats of its workers are read.
+    clients
+        The counters that clients have told.
 
     Notes
     -----
     To be used on the scheduler's event loop. A moment of 64 workers takes about half a millisecond (November 2026).
     """
 
-    def __init__(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
+    def __init__(self, scheduler: Any, clients: CountersOfClients) -> None:
+        self._scheduler, self._clients = scheduler, clients
         self.moments: deque[Moment] = deque(maxlen=_MAX_MOMENTS)
         self._look()
         self._looking = PeriodicCallback(self._look, _INTERVAL_S * 1000)
@@ -54,4 +57,4 @@ class History:
         return [(node.name, node.state, node.counters) for node in self.last.nodes]
 
     def _look(self) -> None:
-        self.moments.append(Moment(time(), nodes(self._scheduler)))
+        self.moments.append(Moment(time(), nodes(self._scheduler, self._clients)))

@@ -181,9 +181,9 @@ class _ActiveWorker:
         if not self._answers.is_large(key):
             return
         self._kept.note(key, self._data.in_memory(key))
-        if start in ("executing", "long-running") and self._role.options.publish == "on-completion":
-            if not self._answers.is_of_small_items(key, self._data.in_memory(key)):
-                self.publisher.offer(key)
+        is_eager = self._role.options.publish == "on-completion" and start in ("executing", "long-running")
+        if is_eager and not self._answers.is_of_small_items(key, self._data.in_memory(key)):
+            self.publisher.offer(key)
 
     async def _received(self, data: dict[Any, Any]) -> None:
         """List scattered values that lie in the arena, so that other processes find them without a request."""
