@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import Any
-
-from distributed.diagnostics.plugin import SchedulerPlugin
 
 from dask_shm_plugin import metrics
 from dask_shm_plugin.arena.arena import Arena
@@ -71,29 +70,35 @@ class ClientCounters:
             logger.debug("the scheduler does not know what this client has moved", exc_info=True)
 
 
-class CountersOfClients(SchedulerPlugin):
-    """Keeps what clients tell, by arena and process, also after a client has gone: counters must not fall."""
+class CountersOfClients:
+    """Keeps what clients tell, by arena and process, also after a client has gone: counters must not fall.
 
-    name = "dask-shm-clients"
+    Notes
+    -----
+    This is no plugin of the scheduler: Dask would call it in each transition of each task.
+    """
 
     def __init__(self) -> None:
         self._told: dict[str, dict[str, dict[str, Any]]] = {}
+        self._read_until = 0.0
 
-    def log_event(self, topic: str, msg: Any) -> None:
-        """Note the counters of a process; a message of another form says nothing."""
-        if topic == TOPIC:
-            try:
-                arena, process, counters = str(msg["arena"]), str(msg["process"]), msg["counters"]
-                metrics.events(counters)
-            except (TypeError, KeyError):
-                return
-            told = self._told.setdefault(arena, {})
-            if len(self._told) > _MAX_ARENAS:
-                del self._told[next(iter(self._told))]
-            told[process] = counters
-            if len(told) > _MAX_PROCESSES:
-                oldest = next(process for process in told if process)
-                metrics.add(told.setdefault("", {}), told.pop(oldest))
+    def read(self, scheduler: Any) -> None:
+        """Read what clients have told a scheduler since the last call; a message of another form says nothing."""
+        for at, message in scheduler.get_events(TOPIC):
+            if at > self._read_until:
+                self._read_until = at
+                with contextlib.suppress(TypeError, KeyError):
+                    metrics.events(message["counters"])
+                    self._note(str(message["arena"]), str(message["process"]), message["counters"])
+
+    def _note(self, arena: str, process: str, counters: dict[str, Any]) -> None:
+        told = self._told.setdefault(arena, {})
+        told[process] = counters
+        if len(self._told) > _MAX_ARENAS:
+            del self._told[next(iter(self._told))]
+        if len(told) > _MAX_PROCESSES:
+            oldest = next(process for process in told if process)
+            metrics.add(told.setdefault("", {}), told.pop(oldest))
 
     def of(self, arena: str) -> dict[str, dict[str, Any]]:
         """Return the counters of the clients of an arena, by process."""

@@ -27,17 +27,15 @@ class History:
     Parameters
     ----------
     scheduler
-        A running scheduler. Only the last heartbeats of its workers are read.
-    clients
-        The counters that clients have told.
+        A running scheduler. Only the last heartbeats of its workers and the counters that clients tell are read.
 
     Notes
     -----
     To be used on the scheduler's event loop. A moment of 64 workers takes about half a millisecond (November 2026).
     """
 
-    def __init__(self, scheduler: Any, clients: CountersOfClients) -> None:
-        self._scheduler, self._clients = scheduler, clients
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler, self._clients = scheduler, CountersOfClients()
         self.moments: deque[Moment] = deque(maxlen=_MAX_MOMENTS)
         self._look()
         self._looking = PeriodicCallback(self._look, _INTERVAL_S * 1000)
@@ -57,4 +55,5 @@ class History:
         return [(node.name, node.state, node.counters) for node in self.last.nodes]
 
     def _look(self) -> None:
+        self._clients.read(self._scheduler)
         self.moments.append(Moment(time(), nodes(self._scheduler, self._clients)))

@@ -6,7 +6,6 @@ import logging
 from typing import Any
 
 from dask_shm_plugin.monitor import prometheus
-from dask_shm_plugin.monitor.clients import CountersOfClients
 from dask_shm_plugin.monitor.history import History
 from dask_shm_plugin.notices import warn_once
 
@@ -30,16 +29,13 @@ class Monitor:
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
-        clients = CountersOfClients()
-        scheduler.add_plugin(clients, name=clients.name)
-        self._history = History(scheduler, clients)
+        self._history = History(scheduler)
         prometheus.register(scheduler, self._history.metrics)
         self._pages = _pages(scheduler, self._history)
 
     def close(self) -> None:
         """Show nothing any more."""
         prometheus.unregister(self._scheduler)
-        self._scheduler.plugins.pop(CountersOfClients.name, None)
         self._history.close()
         if self._pages is not None:
             self._pages.close()
