@@ -46,7 +46,9 @@ def is_large(ts: Any) -> bool:
 
 def has_large_input(ts: Any) -> bool:
     """Return whether the place of a task's inputs matters: some are large, and they are few enough to look at."""
-    return len(ts.dependencies) <= MAX_INPUTS and any(dts.nbytes >= LARGE_BYTES for dts in ts.dependencies)
+    inputs = ts.dependencies
+    # Without inputs, no generator is made: this is asked twice for each tiny task.
+    return bool(inputs) and len(inputs) <= MAX_INPUTS and any(dts.nbytes >= LARGE_BYTES for dts in inputs)
 
 
 class _Known:

@@ -28,7 +28,7 @@ _CHILD_LIFETIME_S = 0.7
 
 def note(what: str, **fields: Any) -> None:
     """Append a line to the notes with a single write."""
-    line = json.dumps({"what": what, "pid": os.getpid(), **fields}) + "\n"
+    line = json.dumps({"what": what, "pid": os.getpid(), "at": round(time.time(), 3), **fields}) + "\n"
     descriptor = os.open(
         Path(os.environ[FOLDER], "notes"), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600
     )

@@ -175,7 +175,7 @@ class Workload:
         if len(self._large) >= _MAX_LARGE:
             made, number = self._large.pop(self._random.randrange(len(self._large)))
             if made.status != "finished":
-                note("lost", number=number, status=made.status)
+                note("lost", number=number, status=made.status, story=story_of(self.client, made.key))
                 return 0, 0
             return self._gather_counts([self._submit(tasks.check, made, number, self._random_worker())])
         number = self.new_number()
@@ -241,6 +241,15 @@ def print_unfinished(client: Client, keys: list[str]) -> None:
         ]
 
     print("\n".join(client.run_on_scheduler(ask)), file=sys.stderr, flush=True)
+
+
+def story_of(client: Client, key: str) -> list[str]:
+    """Return the last things that the scheduler knows about a key, which it may have forgotten."""
+
+    def ask(dask_scheduler: Any) -> list[str]:
+        return [str(event)[:300] for event in dask_scheduler.story(key)[-12:]]
+
+    return client.run_on_scheduler(ask)
 
 
 def submit_exit(client: Client, marker: str) -> None:
