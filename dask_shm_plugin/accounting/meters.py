@@ -6,6 +6,9 @@ values of its neighbours while the node is within its limits.
 
 The node is beyond its limits if its workers together use more of the sum of their limits than the fraction at which a
 single worker pauses, or is terminated. Then the share of each worker counts, too.
+
+The scheduler computes managed memory: the size of all keys of a worker, less the size of those that the worker reports
+as spilled. What does not count as this worker's share is added to that figure, so that it is not managed memory either.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ class WorkerMeter:
         with contextlib.suppress(SharedMemoryError, OSError):  # every later reading measures again
             arena.budget.set_limit(self, worker.memory_manager.memory_limit)
         self._read_before = Replacement(worker.monitor, "get_process_memory", self.read)
+        self._report_before = Replacement(worker, "get_metrics", self._report)
         callback = worker.periodic_callbacks.get("memory_monitor")
         self._watch_before = callback and Replacement(callback, "callback", self._watch)
 
@@ -53,6 +57,7 @@ class WorkerMeter:
         """Put Dask's functions back in place."""
         if self._watch_before:
             self._watch_before.undo()
+        self._report_before.undo()
         self._read_before.undo()
         self._spilling.stop()
         with contextlib.suppress(SharedMemoryError, OSError):
@@ -66,6 +71,15 @@ class WorkerMeter:
             return private + (self._spilling.spillable_bytes() if counts_alone else self._arena.shares.share())
         except (SharedMemoryError, OSError):
             return int(self._read_before.old())
+
+    async def _report(self) -> dict[str, Any]:
+        """Return the metrics of a heartbeat in place of ``Worker.get_metrics``.
+
+        ``spilled_bytes.memory`` serves only to compute managed memory. Dask shows ``spilled_bytes.disk`` as spilled.
+        """
+        metrics: dict[str, Any] = await self._report_before.old()
+        metrics["spilled_bytes"]["memory"] += self._spilling.surplus_bytes()
+        return metrics
 
     def _is_short(self) -> bool:
         """Return whether this node's workers use a larger part of their summed limits than lets one worker pause."""

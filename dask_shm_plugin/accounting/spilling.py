@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import zict
 from distributed.spill import SpillBuffer
 
@@ -90,12 +92,26 @@ class Spilling:
         going = [held for held in self._present().values() if not self._is_too_large(held)]
         if not going:
             return 0
-        rows, weights = list({row: None for held in going for row in held.rows}), self._arena.shares
+        rows, shares = list({row: None for held in going for row in held.rows}), self._arena.shares
         try:
-            holders = weights.count_holders(rows)
-            return sum(weights.size_of(row) for row, count in zip(rows, holders, strict=True) if count <= 1)
+            return int(np.sum(shares.sizes_of(rows)[shares.count_holders(rows) <= 1]))
         except Exception:  # this process has left the arena, or cannot read it
             return 0
+
+    def surplus_bytes(self) -> int:
+        """Return the bytes by which the sizes of the values in memory exceed this worker's shares in their blocks."""
+        in_keys: defaultdict[BlockId, int] = defaultdict(int)
+        for held in self._present().values():
+            for row, size in held.rows.items():
+                in_keys[row] += size
+        if not in_keys:
+            return 0
+        rows, sizes, shares = list(in_keys), np.array([*in_keys.values()]), self._arena.shares
+        try:
+            counted = shares.sizes_of(rows) // np.maximum(shares.count_holders(rows), 1).astype(np.uint64)
+        except Exception:  # as above
+            return 0
+        return int(np.sum(np.maximum(sizes - counted.astype(np.int64), 0)))
 
     def _present(self) -> dict[Any, _Held]:
         """Return the records of those values that are still in memory."""

@@ -36,9 +36,9 @@ class Shares:
         """Return the share of this process in the blocks to which it refers, in bytes."""
         return self._access.table.share(self._member)
 
-    def size_of(self, row: BlockId) -> int:
-        """Return the bytes that a block takes in the arena."""
-        return self._access.table.blocks.extent(row.index).length
+    def sizes_of(self, rows: Sequence[BlockId]) -> npt.NDArray[np.uint64]:
+        """Return the bytes that each of some blocks takes in the arena."""
+        return self._access.table.blocks.lengths(np.fromiter((row.index for row in rows), np.intp, len(rows)))
 
     def count_holders(self, rows: Sequence[BlockId]) -> npt.NDArray[np.intp]:
         """Return the number of members that refer to each of some blocks."""

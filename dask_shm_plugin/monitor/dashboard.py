@@ -34,10 +34,10 @@ _MAX_LABEL = 24
 _USED, _WARM, _FREE, _PRIVATE, _SENT = "#1f77b4", "#9ecae1", "#eeeeee", "#ff7f0e", "#d62728"
 _NOTE = """
 <p>Each shared byte lies in memory once per machine. Dask's plots <i>Bytes stored</i> show private memory and each
-worker's part of the blocks that it uses, so their sum is right. <i>Memory by key</i>, and the managed memory of a
-single worker, count the full size on every worker that has the key: their sums are more than the memory in use.</p>
+worker's part of the blocks that it uses, so their sum is right. <i>Memory by key</i> counts the full size on every
+worker that has the key: its sum is more than the memory in use.</p>
 """
-"""The places where Dask's own plots mislead."""
+"""The place where Dask's own plots mislead."""
 
 
 def _count_bytes(axis: Any) -> None:
@@ -160,7 +160,7 @@ class MovedPlot(_Part):
         super().__init__(history)
         self.source = ColumnDataSource({name: [] for name in ("event", "bytes", "color", "text")})
         self.root = figure(
-            title="Values moved by the workers since sharing was switched on",
+            title="Values moved since sharing was switched on",
             y_range=FactorRange(),
             tools="",
             sizing_mode="stretch_both",

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from distributed.metrics import time
 from tornado.ioloop import PeriodicCallback
 
+from dask_shm_plugin.monitor.clients import CountersOfClients
 from dask_shm_plugin.monitor.nodes import Node, nodes
 
 _INTERVAL_S, _MAX_MOMENTS = 1.0, 600
@@ -26,7 +27,7 @@ class History:
     Parameters
     ----------
     scheduler
-        A running scheduler. Only the last heartbeats of its workers are read.
+        A running scheduler. Only the last heartbeats of its workers and the counters that clients tell are read.
 
     Notes
     -----
@@ -34,7 +35,7 @@ class History:
     """
 
     def __init__(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
+        self._scheduler, self._clients = scheduler, CountersOfClients()
         self.moments: deque[Moment] = deque(maxlen=_MAX_MOMENTS)
         self._look()
         self._looking = PeriodicCallback(self._look, _INTERVAL_S * 1000)
@@ -54,4 +55,5 @@ class History:
         return [(node.name, node.state, node.counters) for node in self.last.nodes]
 
     def _look(self) -> None:
-        self.moments.append(Moment(time(), nodes(self._scheduler)))
+        self._clients.read(self._scheduler)
+        self.moments.append(Moment(time(), nodes(self._scheduler, self._clients)))

@@ -1,4 +1,4 @@
-"""The arenas of a cluster as its scheduler knows them, from the workers' heartbeats. Sizes are in bytes."""
+"""The arenas of a cluster as its scheduler knows them, from workers' heartbeats and clients. Sizes are in bytes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import Any, NamedTuple
 
 from dask_shm_plugin import metrics
+from dask_shm_plugin.monitor.clients import CountersOfClients
 
 
 class ValueSeen(NamedTuple):
@@ -28,23 +29,27 @@ class Node(NamedTuple):
     values: list[ValueSeen]
 
 
-def nodes(scheduler: Any) -> list[Node]:
-    """Return the arenas that the workers' last heartbeats describe, by name; reads no more than these."""
+def nodes(scheduler: Any, clients: CountersOfClients) -> list[Node]:
+    """Return the arenas that the workers' last heartbeats describe, by name; reads no more than these.
+
+    ``clients`` has the counters of the arenas' clients.
+    """
     by_arena: defaultdict[str, list[Any]] = defaultdict(list)
     for worker in scheduler.workers.values():
         told = worker.metrics.get("shm") or {}
-        if "arena" in told:
+        if "state" in told:
             by_arena[told["arena"]].append(worker)
-    return sorted((_node(arena, workers) for arena, workers in by_arena.items()), key=lambda node: node.name)
+    found = [_node(arena, workers, clients.of(arena)) for arena, workers in by_arena.items()]
+    return sorted(found, key=lambda node: node.name)
 
 
-def _node(arena: str, workers: list[Any]) -> Node:
+def _node(arena: str, workers: list[Any], clients: dict[str, dict[str, Any]]) -> Node:
     told = [worker.metrics["shm"] for worker in workers]
     newest = max(workers, key=lambda worker: worker.last_seen)
     addresses = {one["process"]: worker.address for one, worker in zip(told, workers, strict=True)}
     counters: dict[str, Any] = {}
-    # Several workers may live in one process, which has one set of counters.
-    for one in {one["process"]: one for one in told}.values():
+    # Several workers and clients may live in one process, which has one set of counters.
+    for one in (clients | {one["process"]: one for one in told}).values():
         metrics.add(counters, one)
     return Node(
         f"{newest.host}-{arena[:8]}",

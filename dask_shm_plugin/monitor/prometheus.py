@@ -27,6 +27,7 @@ _COUNTERS = {
     "attached": "mapped from the arena instead of being received",
     "found": "mapped without asking the worker that has them",
     "adopted": "of which the publisher gave up its private copy",
+    "shuffled": "in messages of shuffles whose data were mapped instead of received",
 }
 _SENT = "that were large enough to be shared, but were sent as bytes"
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import distributed.client
@@ -14,6 +16,7 @@ from dask_shm_plugin import metrics
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.config import Options
 from dask_shm_plugin.metrics import COUNTERS
+from dask_shm_plugin.monitor.clients import ClientCounters
 from dask_shm_plugin.node import membership, rendezvous
 from dask_shm_plugin.roles.role import Role
 from dask_shm_plugin.seams.replacement import Replacement, SharedReplacement
@@ -46,6 +49,7 @@ class SharedMemoryClient:
         self._role = Role("client", client.scheduler, client.id, options)
         self._arena: Arena | None = None
         self._counted_before = COUNTERS.snapshot()
+        self._counters = ClientCounters(client.scheduler)
 
     async def start(self) -> None:
         """Replace the client's calls of the scheduler, and join the arena if there is one."""
@@ -68,6 +72,7 @@ class SharedMemoryClient:
         for replacement in (self._scatter_before, self._gather_before, self._close_before):
             replacement.undo()
         self._sender.close()
+        self._counters.stop()
         self._arena = None
         await self._role.leave()
 
@@ -111,18 +116,32 @@ class SharedMemoryClient:
 
     async def _gather(self, keys: Any, **kwargs: Any) -> Any:
         gather = self._gather_before.old
-        if kwargs.get("serializers") or await self._find_arena() is None:
+        arena = None if kwargs.get("serializers") else await self._find_arena()
+        if arena is None:
             return await gather(keys=keys, **kwargs)
 
         def ask(keys: Any, serializers: list[str]) -> Any:
             return gather(keys=keys, **{**kwargs, "serializers": serializers})
 
-        return await fetch.ask_until_usable(ask, keys, fetch.askers())
+        try:
+            return await fetch.ask_until_usable(ask, keys, fetch.askers())
+        finally:
+            self._counters.tell_soon(arena)
 
     # -- scatter
 
+    @contextlib.contextmanager
+    def _moving(self) -> Iterator[None]:
+        """A scatter is in flight; after it, the scheduler is told the counters."""
+        try:
+            with self._sender.in_flight():
+                yield
+        finally:
+            if self._arena is not None:
+                self._counters.tell_soon(self._arena)
+
     async def _scatter(self, data: Data, workers: Any = None, broadcast: bool | int = False, **kwargs: Any) -> Any:
-        with self._sender.in_flight():
+        with self._moving():
             arena = await self._find_arena()
             if arena is not None and self._sender.has_large(data):
                 request = await self._sender.prepare(arena, data, workers, kwargs)
@@ -138,7 +157,7 @@ class SharedMemoryClient:
 
     async def scatter_directly(self, workers: Any, data: Data, rpc: Any) -> Any:
         """Run in place of ``scatter_to_workers``, which sends from the client to each worker."""
-        with self._sender.in_flight():
+        with self._moving():
             arena = await self._find_arena()
             if arena is not None and self._sender.has_large(data):
                 data, rpc = await self._sender.rpc_with_handles(arena, data, rpc)

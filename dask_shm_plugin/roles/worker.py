@@ -110,14 +110,12 @@ class SharedMemoryWorker(WorkerPlugin):
         """Note that a value came or went, or a task has ended; Dask calls this at each transition of a task."""
         if self._running is None:
             return
-        if start in _EXECUTING and finish in _FAILED:
+        if finish == "memory":
+            self._running.arrived(key, start)
+        elif start == "memory":
+            self._running.left(key)
+        elif start in _EXECUTING and finish in _FAILED:
             self._running.cycles.note_failure()
-        if "memory" in (start, finish):
-            self._running.moved(key, is_here=finish == "memory")
-            if finish == "memory" and start in ("executing", "long-running"):
-                self._running.completed(key)
-            elif finish == "memory" and start == "resumed":
-                self._running.read_shards(key)
 
     def explain(self, key: Any) -> dict[str, str]:
         """Return the state of the value of a key, and the reason, see :func:`dask_shm_plugin.explain`."""
@@ -138,6 +136,7 @@ class _ActiveWorker:
         self._data = WorkerData.of(worker)
         self._kept = KeptValues(arena)
         arena.labels.add(self._kept.labels)
+        self.left = self._kept.forget
         self._telling = Telling(worker, arena.arena_id.hex())
         self.publisher = Publisher(arena, role.options.threshold, self._data, role.address, self._kept, self._telling)
         self._answers = Answers(worker, arena, self.publisher, role.options.threshold)
@@ -183,27 +182,17 @@ class _ActiveWorker:
             return any(role.kind == "client" for role in self._arena.roster.roles())
         return False
 
-    def moved(self, key: Any, *, is_here: bool) -> None:
-        """Note that the value of a key came into memory, or left it."""
-        value = self._data.in_memory(key) if is_here and self._answers.is_large(key) else None
-        if value is None:
-            self._kept.forget(key)
-        else:
-            self._kept.note(key, value)
-
-    def completed(self, key: Any) -> None:
-        """Publish the result of a finished task, if ``shm.publish`` is "on-completion"."""
-        self.read_shards(key)
-        # A result that is not known to be large is published only on request: it may not even be serializable.
-        if self._role.options.publish != "on-completion" or not self._answers.is_large(key):
-            return
-        if not self._answers.is_of_small_items(key, self._data.in_memory(key)):
-            self.publisher.offer(key)
-
-    def read_shards(self, key: Any) -> None:
-        """Drop the shards of a shuffle that a finished task has read."""
+    def arrived(self, key: Any, start: str) -> None:
+        """Note that the value of a key came into memory, from the state ``start`` of its task."""
         if self._shuffles is not None:
             self._shuffles.finished(key)
+        # A value that is not known to be large is published only on request: it may not even be serializable.
+        if not self._answers.is_large(key):
+            return
+        self._kept.note(key, self._data.in_memory(key))
+        is_eager = self._role.options.publish == "on-completion" and start in ("executing", "long-running")
+        if is_eager and not self._answers.is_of_small_items(key, self._data.in_memory(key)):
+            self.publisher.offer(key)
 
     async def _received(self, data: dict[Any, Any]) -> None:
         """List scattered values that lie in the arena, so that other processes find them without a request."""

@@ -25,9 +25,12 @@ _PATIENCE_S = 30.0
 """How long news about a key waits until the scheduler knows the key: a direct scatter registers it last."""
 
 
-def news(arena_id: str, published: Iterable[Any], withdrawn: Iterable[Any] = ()) -> dict[str, Any]:
-    """Return the message that tells which keys have values that lie in an arena, and which no longer have."""
-    return {"arena": arena_id, "published": list(published), "withdrawn": list(withdrawn)}
+def news(arena_id: str, published: Iterable[Any], withdrawn: Iterable[Any] = (), holder: str = "") -> dict[str, Any]:
+    """Return the message that tells which keys have values that lie in an arena, and which no longer have.
+
+    ``holder`` is the address of the worker that tells. A client tells of the workers to which it has scattered.
+    """
+    return {"arena": arena_id, "holder": holder, "published": list(published), "withdrawn": list(withdrawn)}
 
 
 def arena_of(ws: Any) -> str | None:
@@ -43,14 +46,20 @@ def is_large(ts: Any) -> bool:
 
 def has_large_input(ts: Any) -> bool:
     """Return whether the place of a task's inputs matters: some are large, and they are few enough to look at."""
-    return len(ts.dependencies) <= MAX_INPUTS and any(dts.nbytes >= LARGE_BYTES for dts in ts.dependencies)
+    inputs = ts.dependencies
+    # Without inputs, no generator is made: this is asked twice for each tiny task.
+    return bool(inputs) and len(inputs) <= MAX_INPUTS and any(dts.nbytes >= LARGE_BYTES for dts in inputs)
 
 
 class _Known:
-    """The arenas in which the value of one run of a task lies; ``ts`` is None until the scheduler knows the key."""
+    """The arenas in which the value of one run of a task lies; ``ts`` is None until the scheduler knows the key.
+
+    ``private`` are the addresses of holders that have spilled or replaced their copy. Others of the arena still map it.
+    """
 
     def __init__(self, ts: Any) -> None:
         self.arenas: set[str] = set()
+        self.private: set[str] = set()
         self._ref: weakref.ref[Any] | None = None
         self._run_id: int | None = None
         self._since = time.monotonic()
@@ -65,6 +74,11 @@ class _Known:
         if self._ref is None:
             self.bind(ts)
         return self._ref is not None and self._run_id == ts.run_id and self._ref() is ts
+
+    def arena_of_holder(self, ws: Any) -> str | None:
+        """Return the arena from which a holder has mapped the value, or None if its copy is private."""
+        arena_id = arena_of(ws)
+        return arena_id if arena_id in self.arenas and ws.address not in self.private else None
 
     @property
     def is_over(self) -> bool:
@@ -97,26 +111,31 @@ class Nodes:
         A message of another form, as another version of the package may send it, says nothing.
         """
         try:
-            arena_id, published, withdrawn = str(message["arena"]), list(message["published"]), message["withdrawn"]
+            arena_id, holder = str(message["arena"]), str(message["holder"])
+            published, withdrawn = list(message["published"]), message["withdrawn"]
         except (TypeError, KeyError):
             return []
         for key in withdrawn:
             if key in self._known:
-                self._known[key].arenas.discard(arena_id)
+                self._known[key].private.add(holder)
         for key in published:
             ts, known = self._scheduler.tasks.get(key), self._known.get(key)
             if known is None or (ts is not None and not known.is_of(ts)):
                 known = self._known[key] = _Known(ts)
             known.arenas.add(arena_id)
+            known.private.discard(holder)
         return published
 
     def is_published(self, ts: Any, arena_id: str | None) -> bool:
         """Return whether a value lies in an arena, and is held by a worker that uses this arena."""
-        return arena_id in self._arenas(ts) and self.is_held_in(ts, arena_id)
+        known = self._of(ts)
+        if known is None or arena_id not in known.arenas:
+            return False
+        return any(known.arena_of_holder(ws) == arena_id for ws in ts.who_has or ())
 
-    def _arenas(self, ts: Any) -> set[str]:
+    def _of(self, ts: Any) -> _Known | None:
         known = self._known.get(ts.key)
-        return known.arenas if known is not None and known.is_of(ts) else set()
+        return known if known is not None and known.is_of(ts) else None
 
     def is_held_in(self, ts: Any, arena_id: str | None) -> bool:
         """Return whether a worker that uses an arena holds a value, in the arena or privately."""
@@ -143,9 +162,10 @@ class Nodes:
                 del self._known[key]
             elif known is not None and ts is not None and ts.who_has and is_large(ts) and known.is_of(ts):
                 by_arena: defaultdict[str, set[Any]] = defaultdict(set)
+                known.private.intersection_update([ws.address for ws in ts.who_has])  # others map it when they get it
                 for ws in ts.who_has:
-                    if (arena_id := arena_of(ws)) in known.arenas:
-                        by_arena[str(arena_id)].add(ws)
+                    if arena_id := known.arena_of_holder(ws):
+                        by_arena[arena_id].add(ws)
                 yield ts, by_arena
 
     def copies(self, ts: Any, holders: Iterable[Any]) -> list[set[Any]]:
@@ -153,10 +173,9 @@ class Nodes:
 
         Holders that map a published value from one arena hold one copy; any other holder has its own.
         """
-        arenas = self._arenas(ts) if is_large(ts) else set()
+        known = self._of(ts) if is_large(ts) else None
         by_copy: defaultdict[Any, set[Any]] = defaultdict(set)
         for ws in holders:
-            arena_id = arena_of(ws)
-            by_copy[arena_id if arena_id in arenas else ws].add(ws)
+            by_copy[(known and known.arena_of_holder(ws)) or ws].add(ws)
         running = self._scheduler.running
         return sorted(by_copy.values(), key=lambda copy: (not copy.isdisjoint(running), len(copy)), reverse=True)

@@ -66,8 +66,9 @@ class Telling:
         told, self._news = self._news, {}
         published = [key for key, is_published in told.items() if is_published]
         withdrawn = [key for key, is_published in told.items() if not is_published]
+        holder = self._worker.contact_address or self._worker.address
         try:
-            self._worker.log_event(TOPIC, news(self._arena_id, published, withdrawn))
+            self._worker.log_event(TOPIC, news(self._arena_id, published, withdrawn, holder))
         except Exception:
             logger.debug("the scheduler does not know which values are published", exc_info=True)
 

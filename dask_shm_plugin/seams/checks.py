@@ -187,6 +187,16 @@ SEAMS = (
         ),
     ),
     Seam(
+        "Worker.get_metrics, WorkerState.memory",
+        "managed memory counts a share of each block",
+        lambda: (
+            inspect.iscoroutinefunction(distributed.worker.Worker.get_metrics)
+            and names(distributed.worker.Worker.get_metrics, "spilled_bytes", "memory", "disk")
+            and names(distributed.worker.Worker.heartbeat, "get_metrics")
+            and names(vars(distributed.scheduler.WorkerState)["memory"].fget, "spilled_bytes", "nbytes", "disk")
+        ),
+    ),
+    Seam(
         "Worker._update_metrics_received_data, .bandwidth, .bandwidth_workers, .bandwidth_types",
         "mapped bytes are no measure of the network",
         lambda: (

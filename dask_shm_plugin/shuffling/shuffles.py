@@ -65,7 +65,7 @@ class Shuffles:
         return self._is_on
 
     def finished(self, key: Any) -> None:
-        """Drop the kept shards that a task has read, because it has finished."""
+        """Drop the kept shards that a task has read, because its result is in memory."""
         for kept, name in self._readers.pop(key, ()):
             self._worker.loop.add_callback(kept.drop, name)
 

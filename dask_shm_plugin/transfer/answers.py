@@ -140,7 +140,9 @@ class Answers:
 
     def is_large(self, key: Any) -> bool:
         """Return whether Dask's measure of a value reaches the threshold, and the key is not an actor."""
-        return self._size(key) >= self._threshold and key not in self._worker.state.actors
+        # Inline, because each result is asked for it.
+        task = self._worker.state.tasks.get(key)
+        return task is not None and (task.nbytes or 0) >= self._threshold and key not in self._worker.state.actors
 
     def is_of_small_items(self, key: Any, value: object) -> bool:
         """Return whether the value of a key is a collection of very many small items, which are not shared."""

@@ -40,6 +40,7 @@ def test_random_kills_cause_no_wrong_value_no_hang_and_no_leak(tmp_path: Path) -
     never = ("wrong", "hangs", "leaked_bytes", "names_left_in_dev_shm", "tracebacks_of_ours", "findings")
     assert not any(report[what] for what in never), report
     assert report["dead_members"]["never"] == 0
+    assert report["list_and_kernel"]["samples"] > 0
 
 
 def test_a_wrong_value_would_be_noticed(chaos_folder: Path) -> None:
@@ -68,6 +69,40 @@ def test_a_traceback_of_the_package_would_be_noticed(chaos_folder: Path) -> None
         f"{head}{deeper}{frame}KeyError: 1\n{head}{deeper}dask_shm_plugin.exceptions.X: 1\n"
     )
     assert sum(logs.tracebacks_of_ours(chaos_folder).values()) == 2
+
+
+def test_values_that_were_lost_or_computed_again_would_be_noticed(chaos_folder: Path) -> None:
+    """Only those count that had a second holder before."""
+    import logs
+    import tasks
+
+    for number in (1, 1, 2, 3):
+        tasks.note("made", number=number)
+    for number in (2, 3, 4):
+        tasks.note("settled", number=number)
+    tasks.note("made", number=2)
+    tasks.note("lost", number=4, status="lost")
+    summary = logs.summary(chaos_folder)
+    assert summary["recomputed"] == 2
+    assert summary["recomputed_though_published"] == 1
+    assert summary["lost"] == 1
+    assert summary["large_values_with_two_holders"] == 3
+
+
+def test_memory_that_is_not_listed_would_be_noticed(chaos_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A difference counts once, with its largest size and its duration."""
+    import sums
+
+    seen = iter([0, 0, -sums.MIB, 50 * sums.MIB, 60 * sums.MIB, 0, -90 * sums.MIB])
+    monkeypatch.setattr(sums.Sums, "_difference", lambda self: next(seen))
+    monkeypatch.setattr(sums, "_INTERVAL_S", 0)
+    compared = sums.Sums(chaos_folder)
+    for number in range(6):
+        compared.sample(f"after {number}")
+    report = compared.report()
+    assert (report["samples"], report["outliers"], report["largest_mib"]) == (4, 2, 90)
+    assert report["largest_outliers"][1].startswith("+60.0 MiB for 0.00 s after 2")
+    assert compared.lasting() == []
 
 
 def test_a_seed_reproduces_the_schedule_of_kills(chaos_folder: Path) -> None:

@@ -7,19 +7,23 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 import urllib.request
 from typing import Any
 
 import numpy as np
 import pytest
+from clusters import OPTIONS
 from distributed import Client, get_worker, wait
 from observing import addresses, array, fresh, is_shared, known_workers, pids, shmem, totals, wait_until
 
-from dask_shm_plugin import __version__, explain, notices, plugin, stats
+from dask_shm_plugin import __version__, config, explain, notices, plugin, stats
 from dask_shm_plugin.monitor import arenas
 from dask_shm_plugin.monitor.seen import BlockSeen, Snapshot
+from dask_shm_plugin.roles.client import take_part
 
 pytestmark = pytest.mark.slow
 
@@ -149,10 +153,15 @@ def test_heartbeats_describe_the_arena_and_the_largest_values(four: Client) -> N
     assert one["private"] > MIB
 
 
+def metrics_page(address: str) -> str:
+    """Return the lines of a page of metrics that are about this package."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=20) as page:
+        return "".join(line for line in page.read().decode().splitlines(keepends=True) if "dask_shm_" in line)
+
+
 def metrics_of(address: str) -> dict[str, float]:
     """Return the metrics of this package on a page."""
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=20) as page:
-        lines = [line for line in page.read().decode().splitlines() if line.startswith("dask_shm_")]
+    lines = [line for line in metrics_page(address).splitlines() if not line.startswith("#")]
     return {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
 
 
@@ -180,6 +189,44 @@ def test_workers_and_the_scheduler_have_metrics_for_prometheus(four: Client) -> 
     assert all(one.documentation for name, one in families.items() if name.startswith("dask_shm_"))
     assert client_module
     del future
+
+
+def test_the_scheduler_counts_what_clients_move(four: Client) -> None:
+    """A scatter copies into the arena in the client, and a gather maps there. The counts outlast the client."""
+    pytest.importorskip("prometheus_client")
+    address = four.dashboard_link.split("/")[2]
+
+    def moved() -> list[float]:
+        found = metrics_of(address)
+        return [found[f"dask_shm_{event}_bytes_total"] for event in ("published", "attached")]
+
+    wait_until(lambda: metrics_of(address), "the scheduler knows the arena")
+    time.sleep(1.5)  # what the client has done before is told
+    published, attached = moved()
+    size = array(0).nbytes
+    future = four.scatter(array(fresh()))
+    wait_until(lambda: moved()[0] == published + size, lambda: f"{moved()}")
+    assert is_shared(future.result())
+    wait_until(lambda: moved()[1] >= attached + size, lambda: f"{moved()}")
+    with Client(four.scheduler.address, set_as_default=False) as other:
+        other.sync(take_part, other, config.options(OPTIONS))
+        other.scatter(array(fresh()))
+        wait_until(lambda: moved()[0] == published + 2 * size, lambda: f"{moved()}")
+    time.sleep(1.2)
+    assert moved()[0] == published + 2 * size
+
+
+def test_promtool_finds_nothing_to_improve(four: Client) -> None:
+    """Prometheus's own tool checks names, types and help texts on the pages of the scheduler and a worker."""
+    promtool = shutil.which("promtool") or pytest.skip("promtool is not installed")
+    sender = four.submit(Plain, pure=False)  # sent as bytes, for a reason
+    four.gather(sender)
+    worker = next(iter(known_workers(four).values()))
+    pages = [four.dashboard_link.split("/")[2], f"127.0.0.1:{worker['services']['dashboard']}"]
+    for page in pages:
+        text = wait_until(lambda page=page: metrics_page(page), "the page has metrics")
+        done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 # -- the command line

@@ -31,6 +31,8 @@ from observing import (
 )
 from processes import environment, scheduler, workers
 
+from dask_shm_plugin import unregister
+
 pytestmark = pytest.mark.slow
 
 #: The memory limit of a worker, and the doubles of an array that is larger.
@@ -121,6 +123,34 @@ def test_the_reported_memory_adds_up_to_the_memory_in_use(two: Client) -> None:
     growth = two.submit(operator.itemgetter(1), dirty)
     assert growth.result() > 0.95 * 4 * PART * 8
     assert reported(two)[a] - anonymous(two)[a] <= expected + 16 * MIB
+
+
+def test_managed_memory_counts_a_shared_value_once(two: Client) -> None:
+    """The scheduler compares workers by it; nothing is shown as spilled, and a value with one holder counts in full."""
+    size = 8 * PART
+    future = two.scatter(array(fresh(), PART), broadcast=True)
+    look(two, future)
+
+    def is_told(*parts: float) -> bool:
+        *found, spilled = two.run_on_scheduler(managed)
+        return not spilled and found == pytest.approx([part * size for part in parts], abs=MIB)
+
+    a, b = addresses(two)
+    wait_until(lambda: is_told(1 / 2, 1 / 2), "each worker has half of the value")
+    half = two.submit(operator.itemgetter(slice(0, PART // 2)), future, workers=[a])
+    wait(half)
+    wait_until(lambda: is_told(1 / 2, 1 / 2), "a view of the value is no further memory")
+    del half
+    drop_replica(two, future, b)
+    wait_until(lambda: is_told(1, 0), "the last holder has all of it")
+    unregister(two)
+    wait_until(lambda: is_told(1, 0), "as stock Dask says")
+
+
+def managed(dask_scheduler: Any) -> list[int]:
+    """Return the managed memory of each worker by name, and the bytes that the scheduler shows as spilled."""
+    workers = sorted(dask_scheduler.workers.values(), key=lambda ws: ws.name)
+    return [ws.memory.managed for ws in workers] + [dask_scheduler.memory.spilled]
 
 
 def dirtied(value: np.ndarray) -> tuple[np.ndarray, int]:

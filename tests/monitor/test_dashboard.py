@@ -213,7 +213,7 @@ def test_the_page_shows_64_workers_with_a_thousand_blocks_each(
     held = tuple(f"tcp://10.0.0.1:{n}" for n in range(8))
     values = [ValueSeen(f"key-{n}", "numpy.ndarray", "3 float64", 2**20 + n, held) for n in range(40)]
     made = [Node(f"node-{n}", state, dict.fromkeys(held, 2**27), counters, values) for n in range(8)]
-    monkeypatch.setattr(history, "nodes", lambda scheduler: made)
+    monkeypatch.setattr(history, "nodes", lambda scheduler, clients: made)
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     address = f"{client.dashboard_link.rpartition('/')[0]}/{PAGE}"
     found = follow(page, address, lambda found: "key-39" in found["text"])

@@ -30,7 +30,7 @@ class Worker:
 
     def __init__(self, arena: str | None, limit: int = 0) -> None:
         self.nthreads, self.metrics = 1, {"shm": {"arena": arena}} if arena else {}
-        self.memory_limit = limit
+        self.memory_limit, self.address = limit, f"tcp://{id(self)}"
 
 
 def known(*values: Value, workers: tuple[Worker, ...] = ()) -> tuple[Nodes, Costs]:
@@ -129,12 +129,39 @@ def test_news_about_a_key_waits_until_the_scheduler_knows_it() -> None:
 
 
 def test_a_withdrawn_value_is_private_again() -> None:
-    """Its owner has spilled or replaced it."""
-    value = Value(Worker("a"))
+    """Its owner has spilled or replaced it. It is shared again when the owner publishes it, or fetches it, again."""
+    owner = Worker("a")
+    value = Value(owner)
     nodes, _ = known(value)
     nodes.heard(news("a", ["x"]))
-    nodes.heard(news("a", [], ["x", "another"]))
-    assert not nodes.is_published(value, "a")
+    for again in (
+        lambda: nodes.heard(news("a", ["x"], holder=owner.address)),
+        lambda: fetch_again(nodes, value, owner),
+    ):
+        nodes.heard(news("a", [], ["x", "another"], owner.address))
+        assert not nodes.is_published(value, "a")
+        again()
+        assert nodes.is_published(value, "a")
+
+
+def fetch_again(nodes: Nodes, value: Value, owner: Worker) -> None:
+    """Let a holder drop a value and fetch it again, with a look at all values in between."""
+    value.who_has = {Worker("a")}
+    assert list(nodes.holders())
+    value.who_has = {owner}
+
+
+def test_a_value_that_one_holder_has_withdrawn_is_still_shared_by_the_others() -> None:
+    """A holder that has spilled it has a copy of its own; one that has dropped it has none."""
+    first, second, third, gone = (Worker("a") for _ in range(4))
+    value = Value(first, second, third)
+    nodes, _ = known(value)
+    nodes.heard(news("a", ["x"]))
+    for one in (first, gone):
+        nodes.heard(news("a", [], ["x"], one.address))
+    assert nodes.is_published(value, "a")
+    assert sorted(map(len, nodes.copies(value, value.who_has))) == [1, 2]
+    assert [there for _, there in nodes.holders()] == [{"a": {second, third}}]
 
 
 def test_another_value_under_the_same_key_is_private() -> None:

@@ -9,6 +9,10 @@ and clients are killed (SIGKILL, sometimes while they hold the lock of the table
 stopped for some seconds. Now and then the scheduler, or all processes at once, are killed. Killed processes are
 replaced.
 
+Some values are larger than 8 MiB, and so have a second holder: it is counted how many of these were computed again or
+lost. Twice a second, the memory of all arenas that `dask shm list` shows is compared with the kernel's shared memory:
+of the machine, or of a control group of the run.
+
 After each cluster, a new member checks the table and waits until the arena is empty. When all processes have ended,
 nothing may be left in /dev/shm. The seed fixes the schedule: when, how and in which role processes are killed. It
 does not fix how far each process has got by then. The folder with the output of all processes is printed at the end.
@@ -49,6 +53,9 @@ def main() -> int:
         "--seed", type=int, default=random.randrange(1 << 32), help="seed of the schedule (default: a random one)"
     )
     parser.add_argument("--folder", type=Path, help="folder for logs (default: a new temporary one)")
+    parser.add_argument(
+        "--group", type=Path, help="folder of a memory control group in which only this run is, for the sums of memory"
+    )
     parser.add_argument("--stock", action="store_true", help="run without the plugin")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     asked = parser.parse_args()
@@ -56,7 +63,9 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["CHAOS_FOLDER"] = ""  # this process is not one of the run, so it is never killed
     start = time.monotonic()
-    run = Run(folder, seed=asked.seed, gap=asked.gap, patience=asked.patience, has_plugin=not asked.stock)
+    run = Run(
+        folder, seed=asked.seed, gap=asked.gap, patience=asked.patience, has_plugin=not asked.stock, group=asked.group
+    )
     number = 0
     while run.killed < asked.kills and not run.has_too_many_findings:
         run.run_cluster(

@@ -22,7 +22,8 @@ def summary(folder: Path) -> dict[str, Any]:
     """Sum the notes."""
     made: Counter[int] = Counter()
     errors: Counter[str] = Counter()
-    seen = {"checked": 0, "shared": 0, "wrong": 0, "hangs": 0}
+    settled: set[int] = set()
+    seen = {"checked": 0, "shared": 0, "wrong": 0, "hangs": 0, "recomputed_though_published": 0, "lost": 0}
     for one in read_notes(folder):
         what = one["what"]
         if what == "checked":
@@ -30,10 +31,16 @@ def summary(folder: Path) -> dict[str, Any]:
             seen["shared"] += one["shared"]
         elif what == "made":
             made[one["number"]] += 1
+            seen["recomputed_though_published"] += one["number"] in settled
+        elif what == "settled":
+            settled.add(one["number"])
+        elif what == "lost":
+            seen["lost"] += 1
         elif what == "error":
             errors[f"{one['operation']}: {one['kind']}"] += 1
         else:
             seen["wrong" if what == "wrong" else "hangs"] += 1
+    seen["large_values_with_two_holders"] = len(settled)
     return {**seen, "recomputed": made.total() - len(made), "errors_of_dask": dict(errors.most_common())}
 
 

@@ -21,6 +21,7 @@ import psutil
 import watching
 from deployments import HERE, Deployment, Settings, send
 from kills import Kill
+from sums import Sums
 from watching import DyingProcess
 
 _POLL_INTERVAL_S = 0.02
@@ -42,14 +43,20 @@ class Run:
         Seconds after which an operation counts as hung.
     has_plugin
         Whether the clusters use the plugin.
+    group
+        The folder of a memory control group that has only this run, if there is one.
     """
 
-    def __init__(self, folder: Path, *, seed: int, gap: float, patience: float, has_plugin: bool) -> None:
+    def __init__(
+        self, folder: Path, *, seed: int, gap: float, patience: float, has_plugin: bool, group: Path | None = None
+    ) -> None:
         self._folder, self._seed = folder, seed
         self._settings = Settings(folder, has_plugin, patience)
         self._schedule = kills.schedule(seed, gap)
         self._dice = random.Random(seed)
         self._reclaiming = watching.ReclaimTimes()
+        self._sums = Sums(group)
+        self._last = "before any kill", time.monotonic()
         self._counts: Counter[str] = Counter()
         self._stopped: list[tuple[float, psutil.Process]] = []
         self._markers = itertools.count()
@@ -109,6 +116,8 @@ class Run:
             send(process, signal.SIGCONT)
             self._stopped.remove((until, process))
         self._reclaiming.check(stopped=bool(self._stopped))
+        if self._settings.has_plugin:
+            self._sums.sample(f"{now - self._last[1]:.2f} s after {self._last[0]}")
         if not deployment.restart_ended():
             self._found.append(f"{deployment.kind}: the scheduler has ended without being killed")
             self._restart_cluster(deployment)
@@ -128,6 +137,7 @@ class Run:
         return True
 
     def _execute(self, deployment: Deployment, kill: Kill) -> None:
+        self._last = f"{kill.kind}, {kill.role}", time.monotonic()
         if kill.kind in ("everything", "scheduler"):
             pause = kill.seconds / 2 if kill.kind == "scheduler" else 0
             self._orphaned |= watching.names_used_by(deployment.all_processes())
@@ -204,6 +214,7 @@ class Run:
         self._found += deployment.stop()
         self._check_no_process_runs(deployment)
         self._check_names_gone(names, "was left when all processes had ended")
+        self._last = "the end of a cluster", time.monotonic()
 
     def _inspect(self, deployment: Deployment, patience: float) -> dict[str, Any]:
         done = subprocess.run(
@@ -246,6 +257,7 @@ class Run:
         ours = logs.tracebacks_of_ours(self._folder)
         names = self._names_left_after_purge() if self._settings.has_plugin else []
         reclaiming = self._reclaiming.report()
+        self._found += [f"the listed arenas are not the kernel's shared memory: {one}" for one in self._sums.lasting()]
         self.has_failed = bool(
             seen["wrong"] or seen["hangs"] or ours or names or self._found or self._leaked_bytes or reclaiming["never"]
         ) or (self._settings.has_plugin and not seen["shared"])
@@ -260,6 +272,7 @@ class Run:
             "leaked_bytes": self._leaked_bytes,
             "names_left_in_dev_shm": names,
             "dead_members": reclaiming,
+            "list_and_kernel": self._sums.report(),
             "tracebacks_of_ours": ours,
             "warnings_of_ours": logs.warnings_of_ours(self._folder),
             "findings": self._found,

@@ -21,12 +21,14 @@ FOLDER = "CHAOS_FOLDER"
 ROWS = 4
 _NUMBER, _CHECKSUM = 8, 4
 _SIZES = (64 << 10, 768 << 10)
+LARGE = 9 << 20
+"""A size from which published values have a second holder."""
 _CHILD_LIFETIME_S = 0.7
 
 
 def note(what: str, **fields: Any) -> None:
     """Append a line to the notes with a single write."""
-    line = json.dumps({"what": what, "pid": os.getpid(), **fields}) + "\n"
+    line = json.dumps({"what": what, "pid": os.getpid(), "at": round(time.time(), 3), **fields}) + "\n"
     descriptor = os.open(
         Path(os.environ[FOLDER], "notes"), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600
     )
@@ -75,10 +77,10 @@ def is_shared(array: np.ndarray) -> bool:
 # ------------------------------------------------------------------------------------------------------------- tasks
 
 
-def make(number: int) -> np.ndarray:
+def make(number: int, size: int = 0) -> np.ndarray:
     """Make a value."""
     note("made", number=number)
-    return value(number)
+    return value(number, size)
 
 
 def make_rows(number: int) -> np.ndarray:

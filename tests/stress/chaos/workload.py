@@ -21,7 +21,7 @@ import tasks
 from distributed import Client, Future
 from tasks import note
 
-_MAX_KEPT = 24
+_MAX_KEPT, _MAX_LARGE = 24, 3
 _REUSED_KEYS = 6
 _REGISTER_PROBABILITY = 0.03
 _REPLICATE_TIMEOUT_S = 45.0
@@ -46,10 +46,11 @@ class Workload:
         self._has_plugin = "DASK_DISTRIBUTED__CLIENT__PRELOAD" in os.environ
         self._random = random.Random(number)
         self._hoard: list[tuple[Future, int]] = []
+        self._large: list[tuple[Future, int]] = []
         self._keys = [f"again-{number}-{slot}" for slot in range(_REUSED_KEYS)]
         self._operations = [
             self.broadcast, self.fetch, self.fetch, self.nested, self.own_copy, self.replicate, self.views,
-            self.writers, self.forked, self.hoard, self.hoard,
+            self.writers, self.forked, self.hoard, self.hoard, self.large, self.large,
         ]  # fmt: skip
 
     def step(self) -> None:
@@ -77,6 +78,7 @@ class Workload:
     def release(self) -> None:
         """Release all values that are kept."""
         self._hoard.clear()
+        self._large.clear()
 
     def new_number(self, many: int = 1) -> int:
         """Return the first of ``many`` numbers that were never used."""
@@ -168,6 +170,27 @@ class Workload:
             [self._submit(tasks.check, made, number, self._random_worker()) for made, number in some]
         )
 
+    def large(self) -> tuple[int, int]:
+        """Keep values that have two holders or more, and check one again: none may be computed again, or be lost."""
+        if len(self._large) >= _MAX_LARGE:
+            made, number = self._large.pop(self._random.randrange(len(self._large)))
+            if made.status != "finished":
+                note("lost", number=number, status=made.status, story=story_of(self.client, made.key))
+                return 0, 0
+            return self._gather_counts([self._submit(tasks.check, made, number, self._random_worker())])
+        number = self.new_number()
+        if self._random.random() < 0.5:
+            made = self.client.scatter(tasks.value(number, tasks.LARGE), hash=False)
+        else:
+            made = self.client.submit(tasks.make, number, tasks.LARGE, pure=False)
+        right, shared = self._gather_counts(
+            [self._submit(tasks.check, made, number, worker) for worker in self._two_workers()]
+        )
+        if shared == 2 and len(self.client.who_has([made])[made.key]) >= 2:
+            note("settled", number=number)
+            self._large.append((made, number))
+        return right, shared
+
     # -- inside
 
     def _workers(self) -> list[str]:
@@ -218,6 +241,15 @@ def print_unfinished(client: Client, keys: list[str]) -> None:
         ]
 
     print("\n".join(client.run_on_scheduler(ask)), file=sys.stderr, flush=True)
+
+
+def story_of(client: Client, key: str) -> list[str]:
+    """Return the last things that the scheduler knows about a key, which it may have forgotten."""
+
+    def ask(dask_scheduler: Any) -> list[str]:
+        return [str(event)[:300] for event in dask_scheduler.story(key)[-12:]]
+
+    return client.run_on_scheduler(ask)
 
 
 def submit_exit(client: Client, marker: str) -> None:

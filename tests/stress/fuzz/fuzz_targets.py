@@ -187,7 +187,7 @@ class ArenaUser:
             lambda: arena.roster.add_role("worker", f"tcp://{chance.random()}"),
             lambda: arena.roster.remove_role("worker", "tcp://other"),
             arena.roster.roles,
-            lambda: (arena.shares.share(), arena.shares.count_holders(rows), arena.shares.size_of(rows[0])),
+            lambda: (arena.shares.share(), arena.shares.count_holders(rows), arena.shares.sizes_of(rows)),
             lambda: (arena.allocator.holders(rows[0]), arena.budget.private_memory(os.getpid())),
             lambda: arena.roster.is_live(Member(unexpected_number(chance), unexpected_number(chance))),
         ]
