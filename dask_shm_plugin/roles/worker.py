@@ -29,6 +29,7 @@ from dask_shm_plugin.shuffling import switch as shuffling
 from dask_shm_plugin.transfer import fetch
 from dask_shm_plugin.transfer.answers import Answers
 from dask_shm_plugin.transfer.explaining import Explanation, explain
+from dask_shm_plugin.transfer.landing import Landing
 from dask_shm_plugin.transfer.publisher import Publisher
 from dask_shm_plugin.transfer.scatter_guard import ScatterGuard
 from dask_shm_plugin.values import buffers
@@ -132,6 +133,7 @@ class _ActiveWorker:
         self._telling = Telling(worker, arena.arena_id.hex())
         self.publisher = Publisher(arena, role.options.threshold, self._data, role.address, self._kept, self._telling)
         self._answers = Answers(worker, arena, self.publisher, role.options.threshold)
+        self._landing = Landing(arena, role.address, self._may_be_large)
         self._meter = WorkerMeter(worker, arena)
         self._transfers = Transfers(worker, arena)
         self._scatter_guard = ScatterGuard.around(worker.handlers, self._received)
@@ -146,6 +148,7 @@ class _ActiveWorker:
 
     async def stop(self) -> None:
         self._answers.stop()
+        self._landing.stop()
         if self._shuffles is not None:
             self._shuffles.stop()
         self._scatter_guard.retire()
@@ -172,6 +175,10 @@ class _ActiveWorker:
             return any(role.kind == "client" for role in self._arena.roster.roles())
         return False
 
+    def _may_be_large(self, key: Any) -> bool:
+        task = self._worker.state.tasks.get(key)
+        return task is None or not task.nbytes or self._answers.is_large(key)
+
     def moved(self, key: Any, *, is_here: bool) -> None:
         """Note that the value of a key came into memory, or left it."""
         value = self._data.in_memory(key) if is_here and self._answers.is_large(key) else None
@@ -179,6 +186,8 @@ class _ActiveWorker:
             self._kept.forget(key)
         else:
             self._kept.note(key, value)
+            if self._landing.has_landed(key):
+                self.publisher.offer(key)
 
     def completed(self, key: Any) -> None:
         """Publish the result of a finished task, if ``shm.publish`` is "on-completion"."""

@@ -224,8 +224,14 @@ def publish(serialized: Serialized, arena: Arena) -> Published:
         raise Unshareable("the value's own serializer has compressed it")
     if len(serialized.frames) > _MAX_SMALL_FRAMES and serialized.size < len(serialized.frames) * _INLINE_FRAME_BYTES:
         raise Unshareable("the value consists of very many small frames")
-    header = packed(serialized.header)
-    flat = [ensure_memoryview(frame) for frame in serialized.frames]
+    return place(packed(serialized.header), serialized.frames, serialized.size, serialized.in_band, arena)
+
+
+def place(
+    header: bytes, frames: list[Frame], size: int, in_band: int, arena: Arena, version: bytes | None = None
+) -> Published:
+    """Place the frames of a value in the arena; arguments as for :meth:`Handle.of`, which see."""
+    flat = [ensure_memoryview(frame) for frame in frames]
     blocks: dict[BlockId, Block] = {}
     with contextlib.ExitStack() as undo:
         parts: dict[int, bytes | Span] = {}
@@ -240,7 +246,7 @@ def publish(serialized: Serialized, arena: Arena) -> Published:
             parts |= _copy(flat, missing, arena, blocks, undo)
         undo.pop_all()
     ordered = tuple(parts[number] for number in range(len(flat)))
-    handle = Handle.of(arena.arena_id, header, ordered, serialized.size, serialized.in_band)
+    handle = Handle.of(arena.arena_id, header, ordered, size, in_band, version)
     holds = [block.detach() for block in blocks.values()]
     return Published(arena, handle, holds, copied, has_overlaps=_have_overlaps(flat))
 
