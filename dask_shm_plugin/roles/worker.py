@@ -184,10 +184,12 @@ class _ActiveWorker:
         value = self._data.in_memory(key) if is_here and self._answers.is_large(key) else None
         if value is None:
             self._kept.forget(key)
+            self._landing.forget(key)
         else:
             self._kept.note(key, value)
-            if self._landing.has_landed(key):
-                self.publisher.offer(key)
+            handle = self._landing.from_afar(key)
+            if handle is not None:
+                self.publisher.stored(key, handle)
 
     def completed(self, key: Any) -> None:
         """Publish the result of a finished task, if ``shm.publish`` is "on-completion"."""
@@ -204,10 +206,13 @@ class _ActiveWorker:
             self._shuffles.finished(key)
 
     async def _received(self, data: dict[Any, Any]) -> None:
-        """List scattered values that lie in the arena, so that other processes find them without a request."""
-        shared = [
-            key for key in data if self._answers.is_large(key) and buffers.blocks_of(data[key], self._arena.arena_id)
-        ]
+        """List scattered values, so that other processes find them without a request; bytes are published first."""
+        large = [key for key in data if self._answers.is_large(key)]
+        shared = [key for key in large if buffers.blocks_of(data[key], self._arena.arena_id)]
+        if self._landing.has_neighbours:
+            for key in large:
+                if key not in shared and not self._answers.is_of_small_items(key, data[key]):
+                    self.publisher.offer(key)
         # The scatter waits for this: after it, all other workers may look for the values at once.
         if shared:
             # The known reference is that of the scatter's message.

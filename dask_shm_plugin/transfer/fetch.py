@@ -22,7 +22,7 @@ from dask_shm_plugin.seams import requests
 from dask_shm_plugin.seams.replacement import SharedReplacement
 from dask_shm_plugin.table.members import Member
 from dask_shm_plugin.threads import call_in
-from dask_shm_plugin.transfer.landing import landing_of
+from dask_shm_plugin.transfer.landing import Landing, landing_of
 from dask_shm_plugin.values import handles, index
 from dask_shm_plugin.values.handles import Deferred, Failed, Unresolved
 
@@ -144,7 +144,7 @@ async def ask_until_usable(
         raise
 
 
-async def _look_up(worker: str, keys: Collection[Any]) -> dict[Any, Any]:
+async def _look_up(worker: str, keys: Collection[Any], landing: Landing | None) -> dict[Any, Any]:
     """Return the values of those keys that a worker has listed, so that it need not be asked for them."""
     listed = index.find(worker, keys)
     if not listed:
@@ -153,6 +153,8 @@ async def _look_up(worker: str, keys: Collection[Any]) -> dict[Any, Any]:
     found = {key: value for key, value in arrived.items() if type(value) is not Unresolved}
     for key in found:
         COUNTERS.count("found", listed[key].size)
+        if landing is not None:
+            landing.note(key, listed[key])
     return found
 
 
@@ -176,12 +178,12 @@ async def _get_data_from_worker(
 
     found: dict[Any, Any] = {}
     try:
-        found |= await _look_up(worker, keys)
+        landing = landing_of(who)
+        found |= await _look_up(worker, keys, landing)
         insist_rebuilt(found)
         rest = [key for key in keys if key not in found]
         if found and not rest:
             return {"status": "OK", "data": found}
-        landing = landing_of(who)
         if landing is not None and landing.takes_from(worker):
             response = await landing.fetch(ask_worker, rest, names)
         else:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
-from dask_shm_plugin import notices
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.metrics import COUNTERS
@@ -23,8 +21,6 @@ from dask_shm_plugin.values.codec import Published
 from dask_shm_plugin.values.handles import Deferred, Failed, Handle, Unresolved
 from dask_shm_plugin.values.index import PublishedIndex
 from dask_shm_plugin.values.parcels import Parcel
-
-logger = logging.getLogger("dask_shm_plugin")
 
 _LISTED_S = 10.0
 """How long a landed value can be found, whether or not a worker stores it under its key."""
@@ -65,27 +61,48 @@ class Landing:
     def __init__(self, arena: Arena, address: str, may_be_large: Callable[[Any], bool]) -> None:
         self._arena, self._address, self._may_be_large = arena, address, may_be_large
         self._index = PublishedIndex(arena, index.LANDED)
-        self._landed: dict[Any, Published | None] = {}
+        self._landed: dict[Any, tuple[Published | None, asyncio.TimerHandle]] = {}
+        self._from_afar: dict[Any, Handle] = {}
         _LANDINGS[address] = self
 
     def stop(self) -> None:
         """Receive nothing any more, and withdraw all listings."""
         if _LANDINGS.get(self._address) is self:
             del _LANDINGS[self._address]
-        self._index.clear()
-        self._landed.clear()
+        for key in list(self._landed):
+            self._forget(key)
 
     def takes_from(self, worker: str) -> bool:
         """Return whether values of a worker land: it is on another node, and this node has several workers."""
+        return self.has_neighbours and worker not in self._arena.roster.workers()
+
+    @property
+    def has_neighbours(self) -> bool:
+        """Whether other workers share the arena, so that it is worth the copy."""
         try:
-            workers = self._arena.roster.workers()
+            return len(self._arena.roster.workers()) > 1 and not self._arena.is_damaged
         except SharedMemoryError:
             return False
-        return len(workers) > 1 and worker not in workers and not self._arena.is_damaged
 
-    def has_landed(self, key: Any) -> bool:
-        """Return whether a value of a key has landed in the last seconds."""
-        return self._landed.get(key) is not None
+    def from_afar(self, key: Any) -> Handle | None:
+        """Return the handle of the last value that was fetched under a key, if it was made on another node.
+
+        Each worker that has such a value lists it: otherwise its neighbours would have it sent once more.
+        """
+        return self._from_afar.get(key)
+
+    def note(self, key: Any, handle: Handle) -> None:
+        """Note that a value was fetched by its handle."""
+        if handle.is_from_afar:
+            self._from_afar[key] = handle
+        else:
+            self._from_afar.pop(key, None)
+
+    def forget(self, key: Any) -> None:
+        """Forget the value of a key: the worker has dropped it."""
+        self._from_afar.pop(key, None)
+        if key in self._landed:
+            self._forget(key)
 
     async def fetch(self, ask: Ask, keys: Collection[Any], names: list[str]) -> Any:
         """Request data of a worker on another node; return the response with the values.
@@ -124,19 +141,21 @@ class Landing:
 
     async def land(self, key: Any, parcel: Parcel) -> Any:
         """Put a value into the arena and list it; return the value."""
-        published, value = await call_in(None, _landed, parcel, self._arena)
+        published, value = await call_in(None, parcel.landed, self._arena)
         handle = published.handle if published is not None else _refusal(self._arena, parcel.version)
+        self.forget(key)
+        expiry = asyncio.get_running_loop().call_later(_LISTED_S, self._forget, key)
+        self._landed[key] = published, expiry
         self._index.add(key, handle)
-        self._landed[key] = published
         if published is not None:
-            COUNTERS.count("landed", handle.size)
-        asyncio.get_running_loop().call_later(_LISTED_S, self._forget, key, published)
+            self._from_afar[key] = handle
         return value
 
-    def _forget(self, key: Any, published: Published | None) -> None:
-        if key in self._landed and self._landed[key] is published:
-            del self._landed[key]
-            self._index.remove(key)
+    def _forget(self, key: Any) -> None:
+        _, expiry = self._landed.pop(key)
+        # The timer's list keeps a cancelled one, but not its arguments.
+        expiry.cancel()
+        self._index.remove(key)
 
     async def wait_for(self, key: Any, elsewhere: Elsewhere) -> Handle | None:
         """Wait until a neighbour has listed a value that it receives; return None if it dies, or after a second."""
@@ -207,32 +226,25 @@ class _Fetch:
             handle = await self._landing.wait_for(key, elsewhere)
             if handle is None and self._landing.is_running(elsewhere.receiver):
                 return _NOT_HERE
-        value = _NOT_HERE
-        if handle is not None and handle.parts:
-            value = handles.receive(handle)
-            if type(value) is Deferred:
-                value = await call_in(None, handles.rebuild, handle)
-        if type(value) is Failed:
-            raise value.error
-        if value is _NOT_HERE or type(value) is Unresolved:
+        value = await _mapped(handle) if handle is not None and handle.parts else _NOT_HERE
+        if handle is None or value is _NOT_HERE:
             self._unusable.add(elsewhere.version)
             if elsewhere.receiver is not None:
                 self._lost.add(elsewhere.receiver)
             return _NOT_HERE
         COUNTERS.count("found", elsewhere.size)
+        self._landing.note(key, handle)
         return value
 
 
-def _landed(parcel: Parcel, arena: Arena) -> tuple[Published | None, Any]:
-    """Return the value of a parcel, in the arena if possible; the value's own deserializer may raise."""
-    try:
-        published = parcel.land(arena)
-        return published, handles.resolve(published.handle, writeable=arena.has_writeable_views)
-    except (SharedMemoryError, OSError, MemoryError) as error:
-        notices.refused(error, parcel.size)
-    except Exception:
-        logger.debug("a value does not land, or its deserializer fails", exc_info=True)
-    return None, parcel.value()
+async def _mapped(handle: Handle) -> Any:
+    """Return the value of a handle, or ``_NOT_HERE`` if it cannot be mapped; the value's own deserializer may raise."""
+    value = handles.receive(handle)
+    if type(value) is Deferred:
+        value = await call_in(None, handles.rebuild, handle)
+    if type(value) is Failed:
+        raise value.error
+    return _NOT_HERE if type(value) is Unresolved else value
 
 
 def _refusal(arena: Arena, version: bytes) -> Handle:

@@ -28,10 +28,10 @@ from dask_shm_plugin.mapping import atlas
 from dask_shm_plugin.table.layout import BlockId
 from dask_shm_plugin.threads import call_in
 from dask_shm_plugin.units import round_up
-from dask_shm_plugin.values import out_of_band
+from dask_shm_plugin.values import adoption, aliases, out_of_band
 from dask_shm_plugin.values.buffers import address_of, bounds
 from dask_shm_plugin.values.context import Context
-from dask_shm_plugin.values.handles import Handle, Span, map_spans, packed
+from dask_shm_plugin.values.handles import KNOWN, Handle, Span, map_spans, packed, resolve
 
 _ALIGNMENT_BYTES = 64
 _INLINE_FRAME_BYTES = out_of_band.SMALL
@@ -72,12 +72,26 @@ class Published:
         self.has_overlaps = has_overlaps
         """Whether parts of the value share memory. The parts of a rebuilt value do not."""
         self._holds = holds
-        self._pickled = pickle.dumps(handle)
+
+    @classmethod
+    def of_handle(cls, handle: Handle, arena: Arena) -> Published:
+        """Return the published value of a handle, with references of this process.
+
+        Raises
+        ------
+        SharedMemoryError
+            A block is gone.
+        """
+        rows = {part.row for part in handle.parts if isinstance(part, Span)}
+        with contextlib.ExitStack() as undo:
+            blocks = [undo.enter_context(arena.attach_block(Descriptor(arena.arena_id, row))) for row in rows]
+            undo.pop_all()
+        return cls(arena, handle, [block.detach() for block in blocks], 0)
 
     @property
     def message(self) -> DaskSerialized:
         """The message to send: the handle, pickled whichever serializers the connection prefers."""
-        return DaskSerialized({"serializer": "pickle", "writeable": ()}, [self._pickled])
+        return DaskSerialized({"serializer": "pickle", "writeable": ()}, [pickle.dumps(self.handle)])
 
     @property
     def blocks(self) -> dict[BlockId, int]:
@@ -224,7 +238,32 @@ def publish(serialized: Serialized, arena: Arena) -> Published:
         raise Unshareable("the value's own serializer has compressed it")
     if len(serialized.frames) > _MAX_SMALL_FRAMES and serialized.size < len(serialized.frames) * _INLINE_FRAME_BYTES:
         raise Unshareable("the value consists of very many small frames")
-    return place(packed(serialized.header), serialized.frames, serialized.size, serialized.in_band, arena)
+    published = place(packed(serialized.header), serialized.frames, serialized.size, serialized.in_band, arena)
+    if published.copied:
+        KNOWN.note(published.handle)
+    else:
+        _keep_version(published, arena)
+    return published
+
+
+def _keep_version(published: Published, arena: Arena) -> None:
+    """Give a value that lay in the arena the version that it had before, if it is still the same.
+
+    pickle writes the same DataFrame in more than one way, and the handle differs then. So the value that is known to
+    lie in these blocks is rebuilt, which copies nothing, and written once more.
+    """
+    handle = published.handle
+    known = KNOWN.like(handle)
+    if known is None or known.version == handle.version:
+        return
+    with contextlib.suppress(Exception):
+        value = resolve(known)
+        # Only code of a library that is known to write equal values alike runs here, and no code of a user.
+        if adoption.may_adopt(value) or aliases.is_defined_by(type(value), "pandas"):
+            again = Serialized.of(value, {})
+            other = place(packed(again.header), again.frames, again.size, again.in_band, arena).handle
+            if (other.header, other.parts) == (handle.header, handle.parts):
+                published.handle = handle.of_version(known.version)
 
 
 def place(

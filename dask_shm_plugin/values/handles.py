@@ -13,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import struct
+import threading
 import zlib
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,6 +36,9 @@ from dask_shm_plugin.values.versions import VERSION_BYTES, VERSIONS, digest_of
 
 _DEFERRED_FROM_BYTES = 4 << 20
 """Maximum number of bytes to copy on an event loop. A handle with more becomes a :class:`Deferred`."""
+
+
+_MAX_KNOWN = 256
 
 
 class Span(NamedTuple):
@@ -99,9 +103,24 @@ class Handle:
         fields = arena_id, header, parts, size, in_band, version
         return cls(*fields, _checksum(*fields))
 
+    @property
+    def is_from_afar(self) -> bool:
+        """Whether the value was published on another node before it came to this arena."""
+        return self.version != _place(self.arena_id, self.header, self.parts)
+
+    def of_version(self, version: bytes) -> Handle:
+        """Return the handle with another version, which is remembered for its frames."""
+        return self.of(self.arena_id, self.header, self.parts, self.size, self.in_band, version)
+
     def note_version(self) -> None:
         """Remember the version: the value keeps it when this process publishes it again."""
         VERSIONS.note(_place(self.arena_id, self.header, self.parts), self.version)
+        KNOWN.note(self)
+
+    @property
+    def blocks(self) -> frozenset[BlockId]:
+        """The blocks in which frames lie."""
+        return frozenset(part.row for part in self.parts if isinstance(part, Span))
 
     def insist_whole(self) -> None:
         """Check that the handle is as :meth:`of` made it.
@@ -158,6 +177,29 @@ def _checksum(
             numbers.append(len(part))
             checksum = zlib.crc32(part, checksum)
     return zlib.crc32(struct.pack(f"<{len(numbers)}Q", *numbers), checksum)
+
+
+class _KnownHandles:
+    """The last handles that this process has made or received, by their arena and blocks; thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[bytes, frozenset[BlockId]], Handle] = OrderedDict()
+
+    def note(self, handle: Handle) -> None:
+        """Note a handle."""
+        with self._lock:
+            self._kept[handle.arena_id, handle.blocks] = handle
+            self._kept.move_to_end((handle.arena_id, handle.blocks))
+            if len(self._kept) > _MAX_KNOWN:
+                self._kept.popitem(last=False)
+
+    def like(self, handle: Handle) -> Handle | None:
+        """Return the handle that is known for the same blocks, or None."""
+        return self._kept.get((handle.arena_id, handle.blocks))
+
+
+KNOWN = _KnownHandles()
 
 
 @dataclasses.dataclass(frozen=True)

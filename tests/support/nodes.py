@@ -49,12 +49,9 @@ class Namespaces:
             stderr=subprocess.PIPE,
             text=True,
         )
-        streams = self._process.stdout, self._process.stderr
-        assert streams[0] is not None and streams[1] is not None
-        if streams[0].readline().strip() != "up":
-            error = streams[1].read()
-            self.close()
-            raise PermissionError(error.strip())
+        assert self._process.stdout is not None
+        if self._process.stdout.readline().strip() != "up":
+            raise PermissionError(self._process.communicate()[1].strip())
         (first,) = psutil.Process(self._process.pid).children()
         self.pid = first.pid
 
