@@ -26,6 +26,7 @@ _COUNTERS = {
     "published": "copied into the arena",
     "attached": "mapped from the arena instead of being received",
     "found": "mapped without asking the worker that has them",
+    "landed": "that came from another node and were put into the arena",
     "adopted": "of which the publisher gave up its private copy",
 }
 _SENT = "that were large enough to be shared, but were sent as bytes"

@@ -144,12 +144,19 @@ class Landing:
         published, value = await call_in(None, parcel.landed, self._arena)
         handle = published.handle if published is not None else _refusal(self._arena, parcel.version)
         self.forget(key)
-        expiry = asyncio.get_running_loop().call_later(_LISTED_S, self._forget, key)
-        self._landed[key] = published, expiry
+        self._landed[key] = published, asyncio.get_running_loop().call_later(_LISTED_S, self._expire, key)
         self._index.add(key, handle)
         if published is not None:
             self._from_afar[key] = handle
         return value
+
+    def _expire(self, key: Any) -> None:
+        """Withdraw the listing of a landed value, but not while neighbours use the value."""
+        published, _ = self._landed[key]
+        if published is not None and published.is_used_elsewhere:
+            self._landed[key] = published, asyncio.get_running_loop().call_later(_LISTED_S, self._expire, key)
+        else:
+            self._forget(key)
 
     def _forget(self, key: Any) -> None:
         _, expiry = self._landed.pop(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from clusters import register
-from distributed import Client, get_client, wait
+from distributed import Client, Queue, Variable, get_client, wait
 from nodes import Driver, NodeCluster, node_cluster, why_no_nodes
 from observing import MIB, known_workers, wait_until
 
@@ -97,17 +98,18 @@ def replicated(client: Client, make: Callable[[int], Any], seed: int) -> Any:
 def gathered(client: Client, make: Callable[[int], Any], seed: int) -> Any:
     """Make a value on a, and gather it in tasks of all workers of b at once."""
     future = made(client, make, seed)
-    used = [client.submit(gather, future.key, workers=[worker], pure=False) for worker in of(client, "b")]
+    Variable(f"value {seed}", client).set(future)
+    used = [client.submit(gather, f"value {seed}", workers=[worker], pure=False) for worker in of(client, "b")]
     assert client.gather(used) == [(total(make(seed)), True)] * 3
     return future
 
 
-def gather(key: str) -> tuple[float, bool]:
-    """Gather a value in a task."""
-    from distributed import Future
-
+def gather(name: str) -> tuple[float, bool]:
+    """Gather the value of a variable in a task."""
     client = get_client()
-    return seen(client.gather(Future(key, client), direct=True))
+    Queue(name, client).put(1)
+    wait_until(lambda: Queue(name, client).qsize() == 3, "all three are about to gather")
+    return seen(client.gather(Variable(name, client).get(), direct=True))
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ class Two:
 @pytest.fixture(scope="module")
 def two() -> Iterator[Two]:
     """Two nodes; the second has a small ``/dev/shm``, as in a container."""
-    with node_cluster() as cluster:
+    with node_cluster({"DASK_SHM_CRASHPOINTS": "1"}) as cluster:
         cluster.add("a")
         cluster.add("b", shm="64m")
         elsewhere = cluster.driver(cluster.head)
@@ -233,3 +235,100 @@ def test_each_node_receives_a_value_once(
         assert {name: (final[name] - after[name]) / SIZE for name in after} == pytest.approx(
             {"a": 0, "b": 0}, abs=NOISE
         )
+
+
+# ---------------------------------------------------------------------------------------------------------- reused keys
+
+
+def reuse(client: Client, rounds: int) -> int:
+    """Let a key have one value after the other, and return how many times a worker has read another one."""
+    every, wrong = [*of(client, "a"), *of(client, "b")], 0
+    for seed in range(rounds):
+        maker, *readers = random.sample(every, 3)
+        future = client.submit(array, seed, 256 << 10, key="reused", workers=[maker], pure=False)
+        read = [client.submit(total, future, workers=[one], pure=False) for one in readers]
+        wrong += sum(one != total(array(seed, 256 << 10)) for one in client.gather(read))
+    return wrong
+
+
+def test_a_reused_key_never_gives_an_old_value(two: Two) -> None:
+    """Neighbours may still have the old value of a key when others ask for its new one, on either node."""
+    assert two.clients["elsewhere"](reuse, 60) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- deaths
+
+
+def arm_death(client: Client, worker: str, moment: str, pause: float) -> None:
+    """Let a worker be killed at a moment, some seconds after it has come to it."""
+
+    def arm() -> None:
+        import os
+        import signal
+        import time
+
+        from dask_shm_plugin import crashpoints
+
+        crashpoints.arm(moment, lambda: (time.sleep(pause), os.kill(os.getpid(), signal.SIGKILL)))
+
+    client.run(arm, workers=[worker])
+
+
+def lose_receiver(client: Client, moment: str, seed: int) -> list[tuple[float, bool]]:
+    """Kill the worker that receives a value for its node while its neighbours wait; return what these see."""
+    future = made(client, array, seed)
+    first, *others = of(client, "b")
+    arm_death(client, first, moment, 0.5)
+    doomed = client.submit(seen, future, workers=[first], pure=False)
+    time.sleep(0.3)
+    result = client.gather([client.submit(seen, future, workers=[one], pure=False) for one in others])
+    wait_until(lambda: first not in of(client, "b"), "it was killed")
+    doomed.cancel()
+    wait_until(lambda: len(of(client, "b")) == 3, "its nanny has started another one", seconds=60)
+    return result
+
+
+@pytest.mark.parametrize("moment", ["before land", "after land"])
+def test_neighbours_go_on_when_the_receiver_dies(two: Two, moment: str) -> None:
+    """They ask the sender again: one of them receives the value, and the other one waits for that."""
+    client, seed = two.clients["elsewhere"], random.randrange(1 << 30)
+    before = two.carried()
+    assert client(lose_receiver, moment, seed) == [(total(array(seed)), True)] * 2
+    assert two.carried()["b"] - before["b"] < (2 + NOISE) * SIZE
+
+
+def lose_sender(client: Client, moment: str, seed: int) -> list[tuple[float, bool]]:
+    """Kill the worker that sends a value of which its neighbour has a replica; return what the other node sees."""
+    future = made(client, array, seed)
+    first, second, _ = of(client, "a")
+    client.replicate([future], workers=[first, second], n=2)
+    arm_death(client, first, moment, 0)
+    result = client.gather([client.submit(seen, future, workers=[one], pure=False) for one in of(client, "b")])
+    client.run(disarm)
+    wait_until(lambda: len(of(client, "a")) == 3, "its nanny has started another one", seconds=60)
+    return result
+
+
+def disarm() -> None:
+    """Let no worker be killed any more."""
+    from dask_shm_plugin import crashpoints
+
+    crashpoints.disarm()
+
+
+@pytest.mark.parametrize("moment", ["before answer", "after answer"])
+def test_the_other_node_gets_the_value_when_the_sender_dies(two: Two, moment: str) -> None:
+    """All workers of the other node get the value from the sender's neighbour."""
+    client, seed = two.clients["elsewhere"], random.randrange(1 << 30)
+    assert client(lose_sender, moment, seed) == [(total(array(seed)), True)] * 3
+
+
+def test_a_client_may_die_in_the_middle_of_a_broadcast(two: Two) -> None:
+    """Its value is dropped on all nodes, and other clients go on."""
+    doomed = two.cluster.driver(two.cluster.head)
+    doomed.begin(broadcast, array, 1)
+    time.sleep(0.2)
+    doomed.kill()
+    client, seed = two.clients["elsewhere"], random.randrange(1 << 30)
+    assert client(move, broadcast, array, seed).arena == pytest.approx({"a": 1, "b": 1}, abs=0.1)
+    assert client(figures) == dict.fromkeys("ab", [(total(array(seed)), True)] * 3)
