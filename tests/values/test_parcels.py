@@ -96,7 +96,9 @@ def test_a_value_that_has_changed_has_another_version(two_arenas: tuple[Arena, A
     assert published_in(here, written).handle.version != one.handle.version
 
 
-def test_a_value_arrives_where_there_is_no_room(two_arenas: tuple[Arena, Arena], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_value_arrives_where_there_is_no_room(
+    two_arenas: tuple[Arena, Arena], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is made from the received memory then, and may be written to."""
     here, there = two_arenas
     value = np.random.default_rng(0).random(100_000)
