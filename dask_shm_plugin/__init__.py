@@ -1,4 +1,4 @@
-"""Keep one copy of each large Dask value on the node where it was made or scattered.
+"""Keep one copy of each large Dask value on each node that needs it.
 
 >>> from dask_shm_plugin import SharedMemoryPlugin
 >>> client.register_plugin(SharedMemoryPlugin())  # doctest: +SKIP

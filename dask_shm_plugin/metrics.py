@@ -3,6 +3,7 @@
 ``published``  values copied into the arena, and the bytes copied
 ``attached``   values mapped from the arena instead of being received, and their bytes
 ``found``      attached values that were found in the arena without asking the worker that has them
+``landed``     values that came from another node and were put into the arena, and their bytes
 ``adopted``    values of which the publisher replaced its private copy by the shared one, and their bytes
 ``shuffled``   messages of shuffles whose data were mapped instead of received, and their bytes
 ``sent``       values that were large enough to be shared but were sent as bytes, by reason
@@ -15,7 +16,7 @@ import threading
 from collections import defaultdict
 from typing import Any
 
-EVENTS = ("published", "attached", "found", "adopted", "shuffled")
+EVENTS = ("published", "attached", "found", "landed", "adopted", "shuffled")
 
 
 class Counters:

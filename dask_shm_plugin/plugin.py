@@ -17,10 +17,10 @@ from dask_shm_plugin.seams.checks import why_not
 
 
 class SharedMemoryPlugin(SchedulerPlugin):
-    """Keep one copy of each large value on the node where it was made or scattered.
+    """Keep one copy of each large value on each node that needs it.
 
     ``client.register_plugin(SharedMemoryPlugin())`` switches sharing on in all present and future nannies and workers
-    of the cluster, and in the client that registers it. Other nodes receive values as with stock Dask.
+    of the cluster, and in the client that registers it. Each node receives a value once.
 
     Each process takes the settings that are not given here from its own Dask configuration, namespace ``shm``.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.seams.replacement import Replacement
+from dask_shm_plugin.transfer.landing import IS_CARRIED
 from dask_shm_plugin.values import buffers
 
 _COUNTED_BYTES = 1_000_000
@@ -36,7 +37,7 @@ class Transfers:
         self._before.undo()
 
     def _received(self, start: float, stop: float, data: dict[Any, Any], cause: Any, worker: str) -> None:
-        if not self._has_mapped(data):
+        if IS_CARRIED.get() or not self._has_mapped(data):
             self._before.old(start=start, stop=stop, data=data, cause=cause, worker=worker)
             return
         measured = self._worker.bandwidth, self._worker.bandwidth_workers.copy(), self._worker.bandwidth_types.copy()

@@ -26,6 +26,7 @@ _COUNTERS = {
     "published": "copied into the arena",
     "attached": "mapped from the arena instead of being received",
     "found": "mapped without asking the worker that has them",
+    "landed": "that came from another node and were put into the arena",
     "adopted": "of which the publisher gave up its private copy",
     "shuffled": "in messages of shuffles whose data were mapped instead of received",
 }

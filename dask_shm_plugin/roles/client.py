@@ -153,6 +153,13 @@ class SharedMemoryClient:
                         raise error.args[0] from None
                     except Exception:
                         logger.debug("a scatter is repeated with bytes", exc_info=True)
+            elif broadcast is True and self.is_remote and self._sender.has_large(data):
+                try:
+                    keys = await self._sender.broadcast_from_outside(data, workers, kwargs)
+                    if keys is not None:
+                        return keys
+                except Exception:
+                    logger.debug("a broadcast is repeated as Dask does it", exc_info=True)
         return await self._scatter_before.old(data=data, workers=workers, broadcast=broadcast, **kwargs)
 
     async def scatter_directly(self, workers: Any, data: Data, rpc: Any) -> Any:

@@ -30,6 +30,7 @@ from dask_shm_plugin.shuffling import switch as shuffling
 from dask_shm_plugin.transfer import fetch
 from dask_shm_plugin.transfer.answers import Answers
 from dask_shm_plugin.transfer.explaining import Explanation, explain
+from dask_shm_plugin.transfer.landing import Landing
 from dask_shm_plugin.transfer.publisher import Publisher
 from dask_shm_plugin.transfer.scatter_guard import ScatterGuard
 from dask_shm_plugin.values import buffers
@@ -136,10 +137,10 @@ class _ActiveWorker:
         self._data = WorkerData.of(worker)
         self._kept = KeptValues(arena)
         arena.labels.add(self._kept.labels)
-        self.left = self._kept.forget
         self._telling = Telling(worker, arena.arena_id.hex())
         self.publisher = Publisher(arena, role.options.threshold, self._data, role.address, self._kept, self._telling)
         self._answers = Answers(worker, arena, self.publisher, role.options.threshold)
+        self._landing = Landing(arena, role.address, self._may_be_large)
         self._meter = WorkerMeter(worker, arena)
         self._transfers = Transfers(worker, arena)
         self._scatter_guard = ScatterGuard.around(worker.handlers, self._received)
@@ -155,6 +156,7 @@ class _ActiveWorker:
 
     async def stop(self) -> None:
         self._answers.stop()
+        self._landing.stop()
         if self._shuffles is not None:
             self._shuffles.stop()
         self._scatter_guard.retire()
@@ -182,6 +184,10 @@ class _ActiveWorker:
             return any(role.kind == "client" for role in self._arena.roster.roles())
         return False
 
+    def _may_be_large(self, key: Any) -> bool:
+        task = self._worker.state.tasks.get(key)
+        return task is None or not task.nbytes or self._answers.is_large(key)
+
     def arrived(self, key: Any, start: str) -> None:
         """Note that the value of a key came into memory, from the state ``start`` of its task."""
         if self._shuffles is not None:
@@ -190,15 +196,26 @@ class _ActiveWorker:
         if not self._answers.is_large(key):
             return
         self._kept.note(key, self._data.in_memory(key))
+        handle = self._landing.from_afar(key)
+        if handle is not None:
+            self.publisher.stored(key, handle)
         is_eager = self._role.options.publish == "on-completion" and start in ("executing", "long-running")
         if is_eager and not self._answers.is_of_small_items(key, self._data.in_memory(key)):
             self.publisher.offer(key)
 
+    def left(self, key: Any) -> None:
+        """Note that the value of a key has left memory."""
+        self._kept.forget(key)
+        self._landing.forget(key)
+
     async def _received(self, data: dict[Any, Any]) -> None:
-        """List scattered values that lie in the arena, so that other processes find them without a request."""
-        shared = [
-            key for key in data if self._answers.is_large(key) and buffers.blocks_of(data[key], self._arena.arena_id)
-        ]
+        """List scattered values, so that other processes find them without a request; bytes are published first."""
+        large = [key for key in data if self._answers.is_large(key)]
+        shared = [key for key in large if buffers.blocks_of(data[key], self._arena.arena_id)]
+        if self._landing.has_neighbours:
+            for key in large:
+                if key not in shared and not self._answers.is_of_small_items(key, data[key]):
+                    self.publisher.offer(key)
         # The scatter waits for this: after it, all other workers may look for the values at once.
         if shared:
             # The known reference is that of the scatter's message.

@@ -35,7 +35,12 @@ def news(arena_id: str, published: Iterable[Any], withdrawn: Iterable[Any] = (),
 
 def arena_of(ws: Any) -> str | None:
     """Return the id of a worker's arena, or None if the worker does not share; ``ws`` is a ``WorkerState``."""
-    said = ws.metrics.get("shm")
+    return arena_in(ws.metrics)
+
+
+def arena_in(metrics: dict[str, Any]) -> str | None:
+    """Return the id of a worker's arena from the metrics of its heartbeats, or None if it does not share."""
+    said = metrics.get("shm")
     return said.get("arena") if isinstance(said, dict) else None
 
 

@@ -11,6 +11,8 @@ from distributed.protocol.serialize import families
 from distributed.sizeof import safe_sizeof
 
 _TAG = "shm:"
+BYTES_PLEASE = "bytes"
+"""Takes the place of the memberships in a request that is repeated because its first answer could not be used."""
 
 
 def tagged(askers: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Answer requests for data: members of the arena get handles, all other processes get bytes."""
+"""Answer requests for data: members of the arena get handles, workers of other nodes parcels, all others bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.seams import requests
 from dask_shm_plugin.seams.replacement import Replacement
 from dask_shm_plugin.transfer import fetch
+from dask_shm_plugin.transfer.between_nodes import NodeRequest
 from dask_shm_plugin.transfer.entry import Ask
+from dask_shm_plugin.transfer.flights import AnswerToMember, AnswerToNode, Flights, Recipient
 from dask_shm_plugin.transfer.publisher import Publisher, Serialize
 from dask_shm_plugin.values import codec
 from dask_shm_plugin.values.codec import Published, Serialized
@@ -51,6 +53,7 @@ class Answers:
 
     def __init__(self, worker: Any, arena: Arena, publisher: Publisher, threshold: int) -> None:
         self._worker, self._arena, self._publisher, self._threshold = worker, arena, publisher, threshold
+        self._flights = Flights()
         self._reasons: OrderedDict[Any, str] = OrderedDict()
         self._before = Replacement(worker.handlers, "get_data", _handler_of(self, worker))
 
@@ -61,21 +64,33 @@ class Answers:
     async def answer(self, comm: Any, keys: Any, serializers: list[str] | None = None, **options: Any) -> Any:
         """Handle a request for data in place of ``Worker.get_data``."""
         asked_by, serializers = requests.untag(serializers)
-        if not fetch.is_member(self._arena, asked_by) or comm.peer_address.startswith("inproc://"):
-            if fetch.BYTES_PLEASE not in asked_by:
+        recipient = None if comm.peer_address.startswith("inproc://") else self._recipient(asked_by)
+        if recipient is None:
+            if requests.BYTES_PLEASE not in asked_by:
                 self._count_as_sent(keys, fetch.why_no_member(asked_by))
             return await _call(self._before.old, comm, keys, serializers, options)
         ask = self._publisher.ask(list(filter(self.is_large, keys)))
         kept: list[Published] = []
+        has_arrived = False
         try:
-            comm = _AnswerComm(comm, self, ask, kept)
-            return await _call(self._before.old, comm, keys, serializers, options)
+            comm = _AnswerComm(comm, self, ask, recipient, kept)
+            answer = await _call(self._before.old, comm, keys, serializers, options)
+            has_arrived = True
+            return answer
         except Exception as error:
             forget_values(error)
             raise
         finally:
+            recipient.over(has_arrived=has_arrived)
             kept.clear()
             self._publisher.answered(ask)
+
+    def _recipient(self, asked_by: list[str]) -> Recipient | None:
+        """Return the object that writes to the requesting process, or None if this gets bytes as without the plugin."""
+        if fetch.is_member(self._arena, asked_by):
+            return AnswerToMember()
+        request = NodeRequest.among(asked_by)
+        return None if request is None else AnswerToNode(self._flights, request, self._arena)
 
     def _count_as_sent(self, keys: Any, reason: str) -> None:
         for key in keys:
@@ -89,8 +104,10 @@ class Answers:
         """Return the reason why the value of a key was last sent as bytes, if it is among the last that were."""
         return self._reasons.get(key)
 
-    async def share(self, comm: Any, data: dict[Any, Any], keep: list[Published]) -> dict[Any, Any]:
-        """Return the data of an answer with handles in place of the values that are shared.
+    async def share(
+        self, comm: Any, data: dict[Any, Any], keep: list[Published], recipient: Recipient
+    ) -> dict[Any, Any]:
+        """Return the data of an answer with the recipient's messages in place of the values that are shared.
 
         Parameters
         ----------
@@ -101,6 +118,8 @@ class Answers:
         keep
             The published values are appended to this list. The caller keeps it until the requesting process has
             resolved the handles.
+        recipient
+            Writes the message of each published value.
         """
         unknown = [key for key, wrapped in data.items() if self._may_be_large(key, wrapped.data)]
         small_items = [key for key in unknown if self.is_of_small_items(key, data[key].data)]
@@ -120,22 +139,30 @@ class Answers:
         for key in unknown:
             if key not in unmeasured:
                 ways[key] = functools.partial(serialize, Serialized.of, data[key].data, context)
-        shared = await asyncio.gather(*(self._share(key, data[key], way, keep) for key, way in ways.items()))
+        shared = await asyncio.gather(*(self._share(key, data[key], way, keep, recipient) for key, way in ways.items()))
         return {**data, **sent, **dict(zip(ways, shared, strict=True))}
 
     def _may_be_large(self, key: Any, value: object) -> bool:
         is_actor = key in self._worker.state.actors
         return not is_actor and codec.may_be_large(value, self._size(key), self._threshold)
 
-    async def _share(self, key: Any, wrapped: Any, serialize: Serialize, keep: list[Published]) -> Any:
+    async def _share(
+        self, key: Any, wrapped: Any, serialize: Serialize, keep: list[Published], recipient: Recipient
+    ) -> Any:
         try:
-            published = await self._publisher.publish(key, wrapped.data, serialize)
+            published = await self._publisher.publish(key, wrapped.data, serialize, is_wanted=recipient.is_near)
+            if isinstance(published, Published):
+                keep.append(published)
+                message, reason = recipient.message_for(published)
+                if reason is not None:
+                    self._count_as_sent([key], reason)
+                return message
         except Exception:
             logger.debug("the value of %r is sent as Dask would send it", key, exc_info=True)
             COUNTERS.count_sent(SharedMemoryError.reason, self._size(key))
             return wrapped
-        if isinstance(published, Published):
-            keep.append(published)
+        if not recipient.is_near:
+            self._count_as_sent([key], "not-co-located")
         return published.message
 
     def is_large(self, key: Any) -> bool:
@@ -189,8 +216,8 @@ def _as_it_is(serialized: Serialized) -> Serialize:
 class _AnswerComm:
     """Wraps the connection of one request: ``write`` replaces large values by handles."""
 
-    def __init__(self, comm: Any, answers: Answers, ask: Ask, kept: list[Published]) -> None:
-        self._comm, self._answers, self._ask, self._kept = comm, answers, ask, kept
+    def __init__(self, comm: Any, answers: Answers, ask: Ask, recipient: Recipient, kept: list[Published]) -> None:
+        self._comm, self._answers, self._ask, self._recipient, self._kept = comm, answers, ask, recipient, kept
 
     @step("answer")
     async def write(self, message: Any, *args: Any, **kwargs: Any) -> Any:
@@ -198,7 +225,7 @@ class _AnswerComm:
         self._ask.has_read()
         if message.get("status") == "OK":
             try:
-                data = await self._answers.share(self._comm, message["data"], self._kept)
+                data = await self._answers.share(self._comm, message["data"], self._kept, self._recipient)
             except Exception:
                 logger.debug("an answer is sent as Dask would send it", exc_info=True)
             else:

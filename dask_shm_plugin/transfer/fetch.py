@@ -22,12 +22,9 @@ from dask_shm_plugin.seams import requests
 from dask_shm_plugin.seams.replacement import SharedReplacement
 from dask_shm_plugin.table.members import Member
 from dask_shm_plugin.threads import call_in
+from dask_shm_plugin.transfer.landing import Landing, landing_of
 from dask_shm_plugin.values import handles, index
 from dask_shm_plugin.values.handles import Deferred, Failed, Unresolved
-
-BYTES_PLEASE = "bytes"
-"""Takes the place of the memberships in a request that is repeated because its first answer could not be used."""
-
 
 _OUTSIDE = "outside:"
 
@@ -76,7 +73,7 @@ def is_member(arena: Arena, asked_by: list[str]) -> bool:
     # A request that names its membership in another form, as another version may, is not one of a member.
     with contextlib.suppress(ValueError, AttributeError):
         for asker in asked_by:
-            if asker == BYTES_PLEASE:
+            if asker == requests.BYTES_PLEASE:
                 continue
             arena_id, slot, incarnation = asker.split(":")
             if arena_id == arena.arena_id.hex():
@@ -136,7 +133,7 @@ async def ask_until_usable(
         insist_rebuilt(data)
         missing = unusable(data)
         if missing:
-            again = await ask(missing, requests.tagged([BYTES_PLEASE]))
+            again = await ask(missing, requests.tagged([requests.BYTES_PLEASE]))
             if again["status"] != "OK":
                 return again
             data = {key: value for key, value in data.items() if key not in missing} | again["data"]
@@ -147,7 +144,7 @@ async def ask_until_usable(
         raise
 
 
-async def _look_up(worker: str, keys: Collection[Any]) -> dict[Any, Any]:
+async def _look_up(worker: str, keys: Collection[Any], landing: Landing | None) -> dict[Any, Any]:
     """Return the values of those keys that a worker has listed, so that it need not be asked for them."""
     listed = index.find(worker, keys)
     if not listed:
@@ -156,6 +153,8 @@ async def _look_up(worker: str, keys: Collection[Any]) -> dict[Any, Any]:
     found = {key: value for key, value in arrived.items() if type(value) is not Unresolved}
     for key in found:
         COUNTERS.count("found", listed[key].size)
+        if landing is not None:
+            landing.note(key, listed[key])
     return found
 
 
@@ -179,12 +178,16 @@ async def _get_data_from_worker(
 
     found: dict[Any, Any] = {}
     try:
-        found |= await _look_up(worker, keys)
+        landing = landing_of(who)
+        found |= await _look_up(worker, keys, landing)
         insist_rebuilt(found)
         rest = [key for key in keys if key not in found]
         if found and not rest:
             return {"status": "OK", "data": found}
-        response = await ask_until_usable(ask_worker, rest, names)
+        if landing is not None and landing.takes_from(worker):
+            response = await landing.fetch(ask_worker, rest, names)
+        else:
+            response = await ask_until_usable(ask_worker, rest, names)
         return {**response, "data": found | response["data"]} if response["status"] == "OK" else response
     except BaseException:
         # Dask logs the error if the worker cannot be reached. A log keeps the frames of an error and their local

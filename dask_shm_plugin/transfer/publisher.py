@@ -21,6 +21,7 @@ from dask_shm_plugin.transfer.entry import Ask, Entry
 from dask_shm_plugin.transfer.publishing import publish_or_count
 from dask_shm_plugin.values import codec
 from dask_shm_plugin.values.codec import Published, Serialized
+from dask_shm_plugin.values.handles import Handle
 from dask_shm_plugin.values.kept import KeptValues
 
 logger = logging.getLogger("dask_shm_plugin")
@@ -176,6 +177,19 @@ class Publisher:
             The number of references to the value that the caller holds until the returned task is done.
         """
         return self._soon(self._offer(key, known))
+
+    def stored(self, key: Any, handle: Handle) -> None:
+        """List a value that was just made from a handle; to be called before any reader can have it."""
+        entry = self._entries.find_or_add(key)
+        if entry is None or entry.reads or entry.published is not None:
+            return
+        try:
+            entry.published = Published.of_handle(handle, self._arena)
+        except SharedMemoryError:
+            self._entries.forget(key)
+            return
+        entry.begin(0, is_verified=True)
+        self._soon(self._adopter.settle(key, entry))
 
     def prune(self) -> None:
         """Make sure that no value keeps two copies for ever; called regularly.

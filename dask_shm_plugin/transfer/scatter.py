@@ -18,8 +18,9 @@ from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.scheduling.telling import tell
 from dask_shm_plugin.seams import requests
 from dask_shm_plugin.threads import call_in
+from dask_shm_plugin.transfer import rounds
 from dask_shm_plugin.transfer.publishing import publish_or_count
-from dask_shm_plugin.values import codec
+from dask_shm_plugin.values import codec, parcels
 from dask_shm_plugin.values.codec import Published, Serialized
 from dask_shm_plugin.values.handles import NotRebuilt
 
@@ -181,8 +182,9 @@ class ScatterSender:
         if n > 1:
             await self._let_members_have(keys, n, members)
         if others and (everyone or broadcast > len(members)):
-            n_all = None if everyone else broadcast
-            await self._scheduler.replicate(keys=keys, n=n_all, workers=members + others, branching_factor=2)
+            chosen = others if everyone else others[: broadcast - len(members)]
+            arenas = await rounds.arenas_of(self._scheduler, chosen)
+            await rounds.replicate(self._scheduler, keys, arenas, [])
 
     async def _scatter_handles(self, request: ScatterRequest, data: Data) -> None:
         """Send each value to one member, and tell the scheduler which of them lie in the arena."""
@@ -206,6 +208,36 @@ class ScatterSender:
         done, _ = await asyncio.wait([having], timeout=_REPLICATE_TIMEOUT_S)
         for one in done:
             one.result()
+
+    async def broadcast_from_outside(self, data: Data, workers: Any, options: dict[str, Any]) -> list[Any] | None:
+        """Send values from a client that is in no arena to all workers, and the bytes to each node once.
+
+        Returns
+        -------
+        list or None
+            The keys; None if no worker shares, or Dask has to decide what to do: nothing was sent then.
+        """
+        running = list(await self._scheduler.ncores_running(workers=workers))
+        if workers is not None and len(running) < len(set(workers)):
+            return None
+        arenas = await rounds.arenas_of(self._scheduler, running)
+        members = [worker for worker, arena_id in arenas.items() if arena_id is not None]
+        if len(members) == len({arenas[worker] for worker in members}):
+            return None
+        first, keys = members[0], list(data)
+        await self._scatter(data=await self._parcels(data), workers=[first], broadcast=False, **options)
+        await rounds.replicate(self._scheduler, keys, arenas, [str(arenas[first])])
+        return keys
+
+    async def _parcels(self, data: Data) -> Data:
+        """Return the data with large values as parcels, which land in the arena of the receiving worker."""
+        serialized = await self._serialized(data)
+        wanted = {
+            key: parcels.scatter_message_of(one)
+            for key, one in serialized.items()
+            if one.size >= self._threshold and not (one.is_personal or one.is_copied_by_readers)
+        }
+        return data | wanted
 
     async def _distribute(self, request: ScatterRequest) -> None:
         """Assign the values to the workers in turn, as Dask does."""
@@ -245,13 +277,9 @@ class ScatterSender:
         tuple
             All data as Dask would send them as bytes, and the published values by key.
         """
-        large = {key: wrapped.data for key, wrapped in data.items() if self._may_be_large(wrapped.data)}
         published: dict[Any, Published] = {}
         try:
-            comm = self._client.scheduler_comm.comm
-            serialized = await codec.where_dask_would(
-                requests.is_offloaded(comm, data), codec.serialize_each, large, requests.context_of(comm)
-            )
+            serialized = await self._serialized(data)
             data = {**data, **{key: one.message for key, one in serialized.items()}}
             wanted = {
                 key: one for key, one in serialized.items() if one.size >= self._threshold and not one.is_personal
@@ -262,6 +290,14 @@ class ScatterSender:
             # Dask raises any error that is due to the data, when it sends them as bytes.
             logger.debug("a scatter goes as bytes", exc_info=True)
         return data, published
+
+    async def _serialized(self, data: Data) -> dict[Any, Serialized]:
+        """Serialize values that may be large."""
+        large = {key: wrapped.data for key, wrapped in data.items() if self._may_be_large(wrapped.data)}
+        comm = self._client.scheduler_comm.comm
+        return await codec.where_dask_would(
+            requests.is_offloaded(comm, data), codec.serialize_each, large, requests.context_of(comm)
+        )
 
     def _may_be_large(self, value: object) -> bool:
         size = sizeof(value)

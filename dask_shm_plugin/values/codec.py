@@ -28,10 +28,10 @@ from dask_shm_plugin.mapping import atlas
 from dask_shm_plugin.table.layout import BlockId
 from dask_shm_plugin.threads import call_in
 from dask_shm_plugin.units import round_up
-from dask_shm_plugin.values import out_of_band
+from dask_shm_plugin.values import adoption, aliases, out_of_band
 from dask_shm_plugin.values.buffers import address_of, bounds
 from dask_shm_plugin.values.context import Context
-from dask_shm_plugin.values.handles import Handle, Span, map_spans, packed
+from dask_shm_plugin.values.handles import KNOWN, Handle, Span, map_spans, packed, resolve
 
 _ALIGNMENT_BYTES = 64
 _INLINE_FRAME_BYTES = out_of_band.SMALL
@@ -72,12 +72,26 @@ class Published:
         self.has_overlaps = has_overlaps
         """Whether parts of the value share memory. The parts of a rebuilt value do not."""
         self._holds = holds
-        self._pickled = pickle.dumps(handle)
+
+    @classmethod
+    def of_handle(cls, handle: Handle, arena: Arena) -> Published:
+        """Return the published value of a handle, with references of this process.
+
+        Raises
+        ------
+        SharedMemoryError
+            A block is gone.
+        """
+        rows = {part.row for part in handle.parts if isinstance(part, Span)}
+        with contextlib.ExitStack() as undo:
+            blocks = [undo.enter_context(arena.attach_block(Descriptor(arena.arena_id, row))) for row in rows]
+            undo.pop_all()
+        return cls(arena, handle, [block.detach() for block in blocks], 0)
 
     @property
     def message(self) -> DaskSerialized:
         """The message to send: the handle, pickled whichever serializers the connection prefers."""
-        return DaskSerialized({"serializer": "pickle", "writeable": ()}, [self._pickled])
+        return DaskSerialized({"serializer": "pickle", "writeable": ()}, [pickle.dumps(self.handle)])
 
     @property
     def blocks(self) -> dict[BlockId, int]:
@@ -224,8 +238,39 @@ def publish(serialized: Serialized, arena: Arena) -> Published:
         raise Unshareable("the value's own serializer has compressed it")
     if len(serialized.frames) > _MAX_SMALL_FRAMES and serialized.size < len(serialized.frames) * _INLINE_FRAME_BYTES:
         raise Unshareable("the value consists of very many small frames")
-    header = packed(serialized.header)
-    flat = [ensure_memoryview(frame) for frame in serialized.frames]
+    published = place(packed(serialized.header), serialized.frames, serialized.size, serialized.in_band, arena)
+    if published.copied:
+        KNOWN.note(published.handle)
+    else:
+        _keep_version(published, arena)
+    return published
+
+
+def _keep_version(published: Published, arena: Arena) -> None:
+    """Give a value that lay in the arena the version that it had before, if it is still the same.
+
+    pickle writes the same DataFrame in more than one way, and the handle differs then. So the value that is known to
+    lie in these blocks is rebuilt, which copies nothing, and written once more.
+    """
+    handle = published.handle
+    known = KNOWN.like(handle)
+    if known is None or known.version == handle.version:
+        return
+    with contextlib.suppress(Exception):
+        value = resolve(known)
+        # Only code of a library that is known to write equal values alike runs here, and no code of a user.
+        if adoption.may_adopt(value) or aliases.is_defined_by(type(value), "pandas"):
+            again = Serialized.of(value, {})
+            other = place(packed(again.header), again.frames, again.size, again.in_band, arena).handle
+            if (other.header, other.parts) == (handle.header, handle.parts):
+                published.handle = handle.of_version(known.version)
+
+
+def place(
+    header: bytes, frames: list[Frame], size: int, in_band: int, arena: Arena, version: bytes | None = None
+) -> Published:
+    """Place the frames of a value in the arena; arguments as for :meth:`Handle.of`, which see."""
+    flat = [ensure_memoryview(frame) for frame in frames]
     blocks: dict[BlockId, Block] = {}
     with contextlib.ExitStack() as undo:
         parts: dict[int, bytes | Span] = {}
@@ -240,7 +285,7 @@ def publish(serialized: Serialized, arena: Arena) -> Published:
             parts |= _copy(flat, missing, arena, blocks, undo)
         undo.pop_all()
     ordered = tuple(parts[number] for number in range(len(flat)))
-    handle = Handle.of(arena.arena_id, header, ordered, serialized.size, serialized.in_band)
+    handle = Handle.of(arena.arena_id, header, ordered, size, in_band, version)
     holds = [block.detach() for block in blocks.values()]
     return Published(arena, handle, holds, copied, has_overlaps=_have_overlaps(flat))
 

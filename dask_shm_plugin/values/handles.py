@@ -13,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import struct
+import threading
 import zlib
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,9 +32,13 @@ from dask_shm_plugin.exceptions import ArenaUnavailable, HandleDamaged, MappingR
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.node import membership
 from dask_shm_plugin.table.layout import BlockId
+from dask_shm_plugin.values.versions import VERSION_BYTES, VERSIONS, digest_of
 
 _DEFERRED_FROM_BYTES = 4 << 20
 """Maximum number of bytes to copy on an event loop. A handle with more becomes a :class:`Deferred`."""
+
+
+_MAX_KNOWN = 256
 
 
 class Span(NamedTuple):
@@ -60,6 +65,8 @@ class Handle:
         Bytes of all frames.
     in_band
         Bytes of those frames that are copied when the value is rebuilt: pickle streams, ``bytes``, ``bytearray``.
+    version
+        The version of the value, see `versions`.
     checksum
         CRC-32 of all other fields.
 
@@ -74,12 +81,46 @@ class Handle:
     parts: tuple[bytes | Span, ...]
     size: int
     in_band: int
+    version: bytes
     checksum: int
 
     @classmethod
-    def of(cls, arena_id: bytes, header: bytes, parts: tuple[bytes | Span, ...], size: int, in_band: int) -> Handle:
-        """Return a handle with its checksum."""
-        return cls(arena_id, header, parts, size, in_band, _checksum(arena_id, header, parts, size, in_band))
+    def of(
+        cls,
+        arena_id: bytes,
+        header: bytes,
+        parts: tuple[bytes | Span, ...],
+        size: int,
+        in_band: int,
+        version: bytes | None = None,
+    ) -> Handle:
+        """Return a handle with its checksum; without a version, it gets the one that is known for its frames."""
+        place = _place(arena_id, header, parts)
+        if version is None:
+            version = VERSIONS.of(place)
+        else:
+            VERSIONS.note(place, version)
+        fields = arena_id, header, parts, size, in_band, version
+        return cls(*fields, _checksum(*fields))
+
+    @property
+    def is_from_afar(self) -> bool:
+        """Whether the value was published on another node before it came to this arena."""
+        return self.version != _place(self.arena_id, self.header, self.parts)
+
+    def of_version(self, version: bytes) -> Handle:
+        """Return the handle with another version, which is remembered for its frames."""
+        return self.of(self.arena_id, self.header, self.parts, self.size, self.in_band, version)
+
+    def note_version(self) -> None:
+        """Remember the version: the value keeps it when this process publishes it again."""
+        VERSIONS.note(_place(self.arena_id, self.header, self.parts), self.version)
+        KNOWN.note(self)
+
+    @property
+    def blocks(self) -> frozenset[BlockId]:
+        """The blocks in which frames lie."""
+        return frozenset(part.row for part in self.parts if isinstance(part, Span))
 
     def insist_whole(self) -> None:
         """Check that the handle is as :meth:`of` made it.
@@ -90,7 +131,8 @@ class Handle:
             The checksum does not match, or a field has a wrong type or an impossible value.
         """
         try:
-            is_whole = self.checksum == _checksum(self.arena_id, self.header, self.parts, self.size, self.in_band)
+            fields = self.arena_id, self.header, self.parts, self.size, self.in_band, self.version
+            is_whole = self.checksum == _checksum(*fields)
         except (TypeError, ValueError, OverflowError, struct.error):
             is_whole = False
         if not is_whole:
@@ -99,22 +141,34 @@ class Handle:
     def to_bytes(self) -> bytes:
         """Return all fields but the id of the arena as bytes, for :meth:`from_bytes`."""
         parts = [part if isinstance(part, bytes) else [*part.row, part.offset, part.length] for part in self.parts]
-        return bytes(msgpack.dumps([self.header, parts, self.size, self.in_band, self.checksum], use_bin_type=True))
+        fields = self.header, parts, self.size, self.in_band, self.version, self.checksum
+        return bytes(msgpack.dumps(fields, use_bin_type=True))
 
     @classmethod
     def from_bytes(cls, arena_id: bytes, data: bytes) -> Handle:
         """Return the handle that :meth:`to_bytes` has packed; its checksum is not checked here."""
-        header, parts, size, in_band, checksum = msgpack.loads(data)
+        header, parts, size, in_band, version, checksum = msgpack.loads(data)
         placed = (p if isinstance(p, bytes) else Span(BlockId(p[0], p[1]), p[2], p[3]) for p in parts)
-        return cls(arena_id, header, tuple(placed), size, in_band, checksum)
+        return cls(arena_id, header, tuple(placed), size, in_band, version, checksum)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _receive, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
 
-def _checksum(arena_id: bytes, header: bytes, parts: tuple[bytes | Span, ...], size: int, in_band: int) -> int:
+def _place(arena_id: bytes, header: bytes, parts: tuple[bytes | Span, ...]) -> bytes:
+    """Return a digest that tells the frames of a handle from those of all others, in any arena."""
+    placed = (part if isinstance(part, bytes) else repr((*part.row, *part[1:])).encode() for part in parts)
+    kinds = bytes(isinstance(part, Span) for part in parts)
+    return digest_of(arena_id, header, kinds, *placed)
+
+
+def _checksum(
+    arena_id: bytes, header: bytes, parts: tuple[bytes | Span, ...], size: int, in_band: int, version: bytes
+) -> int:
     """Return the CRC-32 of a handle's fields; raise if one has a wrong type or an impossible value."""
-    checksum = zlib.crc32(header, zlib.crc32(arena_id))
+    if len(version) != VERSION_BYTES:
+        raise ValueError("a version of another length")
+    checksum = zlib.crc32(version, zlib.crc32(header, zlib.crc32(arena_id)))
     numbers = [size, in_band]
     for part in parts:
         if isinstance(part, Span):
@@ -123,6 +177,29 @@ def _checksum(arena_id: bytes, header: bytes, parts: tuple[bytes | Span, ...], s
             numbers.append(len(part))
             checksum = zlib.crc32(part, checksum)
     return zlib.crc32(struct.pack(f"<{len(numbers)}Q", *numbers), checksum)
+
+
+class _KnownHandles:
+    """The last handles that this process has made or received, by their arena and blocks; thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[bytes, frozenset[BlockId]], Handle] = OrderedDict()
+
+    def note(self, handle: Handle) -> None:
+        """Note a handle."""
+        with self._lock:
+            self._kept[handle.arena_id, handle.blocks] = handle
+            self._kept.move_to_end((handle.arena_id, handle.blocks))
+            if len(self._kept) > _MAX_KNOWN:
+                self._kept.popitem(last=False)
+
+    def like(self, handle: Handle) -> Handle | None:
+        """Return the handle that is known for the same blocks, or None."""
+        return self._kept.get((handle.arena_id, handle.blocks))
+
+
+KNOWN = _KnownHandles()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,5 +369,6 @@ def _mapped_or_copied(handle: Handle, *, writeable: bool, may_defer: bool) -> An
             return Deferred(handle)
         notices.refused(error, handle.size)
         return resolve(handle, writeable=writeable, take=Arena.read)
+    handle.note_version()
     COUNTERS.count("attached", handle.size)
     return value

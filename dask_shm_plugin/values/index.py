@@ -56,6 +56,25 @@ def find(address: str, keys: Any) -> dict[Any, Handle]:
     return {key: handle for arena in membership.all_arenas() for key, handle in _find(arena, address, keys)}
 
 
+LANDED = "landed"
+"""Takes the place of the address where a value that came from another node is listed, before any worker stores it."""
+
+
+def find_at_home(arena: Arena, key: Any) -> list[Handle]:
+    """Return the handles of a key that any member of an arena has listed; they may be of several versions."""
+    found: list[Handle] = []
+    try:
+        if not arena.is_damaged:
+            for address, members in arena.roster.workers().items():
+                for name in (_name(LANDED, key), _name(address, key)):
+                    data = _first(arena, members, name)
+                    if data is not None:
+                        found.append(Handle.from_bytes(arena.arena_id, data))
+    except Exception:  # see `_find`
+        return []
+    return found
+
+
 def _find(arena: Arena, address: str, keys: Any) -> list[tuple[Any, Handle]]:
     found = []
     try:

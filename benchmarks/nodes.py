@@ -1,0 +1,149 @@
+"""What crosses the network between nodes, how many copies each node has, and how long it takes, stock and with the plugin.
+
+    python benchmarks/nodes.py [--quick] [--only WAY ...] [--counts 2 3] [--size "256 MiB"] [--workers 3] [--pairs 3]
+                               [--slow] [--json PATH]
+
+Needs root: each node is a network, mount, process and host name namespace on this machine with three workers, connected
+to a virtual switch (``tests/support/nodes.py``). The scheduler has a node of its own, without workers.
+
+broadcast
+    ``scatter(x, broadcast=True)`` by a client on the first node.
+broadcast-from-elsewhere
+    The same by a client on the scheduler's node.
+fan
+    A worker of the first node makes the array; all workers of all other nodes need it at once.
+replicate
+    A worker of the first node makes the array; ``client.replicate`` to all workers.
+
+Copies are the blocks in use in the arena of a node, and the growth of ``RssAnon`` of its workers, in multiples of the array.
+Processor time is that of all processes of all nodes; a virtual wire costs no other. ``--slow`` lets each node send
+1 Gbit/s with a delay of 10 ms, by ``tc netem``.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import node_moves as moves
+import psutil
+import report
+from dask.utils import parse_bytes
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+
+from nodes import Driver, NodeCluster, node_cluster
+
+WAYS = ("broadcast", "broadcast-from-elsewhere", "fan", "replicate")
+SLOW = "netem", "delay", "10ms", "rate", "1gbit", "limit", "100000"
+
+
+def processor_time(cluster: NodeCluster) -> float:
+    """Return the seconds of processor time of all processes of all nodes."""
+    total = 0.0
+    for pid in {pid for node in [cluster.head, *cluster.nodes.values()] for pid in node.pids()}:
+        try:
+            times = psutil.Process(pid).cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system
+    return total
+
+
+def measure(cluster: NodeCluster, driver: Driver, way: str, size: int, seed: int, plugin: bool) -> dict[str, Any]:
+    """Run one round; return its time, and for each node the bytes that it has received and its copies."""
+    driver(moves.prepare, way, size, seed)
+    time.sleep(1)
+    before, carried = driver(moves.private), {node.address: node.carried()[0] for node in cluster.nodes.values()}
+    processor = processor_time(cluster)
+    seconds = driver(moves.move, way)
+    processor = processor_time(cluster) - processor
+    received = {node.address: node.carried()[0] - carried[node.address] for node in cluster.nodes.values()}
+    time.sleep(1)
+    after, shared = driver(moves.private), driver(moves.blocks) if plugin else {}
+    made = {} if way.startswith("broadcast") else {next(iter(before)): size}
+    driver(moves.forget)
+    time.sleep(2)
+    return {
+        "seconds": seconds,
+        "processor seconds": processor,
+        "received": {node: round(count / size, 2) for node, count in received.items()},
+        "copies in the arena": {node: round(count / size, 2) for node, count in shared.items()},
+        "private copies": {
+            node: round((after[node] - before[node] + made.get(node, 0)) / size, 2) for node in received
+        },
+    }
+
+
+def run(asked: Any, count: int) -> list[dict[str, Any]]:
+    """Measure all ways in a cluster of some nodes, stock and with the plugin in turn."""
+    with ExitStack() as stack:
+        clusters, drivers = {}, {}
+        for plugin in (False, True):
+            cluster = clusters[plugin] = stack.enter_context(node_cluster())
+            for number in range(count):
+                node = cluster.add("abcdefgh"[number], asked.workers, memory="4 GiB")
+                if asked.slow:
+                    node.shape(*SLOW)
+            for where, node in (("here", cluster.nodes["a"]), ("elsewhere", cluster.head)):
+                drivers[plugin, where] = cluster.driver(node)
+                drivers[plugin, where](moves.begin, plugin)
+        rounds = []
+        for way in asked.only:
+            where = "here" if way == "broadcast" else "elsewhere"
+            for number in range(asked.pairs):
+                for plugin in (False, True) if number % 2 else (True, False):
+                    result = measure(clusters[plugin], drivers[plugin, where], way, asked.size, number, plugin)
+                    print(f"{count} nodes, {way}, {'plugin' if plugin else 'stock'}: {result}", flush=True)
+                    rounds.append({"nodes": count, "way": way, "plugin": plugin, **result})
+        return rounds
+
+
+def summary(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one line for each number of nodes, way and arm."""
+    lines = []
+    for group in sorted({(one["nodes"], one["way"], one["plugin"]) for one in rounds}):
+        same = [one for one in rounds if (one["nodes"], one["way"], one["plugin"]) == group]
+        line: dict[str, Any] = dict(zip(("nodes", "way", "plugin"), group, strict=True))
+        for name in ("seconds", "processor seconds"):
+            line[name] = report.spread(one[name] for one in same)
+        for name in ("received", "copies in the arena", "private copies"):
+            others = [value for one in same for node, value in one[name].items() if not node.endswith(".2")]
+            home = [value for one in same for node, value in one[name].items() if node.endswith(".2")]
+            line[name] = {"first node": report.spread(home or [0]), "other nodes": report.spread(others or [0])}
+        lines.append(line)
+    return lines
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = report.parser(__doc__, WAYS, pairs=3)
+    parser.add_argument("--size", type=parse_bytes, default=parse_bytes("256 MiB"))
+    parser.add_argument("--workers", type=int, default=3, help="workers of each node (default: 3)")
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 3], help="numbers of nodes (default: 1 2 3)")
+    parser.add_argument("--slow", action="store_true", help="1 Gbit/s and 10 ms")
+    asked = parser.parse_args()
+    asked.pairs = asked.pairs or (1 if asked.quick else 3)
+    if asked.quick:
+        asked.size, asked.counts = min(asked.size, 32 << 20), asked.counts[:2]
+    said = report.head(
+        asked, "dask", "distributed", "numpy", size=asked.size, workers=asked.workers, is_slow=asked.slow
+    )
+    lines = summary([one for count in asked.counts for one in run(asked, count)])
+    for line in lines:
+        print(
+            f"{line['nodes']} nodes  {line['way']:<25} {'plugin' if line['plugin'] else 'stock':<7}"
+            f"{line['seconds']['median']:7.2f} s  {line['processor seconds']['median']:6.2f} s of processor"
+            + "".join(
+                f"  {name} {line[name]['first node']['median']:.2f} / {line[name]['other nodes']['median']:.2f}"
+                for name in ("received", "copies in the arena", "private copies")
+            )
+        )
+    report.write(asked.json, {**said, "results": lines})
+
+
+if __name__ == "__main__":
+    main()
