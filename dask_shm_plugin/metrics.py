@@ -1,6 +1,7 @@
 """The counters of a process and their names.
 
 ``published``  values copied into the arena, and the bytes copied
+``born``       arrays that were allocated in the arena and sealed there without a copy, and the bytes of their drafts
 ``attached``   values mapped from the arena instead of being received, and their bytes
 ``found``      attached values that were found in the arena without asking the worker that has them
 ``adopted``    values of which the publisher replaced its private copy by the shared one, and their bytes
@@ -15,7 +16,7 @@ import threading
 from collections import defaultdict
 from typing import Any
 
-EVENTS = ("published", "attached", "found", "adopted", "shuffled")
+EVENTS = ("published", "born", "attached", "found", "adopted", "shuffled")
 
 
 class Counters:

@@ -20,6 +20,7 @@ from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.monitor import prometheus
 from dask_shm_plugin.monitor.heartbeat import Heartbeat
+from dask_shm_plugin.roles.births import Births
 from dask_shm_plugin.roles.closing import let_go_when_closed
 from dask_shm_plugin.roles.role import Joining, Role
 from dask_shm_plugin.roles.switch import switch_off, switch_on
@@ -143,8 +144,10 @@ class _ActiveWorker:
         prometheus.register(worker, self._heartbeat.metrics)
         fetch.REQUESTS.begin()
         self._shuffles = shuffling.switch_on(worker, arena) if role.options.shuffle == "auto" else None
+        self._births = Births(worker, arena, role.options)
 
     async def stop(self) -> None:
+        self._births.stop()
         self._answers.stop()
         if self._shuffles is not None:
             self._shuffles.stop()
