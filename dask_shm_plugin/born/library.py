@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,11 +83,15 @@ class Library(NamedTuple):
         """Take out a chunk that is gone, or idle for longer than ``seconds`` or beyond the limit: address and length."""
         return self._found(lambda *found: self.functions.born_take_gone(seconds, *found) == 1)
 
-    def used(self, number: int) -> tuple[int, int] | bool | None:
-        """Return address and length of a chunk if it is in use and shared, None if not, False behind the last one."""
+    def used(self) -> Iterator[tuple[int, int]]:
+        """Yield address and length of each chunk that is in use and shared; each is looked up when it is its turn."""
         start, length = ctypes.c_uint64(), ctypes.c_uint64()
-        outcome = self.functions.born_is_used(number, ctypes.byref(start), ctypes.byref(length))
-        return False if outcome < 0 else ((start.value, length.value) if outcome else None)
+        for number in itertools.count():
+            outcome = self.functions.born_is_used(number, ctypes.byref(start), ctypes.byref(length))
+            if outcome < 0:
+                return
+            if outcome:
+                yield start.value, length.value
 
     def make_private(self, address: int, length: int) -> tuple[int, int] | None:
         """Make the chunk around some bytes copy-on-write; return its address and length if it is now."""

@@ -207,12 +207,10 @@ class Nursery:
         if os.getpid() != self._pid:
             return
         with self._sealing:
-            number = 0
-            while (used := self._library.used(number)) is not False:
-                number += 1
-                if used and not self._seal(*used):
+            for address, length in self._library.used():
+                if not self._seal(address, length):
                     # A draft goes with its owner, so the child needs copies of its pages.
-                    syscalls.populate_for_writing(*used)
+                    syscalls.populate_for_writing(address, length)
 
     # -- giving back
 

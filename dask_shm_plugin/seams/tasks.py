@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 
+import distributed.utils
 import distributed.worker
 import distributed.worker_state_machine
 
@@ -21,7 +22,7 @@ SEAMS = (
             inspect.iscoroutinefunction(distributed.worker.Worker.execute)
             and takes(distributed.worker.Worker.execute, "key", "stimulus_id")
             and names(distributed.worker.Worker.execute, "run_in_executor_with_context")
-            and names(distributed.worker.run_in_executor_with_context, "copy_context", "run")
+            and names(distributed.utils.run_in_executor_with_context, "copy_context", "run")
             and names(distributed.worker_state_machine.BaseWorker._start_async_instruction, "create_task")
             and names(
                 distributed.worker_state_machine.BaseWorker.handle_stimulus, "_start_async_instruction", "execute"
