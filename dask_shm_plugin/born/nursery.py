@@ -21,11 +21,11 @@ from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.arena.references import Hold
 from dask_shm_plugin.born.library import Figures, Lease, Library, Setup
 from dask_shm_plugin.crashpoints import step
-from dask_shm_plugin.exceptions import ArenaUnavailable, MappingRefused, MemoryExhausted, SharedMemoryError
+from dask_shm_plugin.exceptions import MappingRefused, MemoryExhausted, SharedMemoryError
 from dask_shm_plugin.linux import syscalls
 from dask_shm_plugin.mapping.atlas import ATLAS, Place
 from dask_shm_plugin.metrics import COUNTERS
-from dask_shm_plugin.table.layout import BLOCKS_FROM, Extent
+from dask_shm_plugin.table.layout import BLOCKS, BLOCKS_FROM, Extent
 from dask_shm_plugin.units import PAGE
 
 logger = logging.getLogger("dask_shm_plugin")
@@ -34,6 +34,8 @@ _GRANULE_BYTES = 64 << 10
 _MAX_IDLE_BYTES = 128 << 20
 _FULL = 0.75
 """Fraction of the capacity beyond which no chunk is added or kept idle: the rest is for publishing."""
+_MAX_ROWS = BLOCKS // 2
+"""Number of drafts and blocks in the arena from which on no chunk is added: the other rows are for publishing."""
 _PAUSE_MS = 250
 """How long nothing is leased after a lease has failed."""
 _INTERVAL_S = 1.0
@@ -119,6 +121,7 @@ class Nursery:
         self._is_stopped = True
         self._library.functions.born_stop()
         self._give_back()
+        self._library.functions.born_wake()
 
     def bytes_in_drafts(self) -> int:
         """Return the bytes of all chunks that are not sealed."""
@@ -151,8 +154,8 @@ class Nursery:
             There is no room, or no memory.
         """
         self._give_back()
-        table = self._arena._access.table
-        if table.blocks.bytes_held() + length > self._arena.capacity * _FULL:
+        held, rows = self._taken()
+        if held + length > self._arena.capacity * _FULL or rows >= _MAX_ROWS:
             raise MemoryExhausted("the rest of the arena is for publishing")
         hold, extent = self._arena.reserve(length)
         self._arena.pages.make(extent)
@@ -255,15 +258,21 @@ class Nursery:
         syscalls.close_off(address, length)
         self._chunks.pop(address, None)
 
+    def _taken(self) -> tuple[int, int]:
+        """Return the bytes of all drafts and blocks of the arena, and their number, as an estimate."""
+        lengths = self._arena._access.table.blocks.taken_by_now()[:, 1]
+        return int(lengths.sum()), len(lengths)
+
     def _set_limits(self) -> None:
         limits = self._limits()
         self._library.functions.born_limit(*limits)
 
     def _limits(self) -> _Limits:
+        capacity = self._arena.capacity
         try:
-            capacity, held = self._arena.capacity, self._arena._access.table.blocks.bytes_held()
+            held, _ = self._taken()
             workers = self._arena.budget.count_workers()
-        except (SharedMemoryError, ArenaUnavailable):
+        except SharedMemoryError:
             return _Limits(0, 0, 0)
         drafts = min(capacity // (2 * workers), self._memory_limit // 2)
         is_full = held > capacity * _FULL or self._is_stopped
