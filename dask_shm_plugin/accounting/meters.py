@@ -59,6 +59,10 @@ class WorkerMeter:
         with contextlib.suppress(SharedMemoryError, OSError):
             self._arena.budget.forget(self)
 
+    def placed(self, key: Any, value: object) -> None:
+        """Note that the value of a key may lie in blocks now."""
+        self._spilling.placed(key, value)
+
     def read(self) -> int:
         """Return the memory (bytes) to act on while Dask decides whether to pause or spill, else that to report."""
         try:

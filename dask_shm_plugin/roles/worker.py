@@ -134,6 +134,7 @@ class _ActiveWorker:
         self.publisher = Publisher(arena, role.options.threshold, self._data, role.address, self._kept, self._telling)
         self._answers = Answers(worker, arena, self.publisher, role.options.threshold)
         self._meter = WorkerMeter(worker, arena)
+        self._kept.placed = self._meter.placed
         self._transfers = Transfers(worker, arena)
         self._scatter_guard = ScatterGuard.around(worker.handlers, self._received)
         self._pruning = PeriodicCallback(self.publisher.prune, _PRUNE_INTERVAL_S * 1000)

@@ -149,7 +149,7 @@ def test_a_view_of_the_owner_sees_its_writes(nursery: Nursery, arena: Arena) -> 
 def test_a_seal_that_fails_leaves_the_array_as_it_is(
     nursery: Nursery, arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This time the value is copied, and sealed the next time."""
+    """The value is copied if need be, and sealed the next time."""
     array = newborn(3)
 
     def refuse(row: object) -> None:
