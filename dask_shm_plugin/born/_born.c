@@ -51,7 +51,7 @@ typedef struct {
     uintptr_t start;
     size_t length;
     int state, next;             /* next: of the idle chunks of the same class */
-    uint32_t since;              /* when it became idle, in seconds */
+    uint64_t since;              /* when it became idle, in milliseconds */
 } Chunk;
 
 enum { CHUNKS = 4096, CLASSES = 16 * 48, GRANULE_BITS = 16, SMALLEST = 128 << 10, ZERO_MOST = 4 << 20 };
@@ -117,7 +117,7 @@ static Chunk *around(uintptr_t address, size_t length) {
 static void put_idle(Chunk *c) {
     size_t length = c->length;
     int *head = &idle_heads[class_of(&length)];
-    c->state = IDLE, c->since = (uint32_t)(now_ms() / 1000);
+    c->state = IDLE, c->since = now_ms();
     c->next = *head, *head = 1 + (int)(c - chunks);
     idle_bytes += c->length;
 }
@@ -366,19 +366,19 @@ int born_make_private(uintptr_t address, size_t length, uint64_t *start, uint64_
     return outcome;
 }
 
-/* Take out a chunk that is gone, or one of the idle ones while they are too many or older than `seconds`. */
-int born_take_gone(uint32_t seconds, uint64_t *start, uint64_t *whole) {
+/* Take out a chunk that is gone, or one of the idle ones while they are too many or older than `most_ms`. */
+int born_take_gone(uint64_t most_ms, uint64_t *start, uint64_t *whole) {
     Chunk *found = NULL;
     pthread_mutex_lock(&lock);
-    uint32_t now = (uint32_t)(now_ms() / 1000);
+    uint64_t now = now_ms();
     for (int i = 0; i < high && !is_child; i++) {
         Chunk *c = &chunks[i];
         if (c->state == GONE) {
             found = c;
             break;
         }
-        int is_over = c->state == IDLE && (idle_bytes > idle_most || now - c->since > seconds);
-        if (is_over && (!found || now - c->since > now - found->since)) found = c;
+        int is_over = c->state == IDLE && (idle_bytes > idle_most || now - c->since > most_ms);
+        if (is_over && (!found || c->since < found->since)) found = c;
     }
     if (found) {
         if (found->state == IDLE) take_idle(found);

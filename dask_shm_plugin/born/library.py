@@ -79,9 +79,9 @@ class Library(NamedTuple):
         )
         return int(self.functions.born_begin(ctypes.byref(setup), granules, self.numpys_handler))
 
-    def take_gone(self, seconds: int) -> tuple[int, int] | None:
+    def take_gone(self, seconds: float) -> tuple[int, int] | None:
         """Take out a chunk that is gone, or idle for longer than ``seconds`` or beyond the limit: address and length."""
-        return self._found(lambda *found: self.functions.born_take_gone(seconds, *found) == 1)
+        return self._found(lambda *found: self.functions.born_take_gone(int(seconds * 1000), *found) == 1)
 
     def used(self) -> Iterator[tuple[int, int]]:
         """Yield address and length of each chunk that is in use and shared; each is looked up when it is its turn."""
@@ -144,7 +144,7 @@ def _declare(functions: Any) -> None:
         ("born_wake", None, []),
         ("born_add", ctypes.c_int, [size, size]),
         ("born_make_private", ctypes.c_int, [size, size, pointer, pointer]),
-        ("born_take_gone", ctypes.c_int, [ctypes.c_uint32, pointer, pointer]),
+        ("born_take_gone", ctypes.c_int, [ctypes.c_uint64, pointer, pointer]),
         ("born_is_used", ctypes.c_int, [ctypes.c_int, pointer, pointer]),
         ("born_figures", None, [pointer]),
     ):

@@ -237,8 +237,8 @@ def test_a_full_arena_gets_the_idle_chunks_back(nursery: Nursery, arena: Arena) 
 
 
 def test_idle_chunks_are_bounded_and_age(arena: Arena) -> None:
-    """They take an eighth of what all drafts may take, for the time of `shm.warm`."""
-    with births(arena, warm=1):
+    """They take an eighth of what all drafts may take, for a second or the time of `shm.warm`."""
+    with births(arena, warm=0.2):
         arrays = [in_arena(np.ones, MIB, np.uint8) for _ in range(12)]
         arrays.clear()
         wait_until(lambda: figures().idle <= 4 * MIB, "idle chunks are bounded")
