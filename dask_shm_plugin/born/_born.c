@@ -40,6 +40,7 @@ typedef struct {
     int (*lease)(size_t);        /* Python: add a chunk of this length, for the calling thread; NULL: none */
     int (*has_gil)(void);
     void *(*has_error)(void);
+    int (*raise)(unsigned long, void *);
     int fd;
 } Setup;
 
@@ -71,6 +72,8 @@ static uint64_t idle_bytes, used_bytes, private_bytes, reused, leased, refused;
 static volatile uint64_t paused_until; /* milliseconds */
 static __thread int is_leasing;
 static __thread void *handed_over;
+static __thread unsigned long interrupted_thread;
+static __thread void *interruption;
 
 static uint64_t now_ms(void) {
     struct timespec t;
@@ -157,6 +160,8 @@ static void *lease_chunk(size_t size) {
     setup.lease(length);
     is_leasing = 0;
     errno = before;
+    if (interruption) setup.raise(interrupted_thread, interruption);
+    interruption = NULL;
     void *place = handed_over;
     handed_over = NULL;
     return place;
@@ -307,6 +312,9 @@ void born_limit(size_t drafts, size_t idle, size_t one) {
 void born_stop(void) { is_on = 0, idle_most = 0, wake(); }
 
 void born_pause(uint64_t milliseconds) { paused_until = now_ms() + milliseconds; }
+
+/* Raise an error of this class in the calling thread, which leases, as soon as it runs Python code again. */
+void born_raise(unsigned long thread, void *kind) { interrupted_thread = thread, interruption = kind; }
 
 void born_wake(void) { wake(); }
 

@@ -7,6 +7,7 @@ import functools
 import importlib
 import itertools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ class Setup(ctypes.Structure):
         ("lease", Lease),
         ("has_gil", ctypes.c_void_p),
         ("has_error", ctypes.c_void_p),
+        ("set_async_exc", ctypes.c_void_p),
         ("fd", ctypes.c_int),
     )
 
@@ -73,11 +75,15 @@ class Library(NamedTuple):
 
     def begin(self, setup: Setup, granules: int) -> int:
         """Begin with an empty area; return a descriptor that tells when chunks are gone, or -1 if that is not possible."""
-        setup.has_gil, setup.has_error = (
+        setup.has_gil, setup.has_error, setup.set_async_exc = (
             ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p)
-            for name in ("PyGILState_Check", "PyErr_Occurred")
+            for name in ("PyGILState_Check", "PyErr_Occurred", "PyThreadState_SetAsyncExc")
         )
         return int(self.functions.born_begin(ctypes.byref(setup), granules, self.numpys_handler))
+
+    def raise_later(self, error: BaseException) -> None:
+        """Raise an error of the same class in this thread, which leases, when the allocation is over."""
+        self.functions.born_raise(threading.get_ident(), id(type(error)))
 
     def take_gone(self, seconds: float) -> tuple[int, int] | None:
         """Take out a chunk that is gone, or idle for longer than ``seconds`` or beyond the limit: address and length."""
@@ -142,6 +148,7 @@ def _declare(functions: Any) -> None:
         ("born_end", ctypes.c_int, []),
         ("born_pause", None, [ctypes.c_uint64]),
         ("born_wake", None, []),
+        ("born_raise", None, [ctypes.c_ulong, pointer]),
         ("born_add", ctypes.c_int, [size, size]),
         ("born_make_private", ctypes.c_int, [size, size, pointer, pointer]),
         ("born_take_gone", ctypes.c_int, [ctypes.c_uint64, pointer, pointer]),

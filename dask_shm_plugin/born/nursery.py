@@ -32,6 +32,10 @@ logger = logging.getLogger("dask_shm_plugin")
 
 _GRANULE_BYTES = 64 << 10
 _MAX_IDLE_BYTES = 128 << 20
+_MAX_CHUNK_BYTES = 1 << 30
+"""Larger arrays lie in ordinary memory: their pages exist only once they are touched."""
+_SHORT = 0.6
+"""Fraction of the worker's memory limit beyond which no chunk is kept idle; by default, Dask then begins to spill."""
 _FULL = 0.75
 """Fraction of the capacity beyond which no chunk is added or kept idle: the rest is for publishing."""
 _MAX_ROWS = BLOCKS // 2
@@ -112,7 +116,7 @@ class Nursery:
         self._fd = self._library.begin(setup, self._granules.ctypes.data)
         if self._fd < 0:
             syscalls.unmap(self._area, self._span)
-            return "another arena of this process has allocated arrays"
+            return "arrays that this process has allocated in an arena are still alive"
         self._set_limits()
         self._arena.budget.drafts = self.bytes_in_drafts
         threading.Thread(target=self._run, name="dask-shm-born", daemon=True).start()
@@ -137,13 +141,17 @@ class Nursery:
 
     def _lease(self, length: int) -> int:
         """Add a chunk for the calling thread; if that is not possible, add none. Never raises."""
+        started = time.monotonic()
         try:
             if not self._is_stopped and os.getpid() == self._pid:
                 self.lease(length)
                 return 1
-        except BaseException:
-            # An error here must not become that of an allocation, which has another way to its memory.
-            self._library.functions.born_pause(_PAUSE_MS)
+        except Exception:
+            # The allocation has another way to its memory. Where a failure takes long, it must be rare.
+            spent_ms = int(1000 * (time.monotonic() - started))
+            self._library.functions.born_pause(max(_PAUSE_MS, 20 * spent_ms))
+        except BaseException as error:  # an interruption of this thread, which is not meant for the allocation
+            self._library.raise_later(error)
         return 0
 
     @step("lease")
@@ -274,8 +282,9 @@ class Nursery:
         try:
             held, _ = self._taken()
             workers = self._arena.budget.count_workers()
-        except SharedMemoryError:
+            own = self._arena.budget.measure()
+        except (SharedMemoryError, OSError):
             return _Limits(0, 0, 0)
         drafts = min(capacity // (2 * workers), self._memory_limit // 2)
-        is_full = held > capacity * _FULL or self._is_stopped
-        return _Limits(drafts, 0 if is_full else min(drafts // 8, _MAX_IDLE_BYTES), drafts // 2)
+        is_full = held > capacity * _FULL or own > self._memory_limit * _SHORT or self._is_stopped
+        return _Limits(drafts, 0 if is_full else min(drafts // 8, _MAX_IDLE_BYTES), min(drafts // 2, _MAX_CHUNK_BYTES))

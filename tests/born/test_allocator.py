@@ -271,6 +271,24 @@ def test_without_memory_arrays_are_allocated_as_usual(nursery: Nursery, arena: A
     wait_until(lambda: arena.stats().blocks == figures().living, "nothing is left of the failed ones")
 
 
+def test_an_interruption_of_a_lease_is_not_lost(nursery: Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes when the allocation is over."""
+
+    def interrupt(length: int) -> None:
+        raise KeyboardInterrupt
+
+    def work() -> None:
+        arrays.append(np.ones(MIB, np.uint8))
+        for _ in range(100):
+            pass
+
+    arrays: list[np.ndarray] = []
+    monkeypatch.setattr(nursery, "lease", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        in_arena(work)
+    assert not any(map(is_born, arrays))
+
+
 def test_the_table_keeps_rows_for_publishing(nursery: Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
     """No chunk is added while half of the rows are taken."""
     monkeypatch.setattr(nursery_module, "_MAX_ROWS", 3)
@@ -281,7 +299,7 @@ def test_the_table_keeps_rows_for_publishing(nursery: Nursery, monkeypatch: pyte
 def test_a_second_arena_has_no_births_while_the_first_has(nursery: Nursery) -> None:
     """A value for a member of the second arena is copied there."""
     other = Arena.create(MIB)
-    assert switch.switch_on(other, None, 4) == "another arena of this process has allocated arrays"
+    assert switch.switch_on(other, None, 4) == "arrays that this process has allocated in an arena are still alive"
     switch.switch_off(other)
     assert is_born(in_arena(np.ones, MIB, np.uint8))
     other.close()

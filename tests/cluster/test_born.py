@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import signal
 import threading
@@ -207,16 +206,12 @@ def in_threads() -> bool:
 def in_children() -> bool:
     """Let a forked child read and write an array of the task."""
     array = ramp()
-    (there, back) = os.pipe()
     if (pid := os.fork()) == 0:
         is_right = bool((array == ramp()).all())
         array[:] = 0
         os._exit(0 if is_right else 1)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    os.close(there)
-    os.close(back)
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return status == 0 and bool((array == ramp()).all()) and pool.apply(len, ([1, 2],)) == 2
+    return status == 0 and bool((array == ramp()).all())
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
