@@ -198,6 +198,18 @@ def summed(found: dict[str, Any]) -> Totals:
     return result
 
 
+def unshared(client: Any) -> int:
+    """Return the bytes of the arrays of all workers that were allocated in the arena, and are not shared."""
+    return sum(client.run(_unshared).values())
+
+
+def _unshared() -> int:
+    from dask_shm_plugin.born import switch
+
+    figures = switch.figures()
+    return 0 if figures is None else figures.used + figures.idle
+
+
 def settle(client: Any) -> None:
     """Wait for the release of earlier tests' blocks, without a failure if some stay: other tests check that."""
     with suppress(AssertionError):
