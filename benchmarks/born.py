@@ -107,7 +107,7 @@ def fetch(site: Site, number: int, size: int) -> Used:
     """Let one worker make an array and the other fetch and read it."""
     a, b = site.workers
     future = site.put_on(a, number + 1000, size)
-    return _used(site, lambda: site.read_on(b, future, machine.read_pages), future)
+    return _used(site, lambda: site.read_on(b, future, machine.read_pages))
 
 
 def chain(site: Site, number: int, size: int) -> Used:
@@ -120,12 +120,17 @@ def chain(site: Site, number: int, size: int) -> Used:
     return _used(site, lambda: site.client.compute(y).result())
 
 
-def _used(site: Site, do: Callable[[], Any], *kept: Any) -> Used:
+def settled(site: Site, do: Callable[..., Used], number: int, size: int) -> Used:
+    """Do a piece of work, and wait until its values are released."""
+    used = do(site, number, size)
+    site.settle()
+    return used
+
+
+def _used(site: Site, do: Callable[[], Any]) -> Used:
     before, start = _workers_use(site), time.perf_counter()
     do()
     wall, after = time.perf_counter() - start, _workers_use(site)
-    del kept
-    site.settle()
     return wall, after[0] - before[0], after[1] - before[1]
 
 
@@ -149,7 +154,8 @@ def with_clusters(rounds: int, fetches: tuple[int, ...], chained: int) -> list[d
         works.append((f"chain of operations, {chained} MiB", chain, chained * MIB))
         for what, do, size in works:
             took = take_turns(
-                rounds, {name: lambda n, s=site, do=do, size=size: s.ask(do, n, size) for name, site in sites.items()}
+                rounds,
+                {name: lambda n, s=site, do=do, size=size: s.ask(settled, do, n, size) for name, site in sites.items()},
             )
             for name, used in took.items():
                 figures.append(report.figure(f"{what}: {name}", used[:, 0], "ms", factor=1e3))

@@ -26,8 +26,8 @@ from observing import (
     pids,
     shared_memory,
     totals,
-    unshared,
     undisturbed,
+    unshared,
     wait_until,
 )
 from processes import environment, scheduler, workers
