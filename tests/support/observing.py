@@ -155,6 +155,8 @@ class Totals:
     resident: int = 0
     published: int = 0
     published_bytes: int = 0
+    born: int = 0
+    born_bytes: int = 0
     attached: int = 0
     attached_bytes: int = 0
     adopted: int = 0
@@ -182,8 +184,8 @@ def summed(found: dict[str, Any]) -> Totals:
     result = Totals()
     for arena in found.values():
         sent = arena["sent"].values()
-        counts = {name: arena[name]["count"] for name in ("published", "attached", "adopted")}
-        sizes = {f"{name}_bytes": arena[name]["bytes"] for name in ("published", "attached", "adopted")}
+        counts = {name: arena[name]["count"] for name in ("published", "born", "attached", "adopted")}
+        sizes = {f"{name}_bytes": arena[name]["bytes"] for name in ("published", "born", "attached", "adopted")}
         result += Totals(
             arenas=1,
             members=arena["members"] if isinstance(arena["members"], int) else len(arena["members"]),
