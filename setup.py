@@ -31,7 +31,7 @@ setup(
             "dask_shm_plugin.born._born",
             ["dask_shm_plugin/born/_born.c"],
             extra_compile_args=["-O2", "-pthread"],
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", "-s"],
             optional=True,  # without it, arrays are allocated as usual
         )
     ],

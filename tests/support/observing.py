@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 import os
 import re
@@ -296,6 +297,11 @@ class Seen:
     shared: bool
     writeable: bool | None
     pid: int
+
+
+def outside(function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function whose arrays are not born in the arena, in a task: in a context of its own."""
+    return contextvars.Context().run(function, *arguments)
 
 
 def is_shared(value: Any) -> bool:
