@@ -47,6 +47,10 @@ _IDLE_S = 1.0
 """How long a chunk is kept idle at most: the pages of a draft that was given back stay warm, so a lease is quick."""
 
 
+_given: list[object] = []
+"""What the library has pointers to, also in forked children: kept until it is given others."""
+
+
 class _Chunk:
     """A chunk: the reference to its draft or block, its place in the arena, and whether it is sealed."""
 
@@ -104,22 +108,26 @@ class Nursery:
         if syscalls.address_space_is_limited():
             return "the address space of this process is limited (ulimit -v)"
         self._span = segment.size - BLOCKS_FROM
-        # The library keeps a pointer to these.
-        self._granules = np.zeros(self._span // _GRANULE_BYTES + 1, np.uint16)
-        self._lease_call = Lease(self._lease)
+        granules, lease = np.zeros(self._span // _GRANULE_BYTES + 1, np.uint16), Lease(self._lease)
         try:
             self._area = syscalls.reserve_addresses(self._span)
         except OSError as error:
             return f"no addresses can be reserved ({error})"
-        setup = Setup(self._area, self._span, BLOCKS_FROM, segment.device, segment.inode, PAGE, self._lease_call)
+        setup = Setup(self._area, self._span, BLOCKS_FROM, segment.device, segment.inode, PAGE, lease)
         setup.fd = segment.fd
-        self._fd = self._library.begin(setup, self._granules.ctypes.data)
+        self._fd = self._library.begin(setup, granules.ctypes.data)
         if self._fd < 0:
             syscalls.unmap(self._area, self._span)
             return "arrays that this process has allocated in an arena are still alive"
-        self._set_limits()
+        _given[:] = granules, lease
         self._arena.budget.drafts = self.bytes_in_drafts
-        threading.Thread(target=self._run, name="dask-shm-born", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name="dask-shm-born", daemon=True).start()
+        except RuntimeError as error:
+            self.stop()
+            self._end()
+            return str(error)
+        self._set_limits()
         return None
 
     def stop(self) -> None:
@@ -252,14 +260,21 @@ class Nursery:
         self.is_over = True
         return True
 
-    def _give_back(self) -> bool:
+    def _give_back(self) -> None:
+        """Give back all chunks that are gone, or were idle for too long, or are idle and too many."""
         any_gone = False
-        while (gone := self._library.take_gone(0 if self._is_stopped else self._idle_s)) is not None:
-            self._drop(*gone)
+        while self._give_one_back():
             any_gone = True
         if any_gone:
             self._arena.holdings.tidy()
-        return any_gone
+
+    def _give_one_back(self) -> bool:
+        # Not while a chunk is sealed: it may be freed meanwhile, and its address must not be entered after it was removed.
+        with self._sealing:
+            gone = self._library.take_gone(0 if self._is_stopped else self._idle_s)
+            if gone is not None:
+                self._drop(*gone)
+            return gone is not None
 
     @step("drop chunk")
     def _drop(self, address: int, length: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 
 from dask_shm_plugin.arena.arena import Arena
@@ -77,6 +78,13 @@ def before_fork() -> None:
     nursery = _nursery
     if nursery is not None:
         nursery.before_fork()
+
+
+@atexit.register
+def _stop_at_exit() -> None:
+    """Let threads that are still at work allocate as usual, because they cannot call Python any more."""
+    if _nursery is not None:
+        _nursery.stop()
 
 
 def in_child() -> None:

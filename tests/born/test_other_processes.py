@@ -46,7 +46,7 @@ def test_a_child_allocates_as_usual_and_may_join_by_itself(parent: Process, clus
     child = parent.fork()
     child("new = in_arena(np.ones, 1 << 20, np.uint8)")
     assert child("switch._nursery is None and new.ctypes.data - parent_area > span", **parent_area(parent))
-    child("del one, two; gc.collect()")
+    child("gc.collect(); del one, two; gc.collect()")
     assert parent("(one == 1).all() and (two == 2).all()")
     child("arena = membership.join(cluster, 'worker', 'tcp://child')", cluster=cluster)
     assert child("arena.stats().members") == 2
