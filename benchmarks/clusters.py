@@ -26,13 +26,14 @@ K = TypeVar("K")
 
 
 class Spec(NamedTuple):
-    """Settings of a cluster: among them the arena's capacity, and whether the Active Memory Manager runs."""
+    """Settings of a cluster: among them those of the plugin, and whether the Active Memory Manager runs."""
 
     with_plugin: bool = True
     workers: int = 4
     memory_limit: str = "2 GiB"
     has_amm: bool = False
     capacity: str | None = None
+    born: str | None = None
 
 
 class Site:
@@ -103,7 +104,7 @@ def site(spec: Spec) -> Iterator[Site]:
         if spec.with_plugin:
             from dask_shm_plugin import SharedMemoryPlugin
 
-            client.register_plugin(SharedMemoryPlugin(capacity=spec.capacity))
+            client.register_plugin(SharedMemoryPlugin(capacity=spec.capacity, born=spec.born))
         yield Site(client, spec)
 
 

@@ -19,6 +19,7 @@ _CHOICES = {
     "publish": ("on-request", "on-completion"),
     "views": ("copy-on-write", "read-only"),
     "shuffle": ("auto", "off"),
+    "born": ("auto", "on", "off"),
 }
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
@@ -37,6 +38,7 @@ class Options(NamedTuple):
     views: str
     warm: float
     shuffle: str
+    born: str
 
     def capacity_here(self) -> int:
         """Return the capacity of an arena on this node, in bytes.
@@ -89,8 +91,9 @@ def options(given: dict[str, Any]) -> Options:
         raise ValueError(
             f"unknown option shm.{unknown[0]}; known are {', '.join('shm.' + name for name in Options._fields)}"
         )
-    if merged["shuffle"] is False:  # YAML reads a bare ``off`` as a boolean
-        merged["shuffle"] = "off"
+    for name in ("shuffle", "born"):
+        if isinstance(merged[name], bool):  # YAML reads a bare ``off`` or ``on`` as a boolean
+            merged[name] = "on" if merged[name] else "off"
     for name, choices in _CHOICES.items():
         if merged[name] not in choices:
             raise ValueError(f"shm.{name} is {merged[name]!r}; it may be {' or '.join(map(repr, choices))}")
@@ -101,6 +104,7 @@ def options(given: dict[str, Any]) -> Options:
         views=merged["views"],
         warm=_seconds("warm", merged["warm"]),
         shuffle=merged["shuffle"],
+        born=merged["born"],
     )
     # Reports an invalid capacity here. Its number of bytes is known only on the node where the arena is made.
     with contextlib.suppress(SharedMemoryError):

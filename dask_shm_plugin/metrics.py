@@ -1,6 +1,7 @@
 """The counters of a process and their names.
 
 ``published``  values copied into the arena, and the bytes copied
+``born``       arrays that were allocated in the arena and sealed there without a copy, and the bytes of their drafts
 ``attached``   values mapped from the arena instead of being received, and their bytes
 ``found``      attached values that were found in the arena without asking the worker that has them
 ``landed``     values that came from another node and were put into the arena, and their bytes
@@ -16,7 +17,7 @@ import threading
 from collections import defaultdict
 from typing import Any
 
-EVENTS = ("published", "attached", "found", "landed", "adopted", "shuffled")
+EVENTS = ("published", "born", "attached", "found", "landed", "adopted", "shuffled")
 
 
 class Counters:

@@ -43,6 +43,9 @@ class SharedMemoryPlugin(SchedulerPlugin):
     shuffle : {"auto", "off"}, optional
         "auto": peer-to-peer shuffles and rechunks move their data through shared memory. "off": they work as with stock
         Dask.
+    born : {"auto", "on", "off"}, optional
+        "auto": where it is possible, large arrays of tasks are allocated in shared memory, and shared without a copy.
+        "on": the same, and a warning says why where it is not possible. "off": they are copied when they are shared.
 
     Raises
     ------
@@ -60,10 +63,11 @@ class SharedMemoryPlugin(SchedulerPlugin):
         views: str | None = None,
         warm: str | float | None = None,
         shuffle: str | None = None,
+        born: str | None = None,
     ) -> None:
         given = {"capacity": capacity, "threshold": threshold, "publish": publish, "views": views, "warm": warm}
         self._scheduler: Any = None
-        given["shuffle"] = shuffle
+        given |= {"shuffle": shuffle, "born": born}
         self.given = {name: value for name, value in given.items() if value is not None}
         self.options = config.options(self.given)
 

@@ -1,6 +1,7 @@
 """Measure the memory that is reported to the scheduler, and the memory for which Dask pauses, spills and terminates.
 
-The scheduler gets private memory plus this process's share of each block. Pausing and spilling go by private memory
+The scheduler gets own memory plus this process's share of each block. Drafts that contain arrays of the process are its
+own memory, as private memory is. Pausing and spilling go by private memory
 plus the bytes that spilling would free. Terminating goes by private memory. So no worker is paused or terminated for
 values of its neighbours while the node is within its limits.
 
@@ -62,6 +63,10 @@ class WorkerMeter:
         self._spilling.stop()
         with contextlib.suppress(SharedMemoryError, OSError):
             self._arena.budget.forget(self)
+
+    def placed(self, key: Any, value: object) -> None:
+        """Note that the value of a key may lie in blocks now."""
+        self._spilling.placed(key, value)
 
     def read(self) -> int:
         """Return the memory (bytes) to act on while Dask decides whether to pause or spill, else that to report."""
@@ -152,7 +157,7 @@ class NannyMeter:
         manager = self._nanny.memory_manager
         with contextlib.suppress(SharedMemoryError, OSError, AttributeError):
             bound, pid = manager.memory_terminate_fraction, self._nanny.process.process.pid
-            used = self._arena.budget.private_memory(pid)
+            used = self._arena.budget.own_memory(pid)
             if self._arena.budget.use() > bound:
                 used += self._arena.budget.share(pid)
             if used <= manager.memory_limit * bound:

@@ -87,6 +87,11 @@ class Spilling:
             for key, weight in self._weights(self._held).items():
                 self._set_weight(key, weight)
 
+    def placed(self, key: Any, value: object) -> None:
+        """Weigh a value in memory anew: it may lie in blocks since it was stored, for its arrays were sealed in place."""
+        if self._replaced and key not in self._held and key in self._data.fast.weights:
+            self._set_weight(key, self._weigh(key, value))
+
     def spillable_bytes(self) -> int:
         """Return the bytes that spilling would free: of blocks of values in memory that no other member refers to."""
         going = [held for held in self._present().values() if not self._is_too_large(held)]

@@ -38,7 +38,7 @@ from dask_shm_plugin.exceptions import (
 from dask_shm_plugin.linux import locks, mutex, processes
 from dask_shm_plugin.linux.segment import Segment, Whereabouts
 from dask_shm_plugin.table import layout
-from dask_shm_plugin.table.layout import BLOCKS_FROM, TABLE_BYTES, BlockId
+from dask_shm_plugin.table.layout import BLOCKS_FROM, TABLE_BYTES, BlockId, Extent
 from dask_shm_plugin.table.members import Member
 from dask_shm_plugin.table.table import Table
 from dask_shm_plugin.units import PAGE, round_up
@@ -186,7 +186,12 @@ class Arena:
     # -- blocks
 
     def draft(self, size: int) -> Draft:
-        """Reserve space for a block of ``size`` bytes.
+        """Reserve space for a block of ``size`` bytes; raises as :meth:`reserve` does."""
+        size = max(size, 1)
+        return Draft(self._home, *self.reserve(size), size)
+
+    def reserve(self, size: int) -> tuple[Hold, Extent]:
+        """Reserve space for a block of ``size`` bytes; return a reference to it and the place.
 
         Raises
         ------
@@ -200,7 +205,6 @@ class Arena:
         ArenaUnavailable
             The process is leaving the arena.
         """
-        size = max(size, 1)
         extent_length = round_up(size)
         hold = Hold()
         refusal: tuple[type[ArenaFull], str]
@@ -215,7 +219,7 @@ class Arena:
                 refusal = TableFull, str(full)
                 continue
             if extent is not None:
-                return Draft(self._home, hold, extent, size)
+                return hold, extent
         kind, message = refusal
         raise kind(message)
 

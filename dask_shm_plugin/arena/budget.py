@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 
 from dask_shm_plugin.arena.guard import GuardedTable
 from dask_shm_plugin.linux import processes, usage
@@ -32,6 +33,11 @@ class Budget:
     member
         This process.
 
+    Attributes
+    ----------
+    drafts
+        Returns the bytes of this process's drafts that contain its arrays; they are its own memory.
+
     Notes
     -----
     Thread-safe; no method takes the mutex. Each worker notes its private memory in the table whenever it measures it
@@ -41,6 +47,7 @@ class Budget:
     def __init__(self, access: GuardedTable, member: Member) -> None:
         self._access, self._member = access, member
         self._limits: dict[object, int] = {}
+        self.drafts: Callable[[], int] = int
 
     def set_limit(self, worker: object, limit: int | None) -> None:
         """Count a worker of this process and its memory limit.
@@ -66,7 +73,7 @@ class Budget:
         self.measure()
 
     def measure(self) -> int:
-        """Return the private memory of this process, in bytes, and note it in the table for the other members.
+        """Return the own memory of this process, in bytes, and note its parts in the table for the other members.
 
         Raises
         ------
@@ -77,8 +84,10 @@ class Budget:
         """
         private = self.private_memory(os.getpid())
         limit = sum(self._limits.values())
+        drafts = self.drafts()
         self._access.table.members.note_memory(self._member, private, min(limit, UNLIMITED))
-        return private
+        self._access.table.members.note_drafts(self._member, drafts)
+        return private + drafts
 
     def use(self, pages: int = 0) -> float:
         """Return the fraction of the sum of all limits that is in use.
@@ -103,6 +112,22 @@ class Budget:
         if use < NEAR:
             return use
         return (sum(self._read(pid, private) for pid, private, _ in workers) + shared) / limit
+
+    def own_memory(self, pid: int) -> int:
+        """Return the private memory of a process and its drafts that contain arrays, in bytes.
+
+        Raises
+        ------
+        OSError
+            The process is gone.
+        """
+        member = self._find(pid)
+        drafts = 0 if member is None else self._access.table.members.drafts(member)
+        return self.private_memory(pid) + drafts
+
+    def count_workers(self) -> int:
+        """Return the number of processes with workers, at least one."""
+        return max(1, len(self._access.table.members.memory_of_workers()))
 
     def private_memory(self, pid: int) -> int:
         """Return the private memory of a process in bytes: anonymous, file-backed, and shared outside all arenas.

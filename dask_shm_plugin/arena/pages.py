@@ -112,6 +112,18 @@ class Pages:
         """Copy bytes of a block into private memory; this process must refer to the block."""
         return self._segment.read(self._blocks_from + extent.offset + offset, length)
 
+    def make(self, extent: Extent) -> None:
+        """Make all pages of a draft exist, large ones where these can be had.
+
+        Raises
+        ------
+        NoHeadRoom, MemoryExhausted, LimitsReached
+            There is no memory for the pages.
+        """
+        for start, length in _steps(self._blocks_from + extent.offset, extent.length):
+            if self._segment.missing(start, length) and not self._make_large(extent, start, length):
+                self._make(extent, start, length, self._segment.reserve, length)
+
     def lay_open(self, extent: Extent) -> npt.NDArray[np.uint8]:
         """Make all pages of a draft exist, and return its bytes in the write mapping, to be written in place.
 

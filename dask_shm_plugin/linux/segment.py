@@ -11,8 +11,8 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
 
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import (
@@ -24,6 +24,8 @@ from dask_shm_plugin.exceptions import (
     TableCorrupt,
 )
 from dask_shm_plugin.linux import syscalls
+
+T = TypeVar("T")
 
 NAME_PREFIX = "dask-shm-"
 SHM_DIRECTORY = "/dev/shm"
@@ -236,6 +238,10 @@ class Segment:
         """Map a part without access, see :func:`syscalls.map_closed`, and return the address."""
         return self._mapped(syscalls.map_closed, offset, length)
 
+    def map_shared_at(self, address: int, offset: int, length: int) -> None:
+        """Map a part for reading and writing in place, at an address that was reserved for it."""
+        self._mapped(lambda fd, *part: syscalls.map_shared_at(address, fd, *part), offset, length)
+
     @step("map")
     def map_private(self, offset: int, length: int) -> int:
         """Map a part copy-on-write, and return the address."""
@@ -279,7 +285,7 @@ class Segment:
         """Whether the descriptor is still the segment's."""
         return syscalls.is_still(self.fd, self.device, self.inode)
 
-    def _mapped(self, how: syscalls.MapCall, offset: int, length: int) -> int:
+    def _mapped(self, how: Callable[[int, int, int], T], offset: int, length: int) -> T:
         if offset < 0 or length <= 0 or offset + length > self.size:
             raise TableCorrupt(f"{length} bytes at {offset} are not in a segment of {self.size}")
         self.insist_whole()

@@ -20,12 +20,11 @@ from typing import Any
 
 from dask_shm_plugin.units import LARGE, PAGE
 
-MapCall = Callable[[int, int, int], int]
-
 _PROT_NONE, _PROT_READ, _PROT_WRITE = 0, 1, 2
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 0x01, 0x02
-_MADV_DONTNEED, _MADV_DONTFORK, _MADV_DONTDUMP, _MADV_POPULATE_READ, _MADV_COLLAPSE = 4, 10, 16, 22, 25
+_MADV_DONTNEED, _MADV_DONTFORK, _MADV_DONTDUMP, _MADV_COLLAPSE = 4, 10, 16, 25
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
 _UNMAP_STEP_BYTES, _UNMAP_PAUSE_S = 64 << 20, 5e-5
 _F_SETLK = 6
 # The kernel's numbers. A Python that was built with an older C library has no names for them: the builds that uv and
@@ -235,6 +234,28 @@ def map_private(fd: int, offset: int, length: int) -> int:
     return _map(fd, offset, length, _MAP_PRIVATE | _MAP_NORESERVE)
 
 
+def reserve_addresses(length: int) -> int:
+    """Reserve ``length`` bytes of addresses that nothing else will be mapped to, and return the first, a multiple of ``LARGE``.
+
+    The addresses take no memory, and cannot be accessed until :func:`map_shared_at` maps something there.
+    """
+    flags = _MAP_PRIVATE | _MAP_NORESERVE | _MAP_ANONYMOUS
+    return _map_in_agreement(-1, 0, length, flags, _PROT_NONE)
+
+
+def map_shared_at(address: int, fd: int, offset: int, length: int) -> None:
+    """Map ``length`` bytes of a file like :func:`map_shared`, to reserved addresses."""
+    _map_at(address, length, _PROT_READ | _PROT_WRITE, _MAP_SHARED | _MAP_FIXED, fd, offset)
+    _libc().madvise(address, length, _MADV_DONTDUMP)
+
+
+def close_off(address: int, length: int) -> None:
+    """Unmap what lies at reserved addresses, in steps like :func:`unmap`; the addresses stay reserved."""
+    _drop_pages(address, length)
+    flags = _MAP_PRIVATE | _MAP_NORESERVE | _MAP_ANONYMOUS | _MAP_FIXED
+    _map_at(address, length, _PROT_NONE, flags, -1, 0)
+
+
 def address_space_is_limited() -> bool:
     """Tell whether the address space of this process is limited (``ulimit -v``)."""
     return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
@@ -248,11 +269,15 @@ def unmap(address: int, length: int) -> None:
     mapping are dropped in steps of 64 MiB. After each step, a pause of 50 µs lets another process have this processor:
     several processes may unmap the same value at the same time.
     """
+    _drop_pages(address, length)
+    _unmap_at_once(address, length)
+
+
+def _drop_pages(address: int, length: int) -> None:
     for done in range(0, length, _UNMAP_STEP_BYTES):
         _libc().madvise(address + done, min(_UNMAP_STEP_BYTES, length - done), _MADV_DONTNEED)
         if length > _UNMAP_STEP_BYTES:
             time.sleep(_UNMAP_PAUSE_S)
-    _unmap_at_once(address, length)
 
 
 def _unmap_at_once(address: int, length: int) -> None:
@@ -267,6 +292,14 @@ def populate(address: int, length: int) -> bool:
     """
     first = address // PAGE * PAGE
     return bool(_libc().madvise(first, address + length - first, _MADV_POPULATE_READ) == 0)
+
+
+def populate_for_writing(address: int, length: int) -> bool:
+    """Fill the page table for a part of a mapping, as if each page was written; return False if that fails.
+
+    Each page of a private mapping becomes a private copy. Needs Linux 5.14.
+    """
+    return bool(_libc().madvise(address, length, _MADV_POPULATE_WRITE) == 0)
 
 
 def collapse(address: int, length: int) -> bool:

@@ -18,11 +18,12 @@ import dask_shm_plugin
 from dask_shm_plugin import config
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.arena.block import Block
+from dask_shm_plugin.born.library import load
 from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.linux import limits, locks, pagemap, syscalls
 from dask_shm_plugin.linux.segment import SHM_DIRECTORY, nameless_file
 from dask_shm_plugin.mapping import large_pages
-from dask_shm_plugin.seams import checks
+from dask_shm_plugin.seams import checks, tasks
 from dask_shm_plugin.units import PAGE, round_up
 
 GOOD, SLOWER, OFF = "good", "slower", "off"
@@ -82,6 +83,13 @@ def _settings() -> Iterator[Finding]:
         yield Finding("shm.capacity", GOOD, f"{format_bytes(capacity)} on this machine")
     else:
         yield Finding("shm.capacity", OFF, "0", "set shm.capacity, for example to 50%")
+    library = tasks.why_not() or load()
+    if config.options({}).born == "off":
+        yield Finding("shm.born", GOOD, "off: results are copied when they are shared")
+    elif isinstance(library, str):
+        yield Finding("shm.born", SLOWER, library, "results are copied when they are shared")
+    else:
+        yield Finding("shm.born", GOOD, "large arrays of tasks are allocated in shared memory")
 
 
 def _memory() -> Iterator[Finding]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from dask_shm_plugin.arena.arena import Arena
+from dask_shm_plugin.born import switch as born
 from dask_shm_plugin.exceptions import ArenaUnavailable, SharedMemoryError, TableCorrupt
 from dask_shm_plugin.linux import processes
 from dask_shm_plugin.mapping.atlas import ATLAS
@@ -320,6 +321,7 @@ _forking = threading.local()
 def _before_fork() -> None:
     # Reset this first: if a call below fails, the holds for an earlier child must not be given back twice.
     _forking.holds = []
+    born.before_fork()  # what it seals is held for the child, too
     for arena in [*all_arenas(), *_lingering]:
         fork_hold = arena.holdings.hold_for_child()
         if fork_hold is not None:
@@ -342,6 +344,7 @@ def _forget_parent() -> None:
     _by_cluster.clear()
     _lingering.clear()
     ATLAS.forget()
+    born.in_child()
 
 
 if hasattr(os, "register_at_fork"):

@@ -20,6 +20,7 @@ from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.monitor import prometheus
 from dask_shm_plugin.monitor.heartbeat import Heartbeat
+from dask_shm_plugin.roles.births import Births
 from dask_shm_plugin.roles.closing import let_go_when_closed
 from dask_shm_plugin.roles.cycles import CycleCollector
 from dask_shm_plugin.roles.role import Joining, Role
@@ -142,6 +143,7 @@ class _ActiveWorker:
         self._answers = Answers(worker, arena, self.publisher, role.options.threshold)
         self._landing = Landing(arena, role.address, self._may_be_large)
         self._meter = WorkerMeter(worker, arena)
+        self._kept.placed = self._meter.placed
         self._transfers = Transfers(worker, arena)
         self._scatter_guard = ScatterGuard.around(worker.handlers, self._received)
         self.cycles = CycleCollector(worker.loop, lambda: len(arena.holdings) > 0)
@@ -153,8 +155,10 @@ class _ActiveWorker:
         prometheus.register(worker, self._heartbeat.metrics)
         fetch.REQUESTS.begin()
         self._shuffles = shuffling.switch_on(worker, arena) if role.options.shuffle == "auto" else None
+        self._births = Births(worker, arena, role.options)
 
     async def stop(self) -> None:
+        self._births.stop()
         self._answers.stop()
         self._landing.stop()
         if self._shuffles is not None:

@@ -31,7 +31,7 @@ class Members:
     ----------
     words
         ``WORDS`` words; per slot ``[incarnation | state, pid, start time, other shared memory, private memory, limit,
-        reserved x 2]``. Memory and limit are in bytes, the start time in clock ticks since boot. The first word is
+        drafts, reserved]``. Memory and limit are in bytes, the start time in clock ticks since boot. The first word is
         written last, and never becomes zero again.
     """
 
@@ -43,7 +43,7 @@ class Members:
     def add(self, member: Member, pid: int, started: int) -> None:
         """Enter a process, by pid and start time, in a vacant slot."""
         at = member.slot * _ENTRY
-        for n, word in enumerate((pid, started, 0, 0, 0), 1):
+        for n, word in enumerate((pid, started, 0, 0, 0, 0), 1):
             self._words[at + n] = word
         self._words[at] = member.incarnation << _STATE_BITS | _LIVE
 
@@ -84,6 +84,14 @@ class Members:
         """
         at = member.slot * _ENTRY
         self._words[at + 4], self._words[at + 5] = private, limit
+
+    def note_drafts(self, member: Member, size: int) -> None:
+        """Note the bytes of a member's drafts that contain its own arrays. Needs no mutex."""
+        self._words[member.slot * _ENTRY + 6] = size
+
+    def drafts(self, member: Member) -> int:
+        """Return the bytes that a member has noted with :meth:`note_drafts`. Needs no mutex."""
+        return self._words[member.slot * _ENTRY + 6]
 
     def memory_of_workers(self) -> list[tuple[int, int, int]]:
         """Return pid, private memory and limit, in bytes, of each member that has noted a limit other than zero."""

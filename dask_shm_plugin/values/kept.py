@@ -7,6 +7,7 @@ reference to a value would make it look as if something else could reach it.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dask_shm_plugin.arena.arena import Arena
@@ -31,6 +32,11 @@ class KeptValues:
     arena
         The arena that gets the labels.
 
+    Attributes
+    ----------
+    placed
+        Called with the key and the value whenever a value is noted that lies in blocks, or has a copy there.
+
     Notes
     -----
     To be used on the worker's event loop; the arena's housekeeping thread reads the labels.
@@ -39,6 +45,7 @@ class KeptValues:
     def __init__(self, arena: Arena) -> None:
         self._arena_id = arena.arena_id
         self._kept: dict[Any, Kept] = {}
+        self.placed: Callable[[Any, object], object] = lambda key, value: None
 
     def note(self, key: Any, value: object, blocks: dict[BlockId, int] | None = None) -> None:
         """Note the value of a key, and its bytes in each block; if these are not given, they are looked for."""
@@ -46,6 +53,7 @@ class KeptValues:
         self.forget(key)
         if found:
             self._kept[key] = Kept(Label(tuple(found), str(key), *describe(value)), sum(found.values()))
+            self.placed(key, value)
 
     def forget(self, key: Any) -> None:
         """Drop the label of a key; harmless if it has none."""

@@ -80,6 +80,17 @@ ROLES = {
     "lists": Role(
         "arena.directory.add(b'name', b'data'); arena.directory.remove(b'name')", "list value, cross out", 0, JOIN
     ),
+    "bears arrays": Role(
+        """
+        array = in_arena(np.ones, 1 << 17, np.uint8)
+        switch.seal(array.ctypes.data, array.nbytes)
+        del array
+        switch.switch_off(arena)
+        """,
+        "lease, remap, seal chunk, drop chunk",
+        0,
+        f"{JOIN}; from births import *; switch.switch_on(arena, None, 3600)",
+    ),
     "cleans up behind the dead": Role("arena.roster.reclaim_dead()", "reclaim, release", 1, JOIN),
     "cleans up the drafts of the dead": Role("arena.roster.reclaim_dead()", "reclaim drafts", 0, JOIN),
     "restores the rendezvous": Role("membership._restore(cluster)", "enter, list, attend", 0, JOIN),

@@ -21,6 +21,7 @@ from observing import (
     fresh,
     known_workers,
     lies_in_arena,
+    outside,
     see,
     see_on,
     totals,
@@ -163,7 +164,7 @@ def test_stats_describe_the_arena_of_the_node(four: Client) -> None:
     from dask_shm_plugin import stats
 
     a, b, *_ = addresses(four)
-    made = four.submit(array, fresh(), workers=[a])
+    made = four.submit(outside, array, fresh(), workers=[a])
     see_on(four, made, [b])
     ((name, arena),) = stats(four).items()
     assert isinstance(name, str)
@@ -183,7 +184,7 @@ def test_stats_describe_the_arena_of_the_node(four: Client) -> None:
 def test_each_worker_has_its_counters_in_its_metrics(four: Client) -> None:
     """The counters travel with the heartbeat, from which the dashboard and Prometheus read them."""
     a, b, *_ = addresses(four)
-    made = four.submit(array, fresh(), workers=[a])
+    made = four.submit(outside, array, fresh(), workers=[a])
     see_on(four, made, [b])
 
     def counted(address: str, counter: str) -> bool:

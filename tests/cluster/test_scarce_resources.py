@@ -54,7 +54,7 @@ from dask_shm_plugin.node import membership
 
 #: Sizes in doubles: 512 KiB, and 8 MiB, which is more than other tests have left warm.
 SMALL, LARGE = 64 * KIB, 1 * MIB
-OPTIONS = {"threshold": "64 KiB", "capacity": "96 MiB"}
+OPTIONS = {"threshold": "64 KiB", "capacity": "96 MiB", "born": "off"}  # values are to be copied
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def test_the_repr_tells_all_settings():
     with dask.config.set({"shm.publish": "on-completion"}):
         text = repr(SharedMemoryPlugin(capacity="2 GiB", warm=1))
     assert text == (
-        "SharedMemoryPlugin(capacity='2 GiB', threshold=1048576, publish='on-completion', views='copy-on-write', warm=1.0, shuffle='auto')"
+        "SharedMemoryPlugin(capacity='2 GiB', threshold=1048576, publish='on-completion', views='copy-on-write', warm=1.0, shuffle='auto', born='off')"
     )
 
 

@@ -27,6 +27,7 @@ def test_nothing_is_counted_at_first() -> None:
     nothing = {"count": 0, "bytes": 0}
     assert Counters().snapshot() == {
         "published": nothing,
+        "born": nothing,
         "attached": nothing,
         "found": nothing,
         "landed": nothing,
@@ -45,6 +46,7 @@ def test_values_and_their_bytes_are_counted_by_event_and_reason() -> None:
         counters.count_sent(reason, size)
     assert counters.snapshot() == {
         "published": {"count": 2, "bytes": 7},
+        "born": {"count": 0, "bytes": 0},
         "attached": {"count": 1, "bytes": 5},
         "found": {"count": 1, "bytes": 5},
         "landed": {"count": 0, "bytes": 0},
@@ -88,6 +90,7 @@ def test_snapshots_are_added_up() -> None:
         metrics.add(total, snapshot)
     assert total == {
         "published": {"count": 2, "bytes": 7},
+        "born": {"count": 0, "bytes": 0},
         "attached": {"count": 0, "bytes": 0},
         "found": {"count": 0, "bytes": 0},
         "landed": {"count": 0, "bytes": 0},
@@ -107,6 +110,7 @@ def test_counts_since_a_snapshot_are_differences(monkeypatch: pytest.MonkeyPatch
     nothing = {"count": 0, "bytes": 0}
     assert metrics.since(before) == {
         "published": nothing,
+        "born": nothing,
         "attached": nothing,
         "found": nothing,
         "landed": nothing,
@@ -118,6 +122,7 @@ def test_counts_since_a_snapshot_are_differences(monkeypatch: pytest.MonkeyPatch
     metrics.COUNTERS.count_sent("arena-full", 2)
     assert metrics.since(before) == {
         "published": {"count": 1, "bytes": 4},
+        "born": nothing,
         "attached": nothing,
         "found": nothing,
         "landed": nothing,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 import os
 import re
@@ -155,6 +156,8 @@ class Totals:
     resident: int = 0
     published: int = 0
     published_bytes: int = 0
+    born: int = 0
+    born_bytes: int = 0
     attached: int = 0
     attached_bytes: int = 0
     adopted: int = 0
@@ -182,8 +185,8 @@ def summed(found: dict[str, Any]) -> Totals:
     result = Totals()
     for arena in found.values():
         sent = arena["sent"].values()
-        counts = {name: arena[name]["count"] for name in ("published", "attached", "adopted")}
-        sizes = {f"{name}_bytes": arena[name]["bytes"] for name in ("published", "attached", "adopted")}
+        counts = {name: arena[name]["count"] for name in ("published", "born", "attached", "adopted")}
+        sizes = {f"{name}_bytes": arena[name]["bytes"] for name in ("published", "born", "attached", "adopted")}
         result += Totals(
             arenas=1,
             members=arena["members"] if isinstance(arena["members"], int) else len(arena["members"]),
@@ -196,6 +199,18 @@ def summed(found: dict[str, Any]) -> Totals:
             **sizes,
         )
     return result
+
+
+def unshared(client: Any) -> int:
+    """Return the bytes of the arrays of all workers that were allocated in the arena, and are not shared."""
+    return sum(client.run(_unshared).values())
+
+
+def _unshared() -> int:
+    from dask_shm_plugin.born import switch
+
+    figures = switch.figures()
+    return 0 if figures is None else figures.used + figures.idle
 
 
 def settle(client: Any) -> None:
@@ -282,6 +297,11 @@ class Seen:
     shared: bool
     writeable: bool | None
     pid: int
+
+
+def outside(function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function whose arrays are not born in the arena, in a task: in a context of its own."""
+    return contextvars.Context().run(function, *arguments)
 
 
 def is_shared(value: Any) -> bool:

@@ -1,0 +1,173 @@
+"""The C library of this room, and the names of NumPy's C interface that it needs, through ``ctypes``."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import itertools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_FILE = Path(__file__).with_name("_born.so")
+_HANDLER_CAPSULE = b"mem_handler"
+# Slots of NumPy's table of functions: stable since NumPy 1.22, whose feature version is 15.
+_FEATURE_VERSION, _SET_HANDLER, _DEFAULT_HANDLER = 211, 304, 306
+_OLDEST_FEATURES = 15
+_NUMPYS_OWN = b"default_allocator"
+
+Lease = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_size_t)
+
+
+class Setup(ctypes.Structure):
+    """What the library is told about an arena; see ``Setup`` in ``_born.c``."""
+
+    _fields_ = (
+        ("area", ctypes.c_uint64),
+        ("span", ctypes.c_uint64),
+        ("base_offset", ctypes.c_uint64),
+        ("device", ctypes.c_uint64),
+        ("inode", ctypes.c_uint64),
+        ("page", ctypes.c_uint64),
+        ("lease", Lease),
+        ("has_gil", ctypes.c_void_p),
+        ("has_error", ctypes.c_void_p),
+        ("set_async_exc", ctypes.c_void_p),
+        ("fd", ctypes.c_int),
+    )
+
+
+class Figures(NamedTuple):
+    """Bytes of chunks in use, idle, and copy-on-write; how often one was used again, added, not had; their number."""
+
+    used: int
+    idle: int
+    private: int
+    reused: int
+    leased: int
+    refused: int
+    living: int
+
+
+class Library(NamedTuple):
+    """The loaded library.
+
+    Attributes
+    ----------
+    functions
+        The functions of ``_born.c``.
+    numpys_handler
+        The address of NumPy's own handler.
+    set_handler
+        ``PyDataMem_SetHandler``: sets the handler of the current context, and returns the one before.
+    numpys_capsule, capsule
+        NumPy's own handler and that of the library, as ``set_handler`` takes them.
+    """
+
+    functions: Any
+    numpys_handler: int
+    set_handler: Callable[[object], object]
+    numpys_capsule: object
+    capsule: object
+
+    def begin(self, setup: Setup, granules: int) -> int:
+        """Begin with an empty area; return a descriptor that tells when chunks are gone, or -1 if that is not possible."""
+        setup.has_gil, setup.has_error, setup.set_async_exc = (
+            ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p)
+            for name in ("PyGILState_Check", "PyErr_Occurred", "PyThreadState_SetAsyncExc")
+        )
+        return int(self.functions.born_begin(ctypes.byref(setup), granules, self.numpys_handler))
+
+    def raise_later(self, error: BaseException) -> None:
+        """Raise an error of the same class in this thread, which leases, when the allocation is over."""
+        self.functions.born_raise(threading.get_ident(), id(type(error)))
+
+    def take_gone(self, seconds: float) -> tuple[int, int] | None:
+        """Take out a chunk that is gone, or idle for longer than ``seconds`` or beyond the limit: address and length."""
+        return self._found(lambda *found: self.functions.born_take_gone(int(seconds * 1000), *found) == 1)
+
+    def used(self) -> Iterator[tuple[int, int]]:
+        """Yield address and length of each chunk that is in use and shared; each is looked up when it is its turn."""
+        start, length = ctypes.c_uint64(), ctypes.c_uint64()
+        for number in itertools.count():
+            outcome = self.functions.born_is_used(number, ctypes.byref(start), ctypes.byref(length))
+            if outcome < 0:
+                return
+            if outcome:
+                yield start.value, length.value
+
+    def make_private(self, address: int, length: int) -> tuple[int, int] | None:
+        """Make the chunk around some bytes copy-on-write; return its address and length if it is now."""
+        return self._found(lambda *found: self.functions.born_make_private(address, length, *found) > 0)
+
+    def figures(self) -> Figures:
+        """Return the present figures."""
+        words = (ctypes.c_uint64 * len(Figures._fields))()
+        self.functions.born_figures(words)
+        return Figures(*words)
+
+    def _found(self, call: Callable[..., bool]) -> tuple[int, int] | None:
+        start, length = ctypes.c_uint64(), ctypes.c_uint64()
+        return (start.value, length.value) if call(ctypes.byref(start), ctypes.byref(length)) else None
+
+
+@functools.cache
+def load() -> Library | str:
+    """Load the library; return the reason if it cannot be used in this process."""
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return "this Python runs without the GIL"
+    if not _FILE.exists():
+        return "the package was installed without its C library, which needs a C compiler"
+    try:
+        functions, table = ctypes.CDLL(str(_FILE)), _numpys_table()
+        _declare(functions)
+        if ctypes.CFUNCTYPE(ctypes.c_uint)(table[_FEATURE_VERSION])() < _OLDEST_FEATURES:
+            return "this version of NumPy is too old"
+        numpys_capsule = ctypes.cast(table[_DEFAULT_HANDLER], ctypes.POINTER(ctypes.py_object))[0]
+        handler = _pointer_in(numpys_capsule, _HANDLER_CAPSULE)
+        if ctypes.string_at(handler) != _NUMPYS_OWN:
+            return "NumPy's own allocator was replaced"
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+        capsule = new(ctypes.addressof(ctypes.c_char.in_dll(functions, "born_handler")), _HANDLER_CAPSULE, None)
+        set_handler = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.py_object)(table[_SET_HANDLER])
+    except Exception as error:
+        return f"the C library does not fit this Python or NumPy ({error})"
+    return Library(functions, handler, set_handler, numpys_capsule, capsule)
+
+
+def _declare(functions: Any) -> None:
+    size, pointer = ctypes.c_size_t, ctypes.c_void_p
+    for name, result, arguments in (
+        ("born_begin", ctypes.c_int, [pointer, pointer, pointer]),
+        ("born_limit", None, [size, size, size]),
+        ("born_stop", None, []),
+        ("born_end", ctypes.c_int, []),
+        ("born_pause", None, [ctypes.c_uint64]),
+        ("born_wake", None, []),
+        ("born_raise", None, [ctypes.c_ulong, pointer]),
+        ("born_add", ctypes.c_int, [size, size]),
+        ("born_make_private", ctypes.c_int, [size, size, pointer, pointer]),
+        ("born_take_gone", ctypes.c_int, [ctypes.c_uint64, pointer, pointer]),
+        ("born_is_used", ctypes.c_int, [ctypes.c_int, pointer, pointer]),
+        ("born_figures", None, [pointer]),
+    ):
+        function = getattr(functions, name)
+        function.restype, function.argtypes = result, arguments
+
+
+def _numpys_table() -> Any:
+    try:
+        module = importlib.import_module("numpy._core._multiarray_umath")
+    except ImportError:  # before NumPy 2
+        module = importlib.import_module("numpy.core._multiarray_umath")
+    return ctypes.cast(_pointer_in(module._ARRAY_API, None), ctypes.POINTER(ctypes.c_void_p))
+
+
+def _pointer_in(capsule: object, name: bytes | None) -> int:
+    get = ctypes.pythonapi.PyCapsule_GetPointer
+    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    return int(get(capsule, name))

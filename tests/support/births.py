@@ -1,0 +1,80 @@
+"""Arrays that are born in an arena, in this process and without Dask."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+from other_processes import wait_until
+
+from dask_shm_plugin.arena.arena import Arena
+from dask_shm_plugin.born import switch
+from dask_shm_plugin.born.library import Figures, Library, load
+from dask_shm_plugin.born.nursery import Nursery
+
+T = TypeVar("T")
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+def library() -> Library:
+    """Return the library, which the tests need."""
+    found = load()
+    assert isinstance(found, Library), found
+    return found
+
+
+def in_arena(function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function whose arrays are born in the arena, as a task's are."""
+
+    def call() -> T:
+        switch.allocate_here()
+        return function(*arguments)
+
+    return contextvars.copy_context().run(call)
+
+
+def in_thread(function: Callable[[], T]) -> T:
+    """Call a function in another thread."""
+    results: list[T] = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def figures() -> Figures:
+    """Return the figures of this process."""
+    found = switch.figures()
+    assert found is not None
+    return found
+
+
+def is_born(array: np.ndarray) -> bool:
+    """Return whether the data of an array lie in a chunk."""
+    nursery = switch._nursery
+    return nursery is not None and 0 <= array.ctypes.data - nursery._area < nursery._span
+
+
+def drafts(arena: Arena) -> int:
+    """Return the bytes of all drafts and blocks of an arena."""
+    return arena.stats().used
+
+
+@contextmanager
+def births(arena: Arena, memory_limit: int | None = None, warm: float = 3600) -> Iterator[Nursery]:
+    """Let arrays be born in an arena, and wait at the end until all of them are given back."""
+    reason = switch.switch_on(arena, memory_limit, warm)
+    assert reason is None, reason
+    nursery = switch._nursery
+    assert nursery is not None
+    try:
+        yield nursery
+    finally:
+        switch.switch_off(arena)
+        wait_until(lambda: nursery.is_over, "the last chunk is given back")
