@@ -108,12 +108,12 @@ class SharedMemoryScheduler(SchedulerPlugin):
             return None
 
     def _advised(self, advice: Callable[..., Any]) -> Callable[[Any], Any]:
-        """Take our answer instead of Dask's, unless ours is None."""
+        """Take our answer about a task with a large input instead of Dask's, unless ours is None."""
 
         def around(own: Any) -> Any:
-            def advised(*args: Any) -> Any:
-                answer = self._guarded(advice, *args)
-                return own(*args) if answer is None else answer
+            def advised(ts: Any, *args: Any) -> Any:
+                answer = self._guarded(advice, ts, *args) if has_large_input(ts) else None
+                return own(ts, *args) if answer is None else answer
 
             return advised
 

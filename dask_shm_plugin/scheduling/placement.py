@@ -9,14 +9,14 @@ from typing import Any
 from distributed.stealing import LATENCY, fast_tasks
 
 from dask_shm_plugin.scheduling.costs import Costs
-from dask_shm_plugin.scheduling.nodes import Nodes, arena_of, has_large_input, is_large
+from dask_shm_plugin.scheduling.nodes import Nodes, arena_of, is_large
 
 _NEVER_S = 1e6
 """Added to the cost (s) of a worker that has no room for the inputs. It is finite, because Dask subtracts costs again."""
 
 
 class Placement:
-    """Advises a scheduler; each method returns None where Dask's own answer stands.
+    """Advises a scheduler on tasks with large inputs; a method returns None where Dask's own answer stands.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ class Placement:
 
     def decide_worker(self, ts: Any) -> Any:
         """Return the worker that would start a task soonest, among the holders of its inputs and their neighbours."""
-        if ts.actor or not has_large_input(ts):
+        if ts.actor:
             return None
         neighbours = self._neighbours(ts)
         if not neighbours:
@@ -58,10 +58,8 @@ class Placement:
         workers = self._nodes.workers()
         return {ws for arena_id in near for ws in workers[arena_id]}
 
-    def comm_cost(self, ts: Any, ws: Any) -> float | None:
+    def comm_cost(self, ts: Any, ws: Any) -> float:
         """Return the time (s) until a worker has the inputs of a task that it does not hold."""
-        if not has_large_input(ts):
-            return None
         missing = [dts for dts in ts.dependencies if ws not in (dts.who_has or ())]
         cost = sum(self._costs.transfer(dts, ws) for dts in missing)
         # Dask does not check the memory limit of a worker that steals a task.
@@ -72,7 +70,7 @@ class Placement:
 
         The same as in ``WorkStealing``, apart from the costs.
         """
-        if ts.prefix.name in fast_tasks or not has_large_input(ts):
+        if ts.prefix.name in fast_tasks:
             return None
         compute = self._scheduler._get_prefix_duration(ts.prefix)
         if not compute:
