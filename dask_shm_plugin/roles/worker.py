@@ -133,7 +133,7 @@ class _ActiveWorker:
         self._telling = Telling(worker, arena.arena_id.hex())
         self.publisher = Publisher(arena, role.options.threshold, self._data, role.address, self._kept, self._telling)
         self._answers = Answers(worker, arena, self.publisher, role.options.threshold)
-        self._landing = Landing(arena, role.address, self._may_be_large)
+        self._landing = Landing(arena, worker.address, self._may_be_large)
         self._meter = WorkerMeter(worker, arena)
         self._transfers = Transfers(worker, arena)
         self._scatter_guard = ScatterGuard.around(worker.handlers, self._received)
@@ -187,7 +187,7 @@ class _ActiveWorker:
             self._landing.forget(key)
         else:
             self._kept.note(key, value)
-            handle = self._landing.from_afar(key)
+            handle = self._landing.handle_of(key, value)
             if handle is not None:
                 self.publisher.stored(key, handle)
 
