@@ -141,7 +141,7 @@ class _ActiveWorker:
         self._telling = Telling(worker, arena.arena_id.hex())
         self.publisher = Publisher(arena, role.options.threshold, self._data, role.address, self._kept, self._telling)
         self._answers = Answers(worker, arena, self.publisher, role.options.threshold)
-        self._landing = Landing(arena, role.address, self._may_be_large)
+        self._landing = Landing(arena, worker.address, self._may_be_large)
         self._meter = WorkerMeter(worker, arena)
         self._kept.placed = self._meter.placed
         self._transfers = Transfers(worker, arena)
@@ -199,12 +199,13 @@ class _ActiveWorker:
         # A value that is not known to be large is published only on request: it may not even be serializable.
         if not self._answers.is_large(key):
             return
-        self._kept.note(key, self._data.in_memory(key))
-        handle = self._landing.from_afar(key)
+        value = self._data.in_memory(key)
+        self._kept.note(key, value)
+        handle = self._landing.handle_of(key, value)
         if handle is not None:
             self.publisher.stored(key, handle)
         is_eager = self._role.options.publish == "on-completion" and start in ("executing", "long-running")
-        if is_eager and not self._answers.is_of_small_items(key, self._data.in_memory(key)):
+        if is_eager and not self._answers.is_of_small_items(key, value):
             self.publisher.offer(key)
 
     def left(self, key: Any) -> None:

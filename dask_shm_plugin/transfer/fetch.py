@@ -144,7 +144,7 @@ async def ask_until_usable(
         raise
 
 
-async def _look_up(worker: str, keys: Collection[Any], landing: Landing | None) -> dict[Any, Any]:
+async def _look_up(worker: str, keys: Collection[Any], who: str | None, landing: Landing | None) -> dict[Any, Any]:
     """Return the values of those keys that a worker has listed, so that it need not be asked for them."""
     listed = index.find(worker, keys)
     if not listed:
@@ -154,7 +154,7 @@ async def _look_up(worker: str, keys: Collection[Any], landing: Landing | None) 
     for key in found:
         COUNTERS.count("found", listed[key].size)
         if landing is not None:
-            landing.note(key, listed[key])
+            landing.note(key, listed[key], found[key], who)
     return found
 
 
@@ -179,13 +179,13 @@ async def _get_data_from_worker(
     found: dict[Any, Any] = {}
     try:
         landing = landing_of(who)
-        found |= await _look_up(worker, keys, landing)
+        found |= await _look_up(worker, keys, who, landing)
         insist_rebuilt(found)
         rest = [key for key in keys if key not in found]
         if found and not rest:
             return {"status": "OK", "data": found}
         if landing is not None and landing.takes_from(worker):
-            response = await landing.fetch(ask_worker, rest, names)
+            response = await landing.fetch(ask_worker, rest, names, who)
         else:
             response = await ask_until_usable(ask_worker, rest, names)
         return {**response, "data": found | response["data"]} if response["status"] == "OK" else response

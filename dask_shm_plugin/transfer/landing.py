@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import math
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
@@ -60,13 +62,15 @@ class Landing:
 
     def __init__(self, arena: Arena, address: str, may_be_large: Callable[[Any], bool]) -> None:
         self._arena, self._address, self._may_be_large = arena, address, may_be_large
+        self._is_over = False
         self._index = PublishedIndex(arena, index.LANDED)
         self._landed: dict[Any, tuple[Published | None, asyncio.TimerHandle]] = {}
-        self._from_afar: dict[Any, Handle] = {}
+        self._from_afar: dict[Any, tuple[Handle, weakref.ref[Any]]] = {}
         _LANDINGS[address] = self
 
     def stop(self) -> None:
         """Receive nothing any more, and withdraw all listings."""
+        self._is_over = True
         if _LANDINGS.get(self._address) is self:
             del _LANDINGS[self._address]
         for key in list(self._landed):
@@ -84,19 +88,28 @@ class Landing:
         except SharedMemoryError:
             return False
 
-    def from_afar(self, key: Any) -> Handle | None:
-        """Return the handle of the last value that was fetched under a key, if it was made on another node.
+    def note(self, key: Any, handle: Handle, value: object, who: str | None) -> None:
+        """Note that a value was fetched by its handle, if it was made on another node.
+
+        Parameters
+        ----------
+        key, handle, value
+            The value.
+        who
+            The worker that will store it. A value that a user gets first may be changed before it is stored.
+        """
+        self._from_afar.pop(key, None)
+        if who == self._address and handle.is_from_afar:
+            with contextlib.suppress(TypeError):  # a list or dict
+                self._from_afar[key] = handle, weakref.ref(value)
+
+    def handle_of(self, key: Any, value: object) -> Handle | None:
+        """Return the handle of a value that a worker has just stored, if it was fetched from another node by that.
 
         Each worker that has such a value lists it: otherwise its neighbours would have it sent once more.
         """
-        return self._from_afar.get(key)
-
-    def note(self, key: Any, handle: Handle) -> None:
-        """Note that a value was fetched by its handle."""
-        if handle.is_from_afar:
-            self._from_afar[key] = handle
-        else:
-            self._from_afar.pop(key, None)
+        handle, reference = self._from_afar.pop(key, (None, None))
+        return handle if reference is not None and reference() is value else None
 
     def forget(self, key: Any) -> None:
         """Forget the value of a key: the worker has dropped it."""
@@ -104,15 +117,17 @@ class Landing:
         if key in self._landed:
             self._forget(key)
 
-    async def fetch(self, ask: Ask, keys: Collection[Any], names: list[str]) -> Any:
+    async def fetch(self, ask: Ask, keys: Collection[Any], names: list[str], who: str | None) -> Any:
         """Request data of a worker on another node; return the response with the values.
 
         Parameters
         ----------
         ask, keys, names
             As for `fetch.ask_until_usable`.
+        who
+            The worker that will store the values, or None.
         """
-        fetch = _Fetch(self)
+        fetch = _Fetch(self, who)
         data: dict[Any, Any] = {}
         arrived: dict[Any, Any] = {}
         missing = list(keys)
@@ -139,15 +154,16 @@ class Landing:
         large = [key for key in keys if self._may_be_large(key)][:_MAX_KEYS]
         return {handle.version: handle for key in large for handle in index.find_at_home(self._arena, key)}
 
-    async def land(self, key: Any, parcel: Parcel) -> Any:
+    async def land(self, key: Any, parcel: Parcel, who: str | None) -> Any:
         """Put a value into the arena and list it; return the value."""
         published, value = await call_in(None, parcel.landed, self._arena)
+        if self._is_over:
+            return value
         handle = published.handle if published is not None else _refusal(self._arena, parcel.version)
         self.forget(key)
         self._landed[key] = published, asyncio.get_running_loop().call_later(_LISTED_S, self._expire, key)
         self._index.add(key, handle)
-        if published is not None:
-            self._from_afar[key] = handle
+        self.note(key, handle, value, who)
         return value
 
     def _expire(self, key: Any) -> None:
@@ -197,8 +213,8 @@ _NOT_HERE = object()
 class _Fetch:
     """What one fetch has learned from the answers so far."""
 
-    def __init__(self, landing: Landing) -> None:
-        self._landing = landing
+    def __init__(self, landing: Landing, who: str | None) -> None:
+        self._landing, self._who = landing, who
         self._home: dict[bytes, Handle] = {}
         self._lost: set[Member] = set()
         self._unusable: set[bytes] = set()
@@ -219,7 +235,7 @@ class _Fetch:
         values = dict(data)
         # First those for which neighbours may wait: two workers that wait for each other's would wait in vain.
         for key in [key for key, value in data.items() if type(value) is Parcel]:
-            values[key] = await self._landing.land(key, values[key])
+            values[key] = await self._landing.land(key, values[key], self._who)
         later = [key for key, value in data.items() if type(value) is Elsewhere]
         values |= zip(later, await asyncio.gather(*(self._from_home(key, data[key]) for key in later)), strict=True)
         return values
@@ -240,7 +256,7 @@ class _Fetch:
                 self._lost.add(elsewhere.receiver)
             return _NOT_HERE
         COUNTERS.count("found", elsewhere.size)
-        self._landing.note(key, handle)
+        self._landing.note(key, handle, value, self._who)
         return value
 
 

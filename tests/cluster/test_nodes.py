@@ -254,6 +254,7 @@ def reuse(client: Client, rounds: int) -> int:
         future = client.submit(array, seed, 256 << 10, key="reused", workers=[maker], pure=False)
         read = [client.submit(total, future, workers=[one], pure=False) for one in readers]
         wrong += sum(one != total(array(seed, 256 << 10)) for one in client.gather(read))
+        del future, read  # the key is free
     return wrong
 
 
