@@ -31,7 +31,7 @@ from dask_shm_plugin.units import PAGE
 logger = logging.getLogger("dask_shm_plugin")
 
 _GRANULE_BYTES = 64 << 10
-_MAX_IDLE_BYTES = 128 << 20
+_MAX_IDLE_BYTES = 32 << 20
 _MAX_CHUNK_BYTES = 1 << 30
 """Larger arrays lie in ordinary memory: their pages exist only once they are touched."""
 _SHORT = 0.6

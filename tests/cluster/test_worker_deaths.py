@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from clusters import local_cluster
 from distributed import Client, wait
-from observing import BIG, addresses, array, fresh, pids, totals, wait_until
+from observing import BIG, addresses, array, fresh, outside, pids, totals, wait_until
 from processes import environment, run_script
 
 from dask_shm_plugin.node import membership
@@ -78,7 +78,7 @@ def test_a_worker_killed_at_a_step_leaves_right_values_and_an_empty_arena(
     seed, before = fresh(), alive(cluster)
     place = dict(zip((MAKER, READER), addresses(cluster), strict=True))
     # The other worker may run the task when this one is dead.
-    made = cluster.submit(array, seed, workers=[place[MAKER]], allow_other_workers=True)
+    made = cluster.submit(outside, array, seed, workers=[place[MAKER]], allow_other_workers=True)
     wait(made)
     cluster.run(die_at, moment, workers=[place[victim]])
     read = cluster.submit(sample, made, workers=[place[READER]], allow_other_workers=True, pure=False)
