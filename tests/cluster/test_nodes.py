@@ -36,6 +36,7 @@ def begin(client: Client) -> None:
     """Switch sharing on."""
     register(client, threshold="64 KiB", capacity="512 MiB")
     client.amm.stop()
+    client.run(frame, 0)  # the libraries are loaded before anything is counted
 
 
 def of(client: Client, node: str) -> list[str]:
