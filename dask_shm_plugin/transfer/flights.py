@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import struct
 import time
 from typing import Any, NamedTuple
 
 from dask_shm_plugin.arena.arena import Arena
+from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.table.members import Member
 from dask_shm_plugin.transfer.between_nodes import Elsewhere, NodeRequest
 from dask_shm_plugin.values import parcels
 from dask_shm_plugin.values.codec import Published
 
+_RECEIVER = struct.Struct("<QQ")
 _LANDING_S = 0.5
 _LANDING_BYTES_PER_S = 500e6
 """A received value is put into the arena of its node within this time, or more slowly than it is worth waiting for."""
@@ -27,47 +32,82 @@ class _Flight:
     def is_over(self) -> bool:
         return self._over_at is not None and time.monotonic() > self._over_at
 
-    def arrived(self) -> None:
-        self._over_at = time.monotonic() + _LANDING_S + self._size / _LANDING_BYTES_PER_S
+    def arrived(self) -> float:
+        """Note that the bytes have arrived; return the seconds until the value has landed."""
+        left = _LANDING_S + self._size / _LANDING_BYTES_PER_S
+        self._over_at = time.monotonic() + left
+        return left
 
 
 class _Route(NamedTuple):
     arena_id: str
     version: bytes
 
+    @property
+    def name(self) -> bytes:
+        """The name under which the flight is listed."""
+        return b"flight " + self.arena_id.encode() + self.version
+
 
 class Flights:
     """The values of one worker that are on their way to other nodes.
+
+    Each flight is listed in the directory of the arena: other workers there may be asked for the same value.
+
+    Parameters
+    ----------
+    arena
+        The arena of the worker.
 
     Notes
     -----
     To be used on the worker's event loop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
         self._by_route: dict[_Route, _Flight] = {}
 
     def receiver_of(self, request: NodeRequest, version: bytes) -> Member | None:
         """Return the neighbour of the requesting worker that is receiving a value, or None."""
-        flight = self._by_route.get(_Route(request.arena_id, version))
-        if flight is None or flight.is_over or flight.receiver in request.lost:
-            return None
-        return flight.receiver
+        self._forget_old()
+        route = _Route(request.arena_id, version)
+        flight = self._by_route.get(route)
+        receiver = flight.receiver if flight is not None else self._listed(route)
+        return None if receiver in request.lost else receiver
 
     def begin(self, request: NodeRequest, version: bytes, size: int) -> tuple[_Route, _Flight]:
         """Note that a value is sent to the requesting worker."""
-        for route in [route for route, flight in self._by_route.items() if flight.is_over]:
-            del self._by_route[route]
         route = _Route(request.arena_id, version)
         flight = self._by_route[route] = _Flight(request.member, size)
+        self._arena.directory.add(route.name, _RECEIVER.pack(*request.member))
         return route, flight
 
     def end(self, route: _Route, flight: _Flight, *, has_arrived: bool) -> None:
         """Note that the value was received, or that it will not be."""
         if has_arrived:
-            flight.arrived()
+            left = flight.arrived()
+            with contextlib.suppress(RuntimeError):  # no event loop
+                asyncio.get_running_loop().call_later(left + 0.01, self._forget_old)
         elif self._by_route.get(route) is flight:
-            del self._by_route[route]
+            self._forget(route)
+
+    def _listed(self, route: _Route) -> Member | None:
+        """Return the receiver that another worker of this arena has listed, or None."""
+        with contextlib.suppress(SharedMemoryError, struct.error):
+            for member in {one for members in self._arena.roster.workers().values() for one in members}:
+                data = None if member == self._arena.member else self._arena.directory.find(member, route.name)
+                if data is not None:
+                    return Member(*_RECEIVER.unpack(data))
+        return None
+
+    def _forget_old(self) -> None:
+        for route in [route for route, flight in self._by_route.items() if flight.is_over]:
+            self._forget(route)
+
+    def _forget(self, route: _Route) -> None:
+        del self._by_route[route]
+        self._arena.directory.remove(route.name)
 
     def __repr__(self) -> str:
         return f"<Flights {len(self._by_route)} under way>"

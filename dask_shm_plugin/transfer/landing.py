@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import math
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Collection
@@ -28,9 +27,11 @@ _LISTED_S = 10.0
 """How long a landed value can be found, whether or not a worker stores it under its key."""
 _ASK_AGAIN_S = 1.0
 """How long a worker waits for its neighbour before it asks the sender again: this may have died."""
-_PATIENCE_S = 2.0
+_PATIENCE_S = 5.0
 _PATIENCE_BYTES_PER_S = 50e6
-"""All in all it waits 2 s, and as long as a network of 0.4 Gbit/s takes for the value; then it asks for bytes."""
+"""All in all it waits 5 s, and as long as a network of 0.4 Gbit/s takes for the value; then it receives it itself."""
+_MAX_LOST = 2
+"""Number of neighbours for which a worker waits in vain; after them it asks for bytes, which do not land."""
 _PAUSES_S = 0.002, 0.05
 """The first and the longest pause between two looks for a value that the neighbour receives."""
 _MAX_KEYS = 64
@@ -152,7 +153,8 @@ class Landing:
     def at_home(self, keys: Collection[Any]) -> dict[bytes, Handle]:
         """Return the handles of large values that this node has under these keys, by version."""
         large = [key for key in keys if self._may_be_large(key)][:_MAX_KEYS]
-        return {handle.version: handle for key in large for handle in index.find_at_home(self._arena, key)}
+        found = [handle for key in large for handle in index.find_at_home(self._arena, key)]
+        return {handle.version: handle for handle in found if handle.parts}
 
     async def land(self, key: Any, parcel: Parcel, who: str | None) -> Any:
         """Put a value into the arena and list it; return the value."""
@@ -185,9 +187,10 @@ class Landing:
         pause, deadline = _PAUSES_S[0], time.monotonic() + _ASK_AGAIN_S
         while True:
             is_over = time.monotonic() > deadline or not self.is_running(elsewhere.receiver)
-            for handle in index.find_at_home(self._arena, key):
-                if handle.version == elsewhere.version:
-                    return handle
+            found = [one for one in index.find_at_home(self._arena, key) if one.version == elsewhere.version]
+            if found:
+                # One member may have had no room for the value, and another one has it.
+                return max(found, key=lambda handle: len(handle.parts))
             if is_over:
                 return None
             await asyncio.sleep(pause)
@@ -218,11 +221,11 @@ class _Fetch:
         self._home: dict[bytes, Handle] = {}
         self._lost: set[Member] = set()
         self._unusable: set[bytes] = set()
-        self._begun, self._deadline = time.monotonic(), math.inf
+        self._begun = time.monotonic()
 
     def names(self, keys: Collection[Any], names: list[str]) -> list[str]:
         """Return the names with which to ask next: as a node, or for mere bytes when patience has ended."""
-        if time.monotonic() > self._deadline:
+        if len(self._lost) > _MAX_LOST:
             return [requests.BYTES_PLEASE]
         home = self._landing.at_home(keys)
         self._home = {version: handle for version, handle in home.items() if version not in self._unusable}
@@ -245,13 +248,14 @@ class _Fetch:
             handle = self._home.get(elsewhere.version)
         else:
             patience = _PATIENCE_S + elsewhere.size / _PATIENCE_BYTES_PER_S
-            self._deadline = self._begun + patience
             handle = await self._landing.wait_for(key, elsewhere)
-            if handle is None and self._landing.is_running(elsewhere.receiver):
+            is_late = time.monotonic() > self._begun + patience * (1 + len(self._lost))
+            if handle is None and self._landing.is_running(elsewhere.receiver) and not is_late:
                 return _NOT_HERE
         value = await _mapped(handle) if handle is not None and handle.parts else _NOT_HERE
         if handle is None or value is _NOT_HERE:
-            self._unusable.add(elsewhere.version)
+            if handle is not None:
+                self._unusable.add(elsewhere.version)
             if elsewhere.receiver is not None:
                 self._lost.add(elsewhere.receiver)
             return _NOT_HERE
