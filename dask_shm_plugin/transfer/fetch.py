@@ -7,9 +7,8 @@ resolve every handle.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 import distributed.worker
@@ -21,10 +20,10 @@ from dask_shm_plugin.node import membership
 from dask_shm_plugin.seams import requests
 from dask_shm_plugin.seams.replacement import SharedReplacement
 from dask_shm_plugin.table.members import Member
-from dask_shm_plugin.threads import call_in
+from dask_shm_plugin.transfer.arrivals import finish, insist_rebuilt, unusable
 from dask_shm_plugin.transfer.landing import Landing, landing_of
 from dask_shm_plugin.values import handles, index
-from dask_shm_plugin.values.handles import Deferred, Failed, Unresolved
+from dask_shm_plugin.values.handles import Unresolved
 
 _OUTSIDE = "outside:"
 
@@ -79,30 +78,6 @@ def is_member(arena: Arena, asked_by: list[str]) -> bool:
             if arena_id == arena.arena_id.hex():
                 return arena.roster.is_live(Member(int(slot), int(incarnation)))
     return False
-
-
-async def finish(data: dict[Any, Any]) -> dict[Any, Any]:
-    """Rebuild the deferred values in Dask's thread for large messages, and return the data with them."""
-    later = [key for key, value in data.items() if type(value) is Deferred]
-    if not later:
-        return data
-    values = await asyncio.gather(*(call_in(None, handles.rebuild, data[key].handle) for key in later))
-    return {**data, **dict(zip(later, values, strict=True))}
-
-
-def unusable(data: Mapping[Any, Any]) -> list[Any]:
-    """Return the keys of handles that could not be resolved, and count them as sent."""
-    keys = [key for key, value in data.items() if type(value) is Unresolved]
-    for key in keys:
-        COUNTERS.count_sent(f"unresolved-{data[key].reason}", data[key].size)
-    return keys
-
-
-def insist_rebuilt(data: Mapping[Any, Any]) -> None:
-    """Raise the first error of a value's own deserializer, as Dask would have done."""
-    for value in data.values():
-        if type(value) is Failed:
-            raise value.error
 
 
 async def ask_until_usable(

@@ -12,7 +12,7 @@ from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.table.members import Member
 from dask_shm_plugin.transfer.between_nodes import Elsewhere, NodeRequest
-from dask_shm_plugin.values import parcels
+from dask_shm_plugin.values import index, parcels
 from dask_shm_plugin.values.codec import Published
 
 _RECEIVER = struct.Struct("<QQ")
@@ -146,6 +146,8 @@ class AnswerToNode:
         if receiver is not None:
             return Elsewhere(handle.version, handle.size, receiver).message, None
         message = parcels.message_of(published, self._arena)
+        if not index.is_listable(handle):
+            return message, "not-co-located"  # the neighbours would wait for it in vain
         self._begun.append(self._flights.begin(request, handle.version, handle.size))
         return message, "not-co-located"
 

@@ -13,9 +13,11 @@ from typing import Any
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.metrics import COUNTERS
+from dask_shm_plugin.node import membership
 from dask_shm_plugin.seams import requests
 from dask_shm_plugin.table.members import Member
 from dask_shm_plugin.threads import call_in
+from dask_shm_plugin.transfer import arrivals
 from dask_shm_plugin.transfer.between_nodes import Elsewhere, NodeRequest
 from dask_shm_plugin.values import handles, index
 from dask_shm_plugin.values.codec import Published
@@ -78,8 +80,13 @@ class Landing:
             self._forget(key)
 
     def takes_from(self, worker: str) -> bool:
-        """Return whether values of a worker land: it is on another node, and this node has several workers."""
-        return self.has_neighbours and worker not in self._arena.roster.workers()
+        """Return whether values of a worker land: it shares no arena with this process, and this node has several workers."""
+        try:
+            return self.has_neighbours and not any(
+                worker in arena.roster.workers() for arena in membership.all_arenas()
+            )
+        except SharedMemoryError:
+            return False
 
     @property
     def has_neighbours(self) -> bool:
@@ -165,7 +172,8 @@ class Landing:
         self.forget(key)
         self._landed[key] = published, asyncio.get_running_loop().call_later(_LISTED_S, self._expire, key)
         self._index.add(key, handle)
-        self.note(key, handle, value, who)
+        if published is not None:
+            self.note(key, handle, value, who)
         return value
 
     def _expire(self, key: Any) -> None:
@@ -221,27 +229,33 @@ class _Fetch:
         self._home: dict[bytes, Handle] = {}
         self._lost: set[Member] = set()
         self._unusable: set[bytes] = set()
+        self._needs_bytes = False
         self._begun = time.monotonic()
 
     def names(self, keys: Collection[Any], names: list[str]) -> list[str]:
         """Return the names with which to ask next: as a node, or for mere bytes when patience has ended."""
-        if len(self._lost) > _MAX_LOST:
+        if self._needs_bytes or len(self._lost) > _MAX_LOST:
             return [requests.BYTES_PLEASE]
         home = self._landing.at_home(keys)
         self._home = {version: handle for version, handle in home.items() if version not in self._unusable}
         return [*names, NodeRequest.of(self._landing.arena, self._home, self._lost).asker]
 
     async def finish(self, data: dict[Any, Any]) -> dict[Any, Any]:
-        """Return the values of an answer, and ``_NOT_HERE`` for those that are to be requested again."""
+        """Put the values of an answer in place of its messages; ``_NOT_HERE`` for those that are to be requested again."""
         if any(type(value) is not Elsewhere for value in data.values()):
             IS_CARRIED.set(True)
-        values = dict(data)
-        # First those for which neighbours may wait: two workers that wait for each other's would wait in vain.
+        # First those for which neighbours may wait: two workers that wait for each other's would wait in vain. Each
+        # parcel is dropped once it has landed: it has a private copy.
         for key in [key for key, value in data.items() if type(value) is Parcel]:
-            values[key] = await self._landing.land(key, values[key], self._who)
+            data[key] = await self._landing.land(key, data[key], self._who)
+        # The sender may be a member of this arena, and this process did not know that yet.
+        data |= await arrivals.finish(data)
+        arrivals.insist_rebuilt(data)
+        for key in arrivals.unusable(data):
+            data[key], self._needs_bytes = _NOT_HERE, True
         later = [key for key, value in data.items() if type(value) is Elsewhere]
-        values |= zip(later, await asyncio.gather(*(self._from_home(key, data[key]) for key in later)), strict=True)
-        return values
+        data |= zip(later, await asyncio.gather(*(self._from_home(key, data[key]) for key in later)), strict=True)
+        return data
 
     async def _from_home(self, key: Any, elsewhere: Elsewhere) -> Any:
         if elsewhere.receiver is None:

@@ -188,6 +188,7 @@ class Publisher:
         except SharedMemoryError:
             self._entries.forget(key)
             return
+        entry.is_adopted = True  # the worker's value is the mapping
         entry.begin(0, is_verified=True)
         self._soon(self._adopter.settle(key, entry))
 

@@ -11,7 +11,7 @@ from distributed.core import error_message
 
 from dask_shm_plugin.exceptions import StaleBlock
 from dask_shm_plugin.seams.replacement import Replacement
-from dask_shm_plugin.transfer import fetch
+from dask_shm_plugin.transfer import arrivals
 from dask_shm_plugin.values.handles import NotRebuilt
 
 Received = Callable[[dict[Any, Any]], Awaitable[None]]
@@ -50,12 +50,12 @@ class ScatterGuard:
 
     async def __call__(self, data: dict[Any, Any], **options: Any) -> Any:
         """Store the data of a scatter, or refuse all of them if any handle cannot be used here."""
-        data = await fetch.finish(data)
+        data = await arrivals.finish(data)
         try:
-            fetch.insist_rebuilt(data)
+            arrivals.insist_rebuilt(data)
         except Exception as error:
             return error_message(NotRebuilt(error), status="uncaught-error")
-        keys = fetch.unusable(data)
+        keys = arrivals.unusable(data)
         if keys:
             # Returned and not raised, so that no traceback is logged: the sender repeats the scatter with bytes.
             return error_message(StaleBlock(f"{keys} cannot be mapped here"), status="uncaught-error")

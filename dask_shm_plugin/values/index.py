@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.node import membership
+from dask_shm_plugin.table.layout import PLACE_BYTES
 from dask_shm_plugin.table.members import Member
 from dask_shm_plugin.values.handles import Handle
 
@@ -63,16 +65,31 @@ LANDED = "landed"
 def find_at_home(arena: Arena, key: Any) -> list[Handle]:
     """Return the handles of a key that any member of an arena has listed; they may be of several versions."""
     found: list[Handle] = []
-    try:
-        if not arena.is_damaged:
-            for address, members in arena.roster.workers().items():
-                for name in (_name(LANDED, key), _name(address, key)):
-                    data = _first(arena, members, name)
-                    if data is not None:
-                        found.append(Handle.from_bytes(arena.arena_id, data))
-    except Exception:  # see `_find`
-        return []
+    for data in _listed_at_home(arena, key):
+        with contextlib.suppress(Exception):  # see `_find`; one of another form does not hide the others
+            found.append(Handle.from_bytes(arena.arena_id, data))
     return found
+
+
+def _listed_at_home(arena: Arena, key: Any) -> set[bytes]:
+    found: set[bytes | None] = set()
+    with contextlib.suppress(Exception):  # see `_find`
+        landed = _name(LANDED, key)
+        for address, members in ({} if arena.is_damaged else arena.roster.workers()).items():
+            listing = [member for member in members if not arena.directory.is_empty(member)]
+            if listing:
+                found |= {_first(arena, listing, landed), _first(arena, listing, _name(address, key))}
+    return {data for data in found if data is not None}
+
+
+_SPAN_BYTES, _OTHER_BYTES = 40, 160
+"""Bytes of a listed handle, at most, for each part of the value that lies in a block, and for all other fields."""
+
+
+def is_listable(handle: Handle) -> bool:
+    """Return whether a handle has a place in a directory, on each node on which its value may land."""
+    parts = sum(len(part) if isinstance(part, bytes) else _SPAN_BYTES for part in handle.parts)
+    return len(handle.header) + parts + _OTHER_BYTES <= PLACE_BYTES
 
 
 def _find(arena: Arena, address: str, keys: Any) -> list[tuple[Any, Handle]]:
