@@ -66,6 +66,11 @@ class NannyStub(NannyPlugin):
             await self.half.teardown(nanny)
 
 
+_TO = frozenset(("memory", "error", "rescheduled"))
+_FROM = frozenset(("memory", "error", "cancelled", "resumed"))
+"""States of a task; the real plugin is told of transitions to one of the first, or from one of the second."""
+
+
 class WorkerStub(WorkerPlugin):
     """Delegates to a ``SharedMemoryWorker`` where the package is installed, and does nothing elsewhere."""
 
@@ -87,9 +92,9 @@ class WorkerStub(WorkerPlugin):
             await self.half.teardown(worker)
 
     def transition(self, key: Any, start: str, finish: str, **kwargs: Any) -> None:
-        """Forward a task's transition to and from memory to the real plugin."""
+        """Forward a task's transition to or from memory, and that of a task that may have failed, to the real plugin."""
         # Each task makes about five transitions, and two of them matter.
-        if self.half is not None and (finish == "memory" or start == "memory"):
+        if self.half is not None and (finish in _TO or start in _FROM):
             self.half.transition(key, start, finish)
 
 

@@ -27,16 +27,19 @@ class CycleCollector:
     -----
     Dask (2026.8.0) keeps the exception of a failed task in a variable of a function that is part of the exception's own
     traceback (``apply_function_simple``). The traceback refers to the frames of the task, and these to its inputs. They
-    go when Python next looks for cycles among old objects, which a worker that is idle never does.
+    go when Python next looks for cycles among old objects, which a worker that is idle never does. The worker also keeps
+    the exception until the scheduler releases the task.
     """
 
     def __init__(self, loop: Any, holds_blocks: Callable[[], bool]) -> None:
         self._loop, self._holds_blocks = loop, holds_blocks
         self._duration = 0.0
         self._timeout: object | None = None
+        self._is_late = False
 
     def note_failure(self) -> None:
-        """Plan a search, unless one is planned."""
+        """Plan a search; if one is planned, which may come too early for this failure, plan another one after it."""
+        self._is_late = self._timeout is not None
         if self._timeout is None:
             self._timeout = self._loop.call_later(max(_DELAY_S, self._duration / _MAX_FRACTION), self._search)
 
@@ -52,3 +55,5 @@ class CycleCollector:
             start = thread_time()
             gc.collect()
             self._duration = thread_time() - start
+        if self._is_late:
+            self.note_failure()

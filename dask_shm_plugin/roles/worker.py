@@ -43,10 +43,6 @@ _HEARTBEAT_TIMEOUT_S = 1.0
 _LISTING_TIMEOUT_S = 0.1
 """Longest time (s) for which a scatter waits until its values are listed."""
 
-_EXECUTING = frozenset(("executing", "long-running", "cancelled", "resumed"))
-_FAILED = frozenset(("error", "rescheduled", "released"))
-"""States of a task after one of :data:`_EXECUTING`, if its function has raised an error."""
-
 logger = logging.getLogger("dask_shm_plugin")
 
 
@@ -109,14 +105,14 @@ class SharedMemoryWorker(WorkerPlugin):
             await running.stop()
 
     def transition(self, key: Any, start: str, finish: str, **kwargs: Any) -> None:
-        """Note that a value came or went, or a task has ended; Dask calls this at each transition of a task."""
+        """Note that a value came or went, or that a task may have failed; the stub leaves out the others."""
         if self._running is None:
             return
         if finish == "memory":
             self._running.arrived(key, start)
         elif start == "memory":
             self._running.left(key)
-        elif start in _EXECUTING and finish in _FAILED:
+        elif finish in ("error", "rescheduled") or start in ("error", "cancelled", "resumed"):
             self._running.cycles.note_failure()
 
     def explain(self, key: Any) -> dict[str, str]:
