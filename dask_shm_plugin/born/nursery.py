@@ -245,7 +245,8 @@ class Nursery:
         with contextlib.ExitStack() as stack:
             if self._adding.acquire(timeout=_FORK_WAIT_S):
                 stack.callback(self._adding.release)
-            self._give_back(every=True)
+            with contextlib.suppress(SharedMemoryError, OSError):
+                self._give_back(every=True)
             stack.enter_context(self._sealing)
             for address, length in self._library.used():
                 if not self._seal(address, length):
