@@ -63,7 +63,9 @@ def expression(_: None, is_born: bool, size: int, seconds: float) -> tuple[float
     def run() -> tuple[float, float]:
         if is_born:
             switch.allocate_here()
-        np.sqrt(a * a + c)
+        for _ in range(20):  # the chunks are added meanwhile
+            np.sqrt(a * a + c)
+            time.sleep(0.001)
         faults, cpu, count = _faults(), time.process_time(), 0
         until = time.monotonic() + seconds
         while time.monotonic() < until:

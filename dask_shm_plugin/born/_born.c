@@ -173,9 +173,10 @@ static void note_demand(int class, int is_missed) {
     uint64_t now = now_ms();
     demand[class].used = now;
     if (class >= top || now - top_used > LATELY_MS) top = class, top_used = now;
-    if (now < demand[class].quiet || used_bytes + idle_bytes + length_of(class) > drafts_most) return;
+    if (now < demand[class].quiet || !idle_most || used_bytes + idle_bytes + length_of(class) > drafts_most) return;
+    int is_last = !idle_heads[class] && !idle_heads[class + 1];
     if (is_missed) want(class, ++demand[class].missing);
-    else if (!idle_heads[class] && !idle_heads[class + 1]) want(class, 1);
+    else if (is_last && now >= demand[class].quiet + LATELY_MS) want(class, 1); /* ahead of need, unless that was in vain */
 }
 
 /* -- what NumPy calls */
