@@ -63,7 +63,9 @@ def expression(_: None, is_born: bool, size: int, seconds: float) -> tuple[float
     def run() -> tuple[float, float]:
         if is_born:
             switch.allocate_here()
-        np.sqrt(a * a + c)
+        for _ in range(20):  # the chunks are added meanwhile
+            np.sqrt(a * a + c)
+            time.sleep(0.001)
         faults, cpu, count = _faults(), time.process_time(), 0
         until = time.monotonic() + seconds
         while time.monotonic() < until:
@@ -104,8 +106,11 @@ def numpy_alone(rounds: int, seconds: float) -> list[dict[str, Any]]:
 
 
 def fetch(site: Site, number: int, size: int) -> Used:
-    """Let one worker make an array and the other fetch and read it."""
+    """Let one worker make an array and the other fetch and read it; the first array of a size is not born."""
     a, b = site.workers
+    for before in range(2):
+        site.put_on(a, number + 2000 + 1000 * before, size)
+        time.sleep(0.2)
     future = site.put_on(a, number + 1000, size)
     return _used(site, lambda: site.read_on(b, future, machine.read_pages))
 

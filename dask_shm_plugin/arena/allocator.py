@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from dask_shm_plugin.arena.guard import GuardedTable
 from dask_shm_plugin.arena.holdings import Holdings
 from dask_shm_plugin.arena.references import Hold
 from dask_shm_plugin.crashpoints import step
-from dask_shm_plugin.exceptions import ArenaUnavailable
+from dask_shm_plugin.exceptions import ArenaUnavailable, StaleBlock
 from dask_shm_plugin.table.blocks import TRIMMING
 from dask_shm_plugin.table.free_space import FreeSpace
 from dask_shm_plugin.table.layout import BlockId, Extent
 from dask_shm_plugin.table.members import Member
+from dask_shm_plugin.table.state_word import SEALED
 from dask_shm_plugin.table.table import Table
 
 
@@ -95,6 +97,16 @@ class Allocator:
     def seal(self, row: BlockId) -> None:
         """Turn a draft of this process into a sealed block that this process refers to."""
         self._access.run(lambda table: table.seal(row, self._member))
+
+    def is_sealed(self, row: BlockId) -> bool:
+        """Tell whether a row to which this process refers is a sealed block."""
+
+        def look(table: Table) -> bool:
+            with contextlib.suppress(StaleBlock):
+                return bool(table.blocks.demand(row, SEALED))
+            return False
+
+        return self._access.run(look)
 
     @step("abandon")
     def abandon(self) -> None:

@@ -1,7 +1,8 @@
 /* The memory of NumPy's large arrays, taken from chunks of an arena.
  *
- * A chunk is a draft of the arena that is mapped at a fixed address. Python reserves and seals the drafts; this file
- * hands chunks out and takes them back, in any thread, and never calls Python except through `lease`.
+ * A chunk is a draft of the arena that is mapped at a fixed address. A thread of Python reserves and seals the drafts, and
+ * adds chunks ahead of need. This file hands them out and takes them back, in any thread. It never calls Python, nor waits
+ * for it: what NumPy calls may hold the GIL or not, be a finalizer, or run under any lock of its caller.
  *
  * Plain C: it includes neither Python's nor NumPy's headers, so one build serves every version of both. The layout of
  * `Handler` is that of NEP 49, version 1.
@@ -11,11 +12,14 @@
 #include <pthread.h>
 #include <stdint.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+
+#ifndef MAP_FIXED_NOREPLACE
+#define MAP_FIXED_NOREPLACE 0x100000
+#endif
 
 typedef struct {
     void *ctx;
@@ -37,10 +41,6 @@ typedef struct {
     uint64_t base_offset;        /* where in the file the area begins */
     uint64_t device, inode;      /* of the file */
     uint64_t page;
-    int (*lease)(size_t);        /* Python: add a chunk of this length, for the calling thread; NULL: none */
-    int (*has_gil)(void);
-    void *(*has_error)(void);
-    int (*raise)(unsigned long, void *);
     int fd;
 } Setup;
 
@@ -51,7 +51,8 @@ enum { NONE, IDLE, USED, MOVING, DROPPED, PRIVATE, GONE };
 typedef struct {
     uintptr_t start;
     size_t length;
-    int state, next;             /* next: of the idle chunks of the same class */
+    int state, next;             /* next: of the idle chunks of the same class, the oldest last */
+    int is_kept;                 /* a forked child does not get it */
     uint64_t since;              /* when it became idle, in milliseconds */
 } Chunk;
 
@@ -65,15 +66,22 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_mutex_t moving = PTHREAD_MUTEX_INITIALIZER; /* taken before `lock`: one mapping is replaced at a time */
 static Setup setup;
 static Allocator base;
+static pthread_cond_t change;    /* the nursery's thread waits for it */
 static volatile int is_on, is_child;
-static int wake_fd = -1;
+static int has_work, is_heard;   /* there are chunks to give back; the thread wants to know of new demand */
 static size_t idle_most, drafts_most, largest;
-static uint64_t idle_bytes, used_bytes, private_bytes, reused, leased, refused;
-static volatile uint64_t paused_until; /* milliseconds */
-static __thread int is_leasing;
-static __thread void *handed_over;
-static __thread unsigned long interrupted_thread;
-static __thread void *interruption;
+static uint64_t idle_bytes, used_bytes, private_bytes, reused, added, missed;
+
+/* What is asked for, by class; times are in milliseconds. */
+static struct {
+    int missing, wanted;         /* arrays in ordinary memory since the last look, and chunks to add: the most at once */
+    int idle;                    /* number of chunks */
+    uint64_t used, quiet;        /* when it was last asked for, and until when nothing is added */
+} demand[CLASSES];
+static int all_wanted, top;      /* top: the largest class of late */
+static uint64_t top_used;
+
+enum { LATELY_MS = 1000, QUIET_BITS = 18 };
 
 static uint64_t now_ms(void) {
     struct timespec t;
@@ -81,11 +89,15 @@ static uint64_t now_ms(void) {
     return (uint64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
-static void wake(void) {
-    uint64_t one = 1;
-    int before = errno;
-    if (wake_fd >= 0 && write(wake_fd, &one, sizeof one) < 0) { /* it is full, so the thread wakes up anyway */ }
-    errno = before;
+/* The caller holds the lock. */
+static void wake(void) { has_work = 1, pthread_cond_signal(&change); }
+
+static void begin_waiting(void) {
+    pthread_condattr_t clock;
+    pthread_condattr_init(&clock);
+    pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
+    pthread_cond_init(&change, &clock);
+    pthread_condattr_destroy(&clock);
 }
 
 static int is_in_area(const void *place) { return setup.span && (uintptr_t)place - setup.area < setup.span; }
@@ -99,6 +111,8 @@ static int class_of(size_t *length) {
     bits = 63 - __builtin_clzl(*length);
     return bits * 16 + (int)((*length >> (bits - 4)) & 15) - 16 * 16;
 }
+
+static size_t length_of(int class) { return (size_t)(16 + class % 16) << (class / 16 + 12); }
 
 static Chunk *starting_at(const void *place) {
     size_t granule = ((uintptr_t)place - setup.area) >> GRANULE_BITS;
@@ -117,76 +131,87 @@ static Chunk *around(uintptr_t address, size_t length) {
 
 /* -- idle chunks; the caller holds the lock */
 
-static void put_idle(Chunk *c) {
+static int class_of_chunk(const Chunk *c) {
     size_t length = c->length;
-    int *head = &idle_heads[class_of(&length)];
+    return class_of(&length);
+}
+
+static void put_idle(Chunk *c) {
+    int class = class_of_chunk(c), *head = &idle_heads[class];
     c->state = IDLE, c->since = now_ms();
     c->next = *head, *head = 1 + (int)(c - chunks);
-    idle_bytes += c->length;
+    idle_bytes += c->length, demand[class].idle++;
 }
 
 static void take_idle(Chunk *c) {
-    size_t length = c->length;
-    int *at = &idle_heads[class_of(&length)], index = 1 + (int)(c - chunks);
+    int class = class_of_chunk(c), *at = &idle_heads[class], index = 1 + (int)(c - chunks);
     while (*at != index) at = &chunks[*at - 1].next;
     *at = c->next;
-    idle_bytes -= c->length;
+    idle_bytes -= c->length, demand[class].idle--;
 }
 
-static void *reuse(size_t size) {
-    int class = class_of(&size), index = 0;
-    pthread_mutex_lock(&lock);
-    for (int n = class; n <= class + 1 && n < CLASSES && !index; n++) index = idle_heads[n];
-    if (index) {
-        Chunk *c = &chunks[index - 1];
-        take_idle(c);
-        c->state = USED, used_bytes += c->length, reused++;
-    }
-    pthread_mutex_unlock(&lock);
-    return index ? (void *)chunks[index - 1].start : NULL;
+/* One chunk of any length that is in use may be idle. */
+static size_t idle_allowed(uint64_t now) {
+    size_t one = now - top_used <= LATELY_MS ? length_of(top) : 0;
+    return idle_most && idle_most < one ? one : idle_most;
+}
+
+static int is_too_much(uint64_t now) {
+    return idle_bytes && (idle_bytes > idle_allowed(now) || used_bytes + idle_bytes > drafts_most);
+}
+
+/* -- demand; the caller holds the lock */
+
+static void want(int class, int count) {
+    if (demand[class].wanted >= count) return;
+    all_wanted += count - demand[class].wanted;
+    demand[class].wanted = count;
+    if (is_heard) pthread_cond_signal(&change);
+}
+
+static void note_demand(int class, int is_missed) {
+    uint64_t now = now_ms();
+    demand[class].used = now;
+    if (class >= top || now - top_used > LATELY_MS) top = class, top_used = now;
+    if (now < demand[class].quiet || !idle_most || used_bytes + idle_bytes + length_of(class) > drafts_most) return;
+    int is_last = !idle_heads[class] && !idle_heads[class + 1];
+    if (is_missed) want(class, ++demand[class].missing);
+    else if (is_last && now >= demand[class].quiet + LATELY_MS) want(class, 1); /* ahead of need, unless that was in vain */
 }
 
 /* -- what NumPy calls */
 
-static void *lease_chunk(size_t size) {
-    size_t length = size;
-    class_of(&length);
-    /* Python must not run here without the GIL, on top of an error that is being handled, or inside itself. */
-    if (is_leasing || !setup.lease || used_bytes + idle_bytes + length > drafts_most || now_ms() < paused_until ||
-        !setup.has_gil() || setup.has_error())
-        return NULL;
-    int before = errno;
-    is_leasing = 1, handed_over = NULL;
-    setup.lease(length);
-    is_leasing = 0;
-    errno = before;
-    if (interruption) setup.raise(interrupted_thread, interruption);
-    interruption = NULL;
-    void *place = handed_over;
-    handed_over = NULL;
-    return place;
-}
-
-static void *chunk_for(size_t size) {
+static void *chunk_for(size_t size, int is_demand) {
     if (!is_on || size < SMALLEST || size > largest) return NULL;
-    void *place = reuse(size);
-    if (!place) place = lease_chunk(size);
-    if (!place) __atomic_fetch_add(&refused, 1, __ATOMIC_RELAXED);
-    return place;
+    int class = class_of(&size), index;
+    if (class + 1 >= CLASSES) return NULL;
+    pthread_mutex_lock(&lock);
+    index = idle_heads[class] ? idle_heads[class] : idle_heads[class + 1];
+    if (index) {
+        Chunk *c = &chunks[index - 1];
+        take_idle(c);
+        c->state = USED, used_bytes += c->length, reused++;
+        demand[class_of_chunk(c)].used = now_ms();
+    } else {
+        missed++;
+    }
+    if (is_demand) note_demand(class, !index);
+    pthread_mutex_unlock(&lock);
+    return index ? (void *)chunks[index - 1].start : NULL;
 }
 
 static void *born_malloc(void *ctx, size_t size) {
     (void)ctx;
-    void *place = chunk_for(size);
+    void *place = chunk_for(size, 1);
     return place ? place : base.malloc(base.ctx, size);
 }
 
 static void *born_calloc(void *ctx, size_t count, size_t size) {
     (void)ctx;
     size_t whole;
-    /* Beyond some size the kernel's own zeroed pages are quicker, and may never be touched. */
+    /* The kernel's own zeroed pages may never be touched, so no chunk is added for zeros; and large ones are quicker. */
     if (!__builtin_mul_overflow(count, size, &whole) && whole <= ZERO_MOST) {
-        void *place = chunk_for(whole);
+        void *place = chunk_for(whole, 0);
         if (place) return memset(place, 0, whole);
     }
     return base.calloc(base.ctx, count, size);
@@ -194,12 +219,16 @@ static void *born_calloc(void *ctx, size_t count, size_t size) {
 
 static void born_free(void *ctx, void *place, size_t size) {
     (void)ctx;
+    /* NumPy may pass another size than that of the allocation, so it is no more than a hint. */
     if (!is_in_area(place)) {
         base.free(base.ctx, place, size);
+        if (!is_on || size < SMALLEST || size > largest) return;
+        int class = class_of(&size);
+        pthread_mutex_lock(&lock);
+        if (class < CLASSES && demand[class].missing) demand[class].missing--;
+        pthread_mutex_unlock(&lock);
         return;
     }
-    /* `size` is not used: NumPy may pass another one than that of the allocation. */
-    int must_wake = 0;
     pthread_mutex_lock(&lock);
     Chunk *c = starting_at(place);
     if (c && is_child) {
@@ -207,14 +236,14 @@ static void born_free(void *ctx, void *place, size_t size) {
     } else if (c && c->state == USED) {
         used_bytes -= c->length;
         put_idle(c);
-        must_wake = idle_bytes > idle_most;
+        if (is_too_much(c->since)) wake();
     } else if (c && c->state == MOVING) {
         c->state = DROPPED;
     } else if (c && c->state == PRIVATE) {
-        c->state = GONE, private_bytes -= c->length, must_wake = 1;
+        c->state = GONE, private_bytes -= c->length;
+        wake();
     }
     pthread_mutex_unlock(&lock);
-    if (must_wake) wake();
 }
 
 static void *born_realloc(void *ctx, void *place, size_t size) {
@@ -224,9 +253,7 @@ static void *born_realloc(void *ctx, void *place, size_t size) {
     size_t length = c ? c->length : 0;
     pthread_mutex_unlock(&lock);
     if (size <= length && size >= length / 2) return place;
-    /* No lease: NumPy has counted the array's references, and Python could let another thread add one. */
-    void *to = is_on && size >= SMALLEST && size <= largest ? reuse(size) : NULL;
-    if (!to) to = base.malloc(base.ctx, size);
+    void *to = born_malloc(ctx, size);
     if (!to) return NULL;
     memcpy(to, place, size < length ? size : length);
     born_free(ctx, place, length);
@@ -254,6 +281,7 @@ static void has_moved(Chunk *c, int is_private) {
     if (is_private) {
         used_bytes -= c->length;
         if (!is_dropped) private_bytes += c->length;
+        c->is_kept = 0;
         c->state = is_dropped ? GONE : PRIVATE;
     } else if (is_dropped) {
         used_bytes -= c->length;
@@ -268,9 +296,14 @@ static void has_moved(Chunk *c, int is_private) {
 static void before_fork(void) {
     pthread_mutex_lock(&moving);
     pthread_mutex_lock(&lock);
-    if (used_bytes && !is_child && is_our_file())
-        for (int i = 0; i < high; i++)
-            if (chunks[i].state == USED) has_moved(&chunks[i], make_private(&chunks[i]));
+    int can_move = is_our_file();
+    for (int i = 0; i < high && used_bytes && !is_child; i++) {
+        Chunk *c = &chunks[i];
+        if (c->state != USED) continue;
+        has_moved(c, can_move && make_private(c));
+        /* Better that the child has no array than that it writes into its parent's. */
+        if (c->state == USED) c->is_kept = !madvise((void *)c->start, c->length, MADV_DONTFORK);
+    }
 }
 
 static void after_fork(void) {
@@ -281,57 +314,94 @@ static void after_fork(void) {
 static void in_child(void) {
     pthread_mutex_init(&lock, NULL);
     pthread_mutex_init(&moving, NULL);
-    is_on = 0, wake_fd = -1, is_leasing = 0;
+    begin_waiting();
+    is_on = 0;
+    /* Nothing else may ever lie where an array of the parent's lies. */
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE;
+    for (int i = 0; i < high && !is_child; i++) {
+        Chunk *c = &chunks[i];
+        if (c->is_kept && mmap((void *)c->start, c->length, PROT_NONE, flags, -1, 0) != (void *)c->start) c->start = 0;
+    }
     if (living) is_child = 1; /* the chunks are its parent's; their addresses stay as they are */
     else setup.span = 0;
 }
 
 /* -- what Python calls */
 
-/* Begin with an empty area. Returns a descriptor that becomes readable when there is work for `born_take_gone`, or -1. */
+/* Begin with an empty area. Returns 0 if that is not possible. */
 int born_begin(const Setup *given, uint16_t *granules, const Handler *numpys) {
     static int is_prepared;
-    if (setup.span || is_child || numpys->version != 1) return -1;
-    if (!is_prepared && pthread_atfork(before_fork, after_fork, in_child)) return -1;
-    is_prepared = 1;
-    if (wake_fd < 0) wake_fd = eventfd(0, EFD_CLOEXEC);
-    if (wake_fd < 0) return -1;
+    if (setup.span || is_child || numpys->version != 1) return 0;
+    if (!is_prepared) {
+        begin_waiting();
+        if (pthread_atfork(before_fork, after_fork, in_child)) return 0;
+        is_prepared = 1;
+    }
     pthread_mutex_lock(&lock);
-    setup = *given, index_of = granules, base = numpys->allocator, paused_until = 0, high = 0;
-    reused = leased = refused = 0;
+    setup = *given, index_of = granules, base = numpys->allocator, high = 0;
+    memset(demand, 0, sizeof demand);
+    idle_most = drafts_most = largest = all_wanted = top = has_work = is_heard = 0;
+    reused = added = missed = top_used = 0;
     pthread_mutex_unlock(&lock);
     is_on = 1;
-    return wake_fd;
+    return 1;
 }
 
 void born_limit(size_t drafts, size_t idle, size_t one) {
-    drafts_most = drafts, idle_most = idle, largest = one;
-    if (idle_bytes > idle_most) wake();
+    pthread_mutex_lock(&lock);
+    drafts_most = drafts, idle_most = is_on ? idle : 0, largest = one;
+    pthread_mutex_unlock(&lock);
 }
 
-void born_stop(void) { is_on = 0, idle_most = 0, wake(); }
+void born_stop(void) {
+    pthread_mutex_lock(&lock);
+    is_on = 0, idle_most = 0;
+    wake();
+    pthread_mutex_unlock(&lock);
+}
 
-void born_pause(uint64_t milliseconds) { paused_until = now_ms() + milliseconds; }
+/* Wait until there is a chunk to give back or, if that is to be heard, to add; or for some time. */
+void born_wait(uint64_t milliseconds, int hears_demand) {
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += milliseconds / 1000, until.tv_nsec += milliseconds % 1000 * 1000000;
+    if (until.tv_nsec >= 1000000000) until.tv_sec++, until.tv_nsec -= 1000000000;
+    pthread_mutex_lock(&lock);
+    is_heard = hears_demand;
+    while (!has_work && !(is_heard && all_wanted) && !pthread_cond_timedwait(&change, &lock, &until)) {}
+    is_heard = has_work = 0;
+    pthread_mutex_unlock(&lock);
+}
 
-/* Raise an error of this class in the calling thread, which leases, as soon as it runs Python code again. */
-void born_raise(unsigned long thread, void *kind) { interrupted_thread = thread, interruption = kind; }
+/* The length of a chunk to be added now, or 0. */
+size_t born_wanted(void) {
+    size_t length = 0;
+    pthread_mutex_lock(&lock);
+    uint64_t now = now_ms();
+    for (int class = 0; class < CLASSES && all_wanted && !length; class++) {
+        if (!demand[class].wanted) continue;
+        size_t one = length_of(class);
+        int fits = is_on && used_bytes + idle_bytes + one <= drafts_most && now - demand[class].used <= LATELY_MS &&
+                   (demand[class].idle + 1) * one <= idle_allowed(now);
+        int taken = fits ? 1 : demand[class].wanted;
+        all_wanted -= taken, demand[class].wanted -= taken;
+        if (!fits || demand[class].missing > demand[class].wanted) demand[class].missing = demand[class].wanted;
+        if (fits) length = one;
+    }
+    pthread_mutex_unlock(&lock);
+    return length;
+}
 
-void born_wake(void) { wake(); }
-
-/* Forget the area and close the descriptor. Returns 0 if chunks are left. */
+/* Forget the area. Returns 0 if chunks are left. */
 int born_end(void) {
     pthread_mutex_lock(&lock);
     int is_empty = !living;
-    if (is_empty) {
-        setup.span = 0, setup.lease = NULL;
-        if (wake_fd >= 0) close(wake_fd);
-        wake_fd = -1;
-    }
+    if (is_empty) setup.span = 0;
     pthread_mutex_unlock(&lock);
     return is_empty;
 }
 
-/* Add a mapped chunk, which the calling thread gets if it has asked for one. Returns 0 if there are too many. */
+/* Add a mapped chunk, which is idle. Returns 0 if there are too many. */
 int born_add(uintptr_t start, size_t length) {
     int i = 0;
     pthread_mutex_lock(&lock);
@@ -340,14 +410,21 @@ int born_add(uintptr_t start, size_t length) {
     int fits = i < CHUNKS && is_on;
     if (fits) {
         if (i == high) high++;
-        chunks[i] = (Chunk){start, length, USED, 0, 0};
+        chunks[i] = (Chunk){start, length, IDLE, 0, 0, 0};
         index_of[(start - setup.area) >> GRANULE_BITS] = (uint16_t)(i + 1);
-        living++, leased++, used_bytes += length;
-        if (is_leasing) handed_over = (void *)start;
-        else used_bytes -= length, put_idle(&chunks[i]);
+        living++, added++;
+        put_idle(&chunks[i]);
     }
     pthread_mutex_unlock(&lock);
     return fits;
+}
+
+/* Whether a chunk starts here. */
+int born_knows(uintptr_t start) {
+    pthread_mutex_lock(&lock);
+    int is_known = is_in_area((void *)start) && starting_at((void *)start);
+    pthread_mutex_unlock(&lock);
+    return is_known;
 }
 
 /* Make the chunk around some bytes private. Returns 1 if it is now, 2 if it was before; 0 if there is none, it cannot
@@ -374,24 +451,30 @@ int born_make_private(uintptr_t address, size_t length, uint64_t *start, uint64_
     return outcome;
 }
 
-/* Take out a chunk that is gone, or one of the idle ones while they are too many or older than `most_ms`. */
-int born_take_gone(uint64_t most_ms, uint64_t *start, uint64_t *whole) {
+/* Take out a chunk that is gone, or an idle one: any if `all`, else one that is older than `most_ms`, or the oldest while
+ * they are too much. Of a class that is in use, one chunk is kept at any age. */
+int born_take_gone(uint64_t most_ms, int all, uint64_t *start, uint64_t *whole) {
     Chunk *found = NULL;
     pthread_mutex_lock(&lock);
     uint64_t now = now_ms();
+    int too_much = is_too_much(now);
     for (int i = 0; i < high && !is_child; i++) {
         Chunk *c = &chunks[i];
         if (c->state == GONE) {
             found = c;
             break;
         }
-        int is_over = c->state == IDLE && (idle_bytes > idle_most || now - c->since > most_ms);
-        if (is_over && (!found || c->since < found->since)) found = c;
+        if (c->state != IDLE || (found && found->since <= c->since)) continue;
+        int is_old = now - c->since > most_ms && (c->next || now - demand[class_of_chunk(c)].used > most_ms);
+        if (all || too_much || is_old) found = c;
     }
+    /* What was added in vain is not added again at once: 4 ms for each MiB, many times what its pages cost. */
+    if (found && found->state == IDLE && too_much && !all)
+        demand[class_of_chunk(found)].quiet = now + (found->length >> QUIET_BITS);
     if (found) {
         if (found->state == IDLE) take_idle(found);
         *start = found->start, *whole = found->length;
-        found->state = NONE, living--;
+        found->state = NONE, found->is_kept = 0, living--;
         index_of[(found->start - setup.area) >> GRANULE_BITS] = 0;
     }
     pthread_mutex_unlock(&lock);
@@ -410,7 +493,7 @@ int born_is_used(int n, uint64_t *start, uint64_t *whole) {
 
 void born_figures(uint64_t *to) {
     pthread_mutex_lock(&lock);
-    uint64_t now[] = {used_bytes, idle_bytes, private_bytes, reused, leased, refused, (uint64_t)living};
+    uint64_t now[] = {used_bytes, idle_bytes, private_bytes, reused, added, missed, (uint64_t)living};
     memcpy(to, now, sizeof now);
     pthread_mutex_unlock(&lock);
 }

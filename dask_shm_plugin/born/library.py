@@ -7,7 +7,6 @@ import functools
 import importlib
 import itertools
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +17,6 @@ _HANDLER_CAPSULE = b"mem_handler"
 _FEATURE_VERSION, _SET_HANDLER, _DEFAULT_HANDLER = 211, 304, 306
 _OLDEST_FEATURES = 15
 _NUMPYS_OWN = b"default_allocator"
-
-Lease = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_size_t)
 
 
 class Setup(ctypes.Structure):
@@ -32,23 +29,19 @@ class Setup(ctypes.Structure):
         ("device", ctypes.c_uint64),
         ("inode", ctypes.c_uint64),
         ("page", ctypes.c_uint64),
-        ("lease", Lease),
-        ("has_gil", ctypes.c_void_p),
-        ("has_error", ctypes.c_void_p),
-        ("set_async_exc", ctypes.c_void_p),
         ("fd", ctypes.c_int),
     )
 
 
 class Figures(NamedTuple):
-    """Bytes of chunks in use, idle, and copy-on-write; how often one was used again, added, not had; their number."""
+    """Bytes of chunks in use, idle, and copy-on-write; how often one was handed out, added, not had; their number."""
 
     used: int
     idle: int
     private: int
     reused: int
-    leased: int
-    refused: int
+    added: int
+    missed: int
     living: int
 
 
@@ -73,21 +66,19 @@ class Library(NamedTuple):
     numpys_capsule: object
     capsule: object
 
-    def begin(self, setup: Setup, granules: int) -> int:
-        """Begin with an empty area; return a descriptor that tells when chunks are gone, or -1 if that is not possible."""
-        setup.has_gil, setup.has_error, setup.set_async_exc = (
-            ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p)
-            for name in ("PyGILState_Check", "PyErr_Occurred", "PyThreadState_SetAsyncExc")
-        )
-        return int(self.functions.born_begin(ctypes.byref(setup), granules, self.numpys_handler))
+    def begin(self, setup: Setup, granules: int) -> bool:
+        """Begin with an empty area; return whether that is possible."""
+        return bool(self.functions.born_begin(ctypes.byref(setup), granules, self.numpys_handler))
 
-    def raise_later(self, error: BaseException) -> None:
-        """Raise an error of the same class in this thread, which leases, when the allocation is over."""
-        self.functions.born_raise(threading.get_ident(), id(type(error)))
+    def take_gone(self, seconds: float, *, every: bool = False) -> tuple[int, int] | None:
+        """Take out a chunk that is gone, or idle for longer than ``seconds``, beyond the limit, or at all.
 
-    def take_gone(self, seconds: float) -> tuple[int, int] | None:
-        """Take out a chunk that is gone, or idle for longer than ``seconds`` or beyond the limit: address and length."""
-        return self._found(lambda *found: self.functions.born_take_gone(int(seconds * 1000), *found) == 1)
+        Returns
+        -------
+        tuple of two int, or None
+            Address and length.
+        """
+        return self._found(lambda *found: self.functions.born_take_gone(int(seconds * 1000), every, *found) == 1)
 
     def used(self) -> Iterator[tuple[int, int]]:
         """Yield address and length of each chunk that is in use and shared; each is looked up when it is its turn."""
@@ -145,13 +136,13 @@ def _declare(functions: Any) -> None:
         ("born_begin", ctypes.c_int, [pointer, pointer, pointer]),
         ("born_limit", None, [size, size, size]),
         ("born_stop", None, []),
+        ("born_wait", None, [ctypes.c_uint64, ctypes.c_int]),
+        ("born_wanted", size, []),
         ("born_end", ctypes.c_int, []),
-        ("born_pause", None, [ctypes.c_uint64]),
-        ("born_wake", None, []),
-        ("born_raise", None, [ctypes.c_ulong, pointer]),
         ("born_add", ctypes.c_int, [size, size]),
+        ("born_knows", ctypes.c_int, [size]),
         ("born_make_private", ctypes.c_int, [size, size, pointer, pointer]),
-        ("born_take_gone", ctypes.c_int, [ctypes.c_uint64, pointer, pointer]),
+        ("born_take_gone", ctypes.c_int, [ctypes.c_uint64, ctypes.c_int, pointer, pointer]),
         ("born_is_used", ctypes.c_int, [ctypes.c_int, pointer, pointer]),
         ("born_figures", None, [pointer]),
     ):

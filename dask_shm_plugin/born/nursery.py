@@ -3,6 +3,8 @@
 A *chunk* is a draft that is mapped at reserved addresses, at the same place among them as in the arena. An array that
 is about to be published keeps its address: its chunk is mapped again, copy-on-write, and then its draft is sealed. From
 then on nobody writes to the block, and what the owner writes stays private.
+
+An allocation takes a chunk only if there is one. A thread adds chunks of those lengths that were asked for lately.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import threading
 import time
 from typing import NamedTuple
@@ -19,10 +20,10 @@ import numpy as np
 
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.arena.references import Hold
-from dask_shm_plugin.born.library import Figures, Lease, Library, Setup
+from dask_shm_plugin.born.library import Figures, Library, Setup
 from dask_shm_plugin.crashpoints import step
-from dask_shm_plugin.exceptions import MappingRefused, MemoryExhausted, SharedMemoryError
-from dask_shm_plugin.linux import syscalls
+from dask_shm_plugin.exceptions import MappingRefused, MemoryExhausted, SharedMemoryError, StaleBlock
+from dask_shm_plugin.linux import limits, syscalls
 from dask_shm_plugin.mapping.atlas import ATLAS, Place
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.table.layout import BLOCKS, BLOCKS_FROM, Extent
@@ -35,16 +36,18 @@ _MAX_IDLE_BYTES = 32 << 20
 _MAX_CHUNK_BYTES = 1 << 30
 """Larger arrays lie in ordinary memory: their pages exist only once they are touched."""
 _SHORT = 0.6
-"""Fraction of the worker's memory limit beyond which no chunk is kept idle; by default, Dask then begins to spill."""
+"""Fraction of the worker's memory limit beyond which no chunk is added or kept idle; by default, Dask then begins to spill."""
 _FULL = 0.75
 """Fraction of the capacity beyond which no chunk is added or kept idle: the rest is for publishing."""
 _MAX_ROWS = BLOCKS // 2
 """Number of drafts and blocks in the arena from which on no chunk is added: the other rows are for publishing."""
-_PAUSE_MS = 250
-"""How long nothing is leased after a lease has failed."""
+_QUIET_S = 0.25
+"""How long no chunk is added after one could not be: at least, or 20 times as long as the failure took."""
 _INTERVAL_S = 0.5
 _IDLE_S = 1.0
-"""How long a chunk is kept idle at most: the pages of a draft that was given back stay warm, so a lease is quick."""
+"""How long a chunk is kept idle at most: the pages of a draft that was given back stay warm, so a new one is quick."""
+_FORK_WAIT_S = 2.0
+"""How long a fork waits for a chunk that is being added."""
 
 
 _given: list[object] = []
@@ -98,36 +101,37 @@ class Nursery:
         self._memory_limit = memory_limit or 1 << 62
         self._pid = os.getpid()
         self._chunks: dict[int, _Chunk] = {}
-        self._sealing = threading.RLock()  # a finalizer may fork while this thread seals
+        # Taken in this order. A finalizer may fork while this thread adds or seals.
+        self._adding, self._sealing = threading.RLock(), threading.RLock()
         self._is_stopped = self.is_over = False
-        self._fd = -1
+        self._next_look = self._quiet_until = 0.0
 
     def start(self) -> str | None:
         """Begin to hand out chunks; return the reason if that is not possible."""
         segment = self._arena.segment
         if syscalls.address_space_is_limited():
             return "the address space of this process is limited (ulimit -v)"
+        if limits.commits_are_limited():  # then a mapping that is to be replaced may be lost instead, before Linux 6.12
+            return "the machine does not overcommit memory (vm.overcommit_memory=2)"
         self._span = segment.size - BLOCKS_FROM
-        granules, lease = np.zeros(self._span // _GRANULE_BYTES + 1, np.uint16), Lease(self._lease)
+        granules = np.zeros(self._span // _GRANULE_BYTES + 1, np.uint16)
         try:
             self._area = syscalls.reserve_addresses(self._span)
         except OSError as error:
             return f"no addresses can be reserved ({error})"
-        setup = Setup(self._area, self._span, BLOCKS_FROM, segment.device, segment.inode, PAGE, lease)
-        setup.fd = segment.fd
-        self._fd = self._library.begin(setup, granules.ctypes.data)
-        if self._fd < 0:
+        setup = Setup(self._area, self._span, BLOCKS_FROM, segment.device, segment.inode, PAGE, segment.fd)
+        if not self._library.begin(setup, granules.ctypes.data):
             syscalls.unmap(self._area, self._span)
             return "arrays that this process has allocated in an arena are still alive"
-        _given[:] = granules, lease
+        _given[:] = [granules]
         self._arena.budget.drafts = self.bytes_in_drafts
+        self._set_limits()
         try:
             threading.Thread(target=self._run, name="dask-shm-born", daemon=True).start()
         except RuntimeError as error:
             self.stop()
             self._end()
             return str(error)
-        self._set_limits()
         return None
 
     def stop(self) -> None:
@@ -135,7 +139,6 @@ class Nursery:
         self._is_stopped = True
         self._library.functions.born_stop()
         self._give_back()
-        self._library.functions.born_wake()
 
     def bytes_in_drafts(self) -> int:
         """Return the bytes of all chunks that are not sealed."""
@@ -145,45 +148,44 @@ class Nursery:
         """Return the figures of the library."""
         return self._library.figures()
 
-    # -- called by the library, inside an allocation
+    # -- adding, in the nursery's own thread
 
-    def _lease(self, length: int) -> int:
-        """Add a chunk for the calling thread; if that is not possible, add none. Never raises."""
-        started = time.monotonic()
-        try:
-            if not self._is_stopped and os.getpid() == self._pid:
-                self.lease(length)
-                return 1
-        except Exception:
-            # The allocation has another way to its memory. Where a failure takes long, it must be rare.
-            spent_ms = int(1000 * (time.monotonic() - started))
-            self._library.functions.born_pause(max(_PAUSE_MS, 20 * spent_ms))
-        except BaseException as error:  # an interruption of this thread, which is not meant for the allocation
-            self._library.raise_later(error)
-        return 0
+    def _fill(self) -> None:
+        """Add the chunks that are wanted, until one cannot be had."""
+        while not self._is_stopped and (length := self._library.functions.born_wanted()):
+            started = time.monotonic()
+            try:
+                with self._adding:
+                    self._add(length)
+            except (SharedMemoryError, OSError):
+                logger.debug("no chunk was added", exc_info=True)
+                self._drop_strays()
+                now = time.monotonic()
+                self._quiet_until = now + max(_QUIET_S, 20 * (now - started))
+                return
+            finally:
+                self._give_back()
 
-    @step("lease")
-    def lease(self, length: int) -> None:
-        """Add a chunk: for the allocation that waits for it, else an idle one.
+    @step("add chunk")
+    def _add(self, length: int) -> None:
+        """Add an idle chunk.
 
         Raises
         ------
-        SharedMemoryError
+        OSError, SharedMemoryError
             There is no room, or no memory.
         """
-        self._give_back()
         held, rows = self._taken()
         if held + length > self._arena.capacity * _FULL or rows >= _MAX_ROWS:
             raise MemoryExhausted("the rest of the arena is for publishing")
         hold, extent = self._arena.reserve(length)
         self._arena.pages.make(extent)
         address = self._area + extent.offset
+        self._chunks[address] = _Chunk(hold, extent)
         self._arena.segment.map_shared_at(address, BLOCKS_FROM + extent.offset, length)
         # Pages exist, so a failure costs faults, not a crash.
         syscalls.populate_for_writing(address, length)
-        self._chunks[address] = _Chunk(hold, extent)
         if not self._library.functions.born_add(address, length):
-            self._drop(address, length)
             raise MappingRefused("there are too many chunks")
 
     # -- called by whoever publishes
@@ -196,7 +198,7 @@ class Nursery:
         if not 0 <= address - self._area < self._span or os.getpid() != self._pid:
             return False
         with self._sealing:
-            return self._seal(address, length)
+            return not self.is_over and self._seal(address, length)
 
     @step("seal chunk")
     def _seal(self, address: int, length: int) -> bool:
@@ -209,25 +211,43 @@ class Nursery:
             return chunk is not None
         try:
             self._arena.pages.make_later(chunk.extent)
-            self._arena.allocator.seal(chunk.hold.row)
+            self._seal_row(chunk)
         except (SharedMemoryError, OSError):
             # It stays a draft that nobody writes; this time, the value is copied.
             logger.debug("a chunk was not sealed", exc_info=True)
             return False
-        chunk.is_sealed = True
+        # Last what ends this: after an interruption before it, all is done again.
         ATLAS.add(start, Place(self._arena.arena_id, chunk.hold.row, 0, whole))
+        chunk.is_sealed = True
         COUNTERS.count("born", whole)
         return True
+
+    def _seal_row(self, chunk: _Chunk) -> None:
+        try:
+            self._arena.allocator.seal(chunk.hold.row)
+        except StaleBlock:
+            # An earlier call may have been interrupted right after this.
+            if not self._arena.allocator.is_sealed(chunk.hold.row):
+                raise
 
     @step("remap")
     def _make_private(self, address: int, length: int) -> tuple[int, int] | None:
         return self._library.make_private(address, length)
 
     def before_fork(self) -> None:
-        """Seal all chunks in use: parent and child must not see each other's writes."""
+        """Give back the chunks that are not in use, and seal the others: parent and child must not see each other's writes.
+
+        The references that are left are held as long as the child lives.
+        """
         if os.getpid() != self._pid:
             return
-        with self._sealing:
+        # Not for ever: the thread that adds a chunk may wait for a lock that the caller has.
+        with contextlib.ExitStack() as stack:
+            if self._adding.acquire(timeout=_FORK_WAIT_S):
+                stack.callback(self._adding.release)
+            with contextlib.suppress(SharedMemoryError, OSError):
+                self._give_back(every=True)
+            stack.enter_context(self._sealing)
             for address, length in self._library.used():
                 if not self._seal(address, length):
                     # A draft goes with its owner, so the child needs copies of its pages.
@@ -236,45 +256,65 @@ class Nursery:
     # -- giving back
 
     def _run(self) -> None:
-        """Give chunks back when the library says so, and about once a second; ends after :meth:`stop`."""
-        poll = select.poll()
-        poll.register(self._fd, select.POLLIN)
+        """Give chunks back and add others, when the library says so and about twice a second; ends after :meth:`stop`."""
         while os.getpid() == self._pid:
             try:
-                if poll.poll(_INTERVAL_S * 1000):
-                    os.read(self._fd, 8)
-                self._give_back()
-                if self._is_stopped and not self._chunks and self._end():
+                if self._take_a_turn():
                     return
-                self._set_limits()
+                is_quiet = time.monotonic() < self._quiet_until
+                wait_s = _QUIET_S if is_quiet else _INTERVAL_S
+                self._library.functions.born_wait(int(wait_s * 1000), not is_quiet)
             except Exception:
                 logger.debug("chunks are given back later", exc_info=True)
                 time.sleep(_INTERVAL_S)
 
-    def _end(self) -> bool:
-        if not self._library.functions.born_end():
+    def _take_a_turn(self) -> bool:
+        """Do what is due; return whether all is over."""
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + _INTERVAL_S
+            self._set_limits()
+            self._drop_strays()
+        self._give_back()
+        if now >= self._quiet_until:
+            self._fill()
+        if not self._is_stopped:
             return False
-        with contextlib.suppress(OSError):
-            syscalls.unmap(self._area, self._span)
-        self._arena.budget.drafts = int
-        self.is_over = True
-        return True
+        self._drop_strays()
+        return self._end()
 
-    def _give_back(self) -> None:
-        """Give back all chunks that are gone, or were idle for too long, or are idle and too many."""
+    def _end(self) -> bool:
+        with self._sealing:
+            if self._chunks or not self._library.functions.born_end():
+                return False
+            with contextlib.suppress(OSError):
+                syscalls.unmap(self._area, self._span)
+            self._arena.budget.drafts = int
+            self.is_over = True
+            return True
+
+    def _give_back(self, *, every: bool = False) -> None:
+        """Give back all chunks that are gone, or idle for too long or too many, or idle at all."""
         any_gone = False
-        while self._give_one_back():
+        while self._give_one_back(every):
             any_gone = True
         if any_gone:
             self._arena.holdings.tidy()
 
-    def _give_one_back(self) -> bool:
+    def _give_one_back(self, every: bool) -> bool:
         # Not while a chunk is sealed: it may be freed meanwhile, and its address must not be entered after it was removed.
         with self._sealing:
-            gone = self._library.take_gone(0 if self._is_stopped else self._idle_s)
+            gone = self._library.take_gone(self._idle_s, every=every or self._is_stopped)
             if gone is not None:
                 self._drop(*gone)
             return gone is not None
+
+    def _drop_strays(self) -> None:
+        """Drop the chunks that the library does not know: adding or dropping them was interrupted, or has failed."""
+        with self._sealing:
+            for address, chunk in list(self._chunks.items()):
+                if not self._library.functions.born_knows(address):
+                    self._drop(address, chunk.extent.length)
 
     @step("drop chunk")
     def _drop(self, address: int, length: int) -> None:
@@ -289,8 +329,7 @@ class Nursery:
         return int(lengths.sum()), len(lengths)
 
     def _set_limits(self) -> None:
-        limits = self._limits()
-        self._library.functions.born_limit(*limits)
+        self._library.functions.born_limit(*self._limits())
 
     def _limits(self) -> _Limits:
         capacity = self._arena.capacity
@@ -300,6 +339,8 @@ class Nursery:
             own = self._arena.budget.measure()
         except (SharedMemoryError, OSError):
             return _Limits(0, 0, 0)
-        drafts = min(capacity // (2 * workers), self._memory_limit // 2)
+        # Of a chunk all pages exist, so it must fit beside the worker's other memory even if it is never touched.
+        left = int(self._memory_limit * _SHORT) - (own - self._arena.budget.drafts())
+        drafts = max(0, min(capacity // (2 * workers), self._memory_limit // 2, left))
         is_full = held > capacity * _FULL or own > self._memory_limit * _SHORT or self._is_stopped
-        return _Limits(drafts, 0 if is_full else min(drafts // 8, _MAX_IDLE_BYTES), min(drafts // 2, _MAX_CHUNK_BYTES))
+        return _Limits(drafts, 0 if is_full else min(drafts, _MAX_IDLE_BYTES), min(drafts // 2, _MAX_CHUNK_BYTES))

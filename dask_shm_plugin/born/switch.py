@@ -82,7 +82,7 @@ def before_fork() -> None:
 
 @atexit.register
 def _stop_at_exit() -> None:
-    """Let threads that are still at work allocate as usual, because they cannot call Python any more."""
+    """Let threads that are still at work allocate as usual."""
     if _nursery is not None:
         _nursery.stop()
 

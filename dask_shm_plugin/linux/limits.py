@@ -63,6 +63,11 @@ def tightest() -> Limit:
     return min(limits, key=lambda limit: limit.size)
 
 
+def commits_are_limited() -> bool:
+    """Tell whether the kernel counts private mappings against a limit from the start (``vm.overcommit_memory`` is 2)."""
+    return _read("/proc/sys/vm/overcommit_memory").strip() == b"2"
+
+
 def memory_limit() -> int:
     """Return the tightest limit in bytes."""
     return tightest().size

@@ -321,11 +321,13 @@ _forking = threading.local()
 def _before_fork() -> None:
     # Reset this first: if a call below fails, the holds for an earlier child must not be given back twice.
     _forking.holds = []
-    born.before_fork()  # what it seals is held for the child, too
-    for arena in [*all_arenas(), *_lingering]:
-        fork_hold = arena.holdings.hold_for_child()
-        if fork_hold is not None:
-            _forking.holds.append((arena, fork_hold))
+    try:
+        born.before_fork()  # what it seals is held for the child, too
+    finally:
+        for arena in [*all_arenas(), *_lingering]:
+            fork_hold = arena.holdings.hold_for_child()
+            if fork_hold is not None:
+                _forking.holds.append((arena, fork_hold))
 
 
 def _after_fork() -> None:

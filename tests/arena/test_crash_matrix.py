@@ -82,12 +82,12 @@ ROLES = {
     ),
     "bears arrays": Role(
         """
-        array = in_arena(np.ones, 1 << 17, np.uint8)
+        array = newborn(np.ones, 1 << 17, np.uint8)
         switch.seal(array.ctypes.data, array.nbytes)
         del array
         switch.switch_off(arena)
         """,
-        "lease, remap, seal chunk, drop chunk",
+        "add chunk, remap, seal chunk, drop chunk",
         0,
         f"{JOIN}; from births import *; switch.switch_on(arena, None, 3600)",
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -39,6 +40,16 @@ def in_arena(function: Callable[..., T], *arguments: Any) -> T:
     return contextvars.copy_context().run(call)
 
 
+def newborn(function: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:
+    """Call a function in the arena until the array that it returns is born: the first of a size never is."""
+    until = time.monotonic() + 10
+    while not is_born(array := in_arena(function, *arguments)):
+        assert time.monotonic() < until, "no array was born"
+        del array
+        time.sleep(0.001)
+    return array
+
+
 def in_thread(function: Callable[[], T]) -> T:
     """Call a function in another thread."""
     results: list[T] = []
@@ -62,8 +73,20 @@ def is_born(array: np.ndarray) -> bool:
 
 
 def drafts(arena: Arena) -> int:
-    """Return the bytes of all drafts and blocks of an arena."""
-    return arena.stats().used
+    """Return the bytes of all drafts and blocks of an arena, without idle chunks of this process."""
+    return _less_idle(lambda: arena.stats().used)
+
+
+def own_drafts(arena: Arena) -> int:
+    """Return the bytes of this process's drafts with arrays, without idle chunks."""
+    return _less_idle(arena.budget.drafts)
+
+
+def _less_idle(count: Callable[[], int]) -> int:
+    nursery = switch._nursery
+    assert nursery is not None
+    with nursery._adding, nursery._sealing:
+        return count() - figures().idle
 
 
 @contextmanager
