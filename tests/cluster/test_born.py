@@ -24,6 +24,8 @@ from scipy import sparse
 from dask_shm_plugin import is_shared, stats, unregister
 from dask_shm_plugin.born import switch
 
+pytestmark = pytest.mark.slow
+
 SIZE = 2 * MIB
 
 

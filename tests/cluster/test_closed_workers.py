@@ -24,6 +24,8 @@ from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.node import membership
 from dask_shm_plugin.roles import closing
 
+pytestmark = pytest.mark.slow
+
 
 @asynccontextmanager
 async def in_process(n_workers: int = 2, **arguments: Any) -> AsyncIterator[tuple[Client, list[Worker], Scheduler]]:

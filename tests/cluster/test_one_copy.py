@@ -235,9 +235,9 @@ def write(value: np.ndarray, count: int) -> None:
 
 
 @pytest.mark.slow
-def test_ten_workers_share_one_copy() -> None:
-    """Nine workers that fetch from the tenth share one publication and one copy."""
-    with local_cluster(10, OPTIONS, memory_limit="512 MiB") as client:
+def test_six_workers_share_one_copy() -> None:
+    """Five workers that fetch from the sixth share one publication and one copy."""
+    with local_cluster(6, OPTIONS, memory_limit="512 MiB") as client:
         a, *others = addresses(client)
         seed = fresh()
 

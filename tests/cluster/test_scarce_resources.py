@@ -52,6 +52,8 @@ from dask_shm_plugin import stats
 from dask_shm_plugin.linux import limits
 from dask_shm_plugin.node import membership
 
+pytestmark = pytest.mark.slow
+
 #: Sizes in doubles: 512 KiB, and 8 MiB, which is more than other tests have left warm.
 SMALL, LARGE = 64 * KIB, 1 * MIB
 OPTIONS = {"threshold": "64 KiB", "capacity": "96 MiB", "born": "off"}  # values are to be copied
@@ -139,7 +141,6 @@ def test_a_publisher_that_may_not_map_shares_all_the_same(client: Client) -> Non
     assert "vm.max_map_count" in said
 
 
-@pytest.mark.slow
 def test_a_value_larger_than_the_arena_is_sent(client: Client) -> None:
     """Neither a result nor a scatter may wait for room that there will never be."""
     a, b = addresses(client)
@@ -173,7 +174,6 @@ def is_array(value: np.ndarray, seed: int, size: int) -> bool:
     return np.array_equal(value, array(seed, size))
 
 
-@pytest.mark.slow
 def test_more_values_than_the_table_has_rows_are_sent(client: Client) -> None:
     """A small value that finds no row is sent, and the warning names a higher threshold as the remedy."""
     a, b = addresses(client)
@@ -210,7 +210,6 @@ def all_slots_taken() -> Iterator[Callable[[Client], subprocess.Popen[str]]]:
         process.communicate()
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("new_processes")
 def test_a_worker_without_a_slot_joins_when_one_is_free(
     all_slots_taken: Callable[[Client], subprocess.Popen[str]], capfd: pytest.CaptureFixture[str]
@@ -251,7 +250,6 @@ def said_here() -> Iterator[Callable[[], list[tuple[str, str]]]]:
     stop_listening()
 
 
-@pytest.mark.slow
 def test_two_idle_clusters_have_their_full_capacity_and_log_it(
     said_here: Callable[[], list[tuple[str, str]]],
 ) -> None:
@@ -268,7 +266,6 @@ def test_two_idle_clusters_have_their_full_capacity_and_log_it(
             assert "memfd" in line or "POSIX shared memory" in line
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("new_processes")
 def test_a_capacity_of_zero_switches_sharing_off(
     capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
@@ -287,7 +284,6 @@ def test_a_capacity_of_zero_switches_sharing_off(
     assert [text for text in caplog.messages if "Sharing" in text] == [off]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("new_processes")
 def test_a_capacity_above_the_installed_memory_is_accepted(capfd: pytest.CaptureFixture[str]) -> None:
     """A capacity is a limit and not a reservation: values are shared as long as there is memory."""
@@ -298,7 +294,6 @@ def test_a_capacity_above_the_installed_memory_is_accepted(capfd: pytest.Capture
     assert "Sharing" not in capfd.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_worker_that_was_started_under_small_limits_reads_and_sends() -> None:
     """It maps shared values of others, and sends its own results as bytes."""
     limits_ = 'ulimit -n 64 && ulimit -f 1024 && ulimit -v 4000000 && exec "$@"'

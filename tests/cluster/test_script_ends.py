@@ -22,7 +22,7 @@ from sampling import sample
 
 from dask_shm_plugin.node import rendezvous
 
-pytestmark = pytest.mark.timeout(300)  # stock Dask takes half a minute to end some of them
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # stock Dask takes half a minute to end some of them
 
 HEAD = """
 import asyncio, atexit, contextlib, gc, os, signal, sys, threading, time
@@ -295,7 +295,6 @@ def test_an_asynchronous_script_ends_as_without_the_plugin(kind: str, ending: st
     assert_ends_as_without(source, is_race=is_racy(ending))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "first", ["import dask_shm_plugin.node.membership", "import distributed, dask_shm_plugin.node.membership"]
 )
@@ -319,7 +318,6 @@ def release_values_of_gone_clients(dask_scheduler: Any) -> None:
             dask_scheduler.client_releases_keys([task.key for task in client.wants_what], key, "test")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ending", [other for other in ENDINGS if "cluster" not in ENDINGS[other]])
 def test_a_script_of_a_cluster_of_commands_ends_as_without_the_plugin(commands: Client, ending: str) -> None:
     """The cluster goes on, and its arena keeps nothing that the script held."""

@@ -119,7 +119,6 @@ def remote(remote_cluster: Client) -> Client:
     return remote_cluster
 
 
-@pytest.mark.slow
 def test_a_client_in_another_process_registers_for_the_whole_cluster(remote: Client) -> None:
     """The commands that started the scheduler and the workers know nothing of the plugin."""
     a, b = addresses(remote)
@@ -128,7 +127,6 @@ def test_a_client_in_another_process_registers_for_the_whole_cluster(remote: Cli
     assert totals(remote).arenas == 1
 
 
-@pytest.mark.slow
 def test_workers_that_join_later_take_part(remote: Client) -> None:
     """A further command, with a nanny or without, joins the same arena."""
     a, b = addresses(remote)
@@ -196,6 +194,8 @@ from distributed import Client
 from observing import array, see_on, addresses
 from dask_shm_plugin import is_shared
 
+pytestmark = pytest.mark.slow
+
 if __name__ == "__main__":
     with Client("{remote.scheduler.address}") as client:
         future = client.scatter(array(1), broadcast=True)
@@ -206,7 +206,6 @@ if __name__ == "__main__":
     assert run_script(script, env=environment(preload)).split() == ["True", "True", "True"]
 
 
-@pytest.mark.slow
 def test_a_local_cluster_shares_with_workers_that_are_added(nothing_leaks: None) -> None:
     """Scaling up from no worker after the registration reaches each new worker."""
     with local_cluster(0) as client:
@@ -223,7 +222,6 @@ def test_a_local_cluster_shares_with_workers_that_are_added(nothing_leaks: None)
 # --------------------------------------------------------------------------------------------------------- preloads
 
 
-@pytest.mark.slow
 def test_worker_commands_with_a_preload_share_one_arena() -> None:
     """`dask worker --preload`: four workers of one command, one without a nanny, and the client are in one arena."""
     preload = ("--preload", "dask_shm_plugin")
@@ -241,7 +239,6 @@ def test_worker_commands_with_a_preload_share_one_arena() -> None:
             assert_client_takes_part(late)
 
 
-@pytest.mark.slow
 def test_a_scheduler_with_a_preload_switches_the_whole_cluster_on() -> None:
     """`dask scheduler --preload`: plain workers, with and without a nanny, share."""
     env = environment(THRESHOLD)
@@ -269,7 +266,6 @@ def replaced_functions(dask_worker: Worker) -> list[str]:
     return [name for name, it in found.items() if type(getattr(it, "__self__", it)).__module__.startswith("dask_shm")]
 
 
-@pytest.mark.slow
 def test_many_clients_that_register_at_the_same_time_leave_nothing_behind() -> None:
     """Dask may tear a plugin down during its setup, for another of the same name: one is active, and then none."""
 
@@ -295,7 +291,6 @@ def test_many_clients_that_register_at_the_same_time_leave_nothing_behind() -> N
     asyncio.run(main())
 
 
-@pytest.mark.slow
 def test_an_invalid_setting_on_a_node_leaves_that_node_as_it_is() -> None:
     """The cluster works, all functions of the worker are Dask's own, and Dask logs no error."""
     env = environment({"DASK_SHM__THRESHOLD": "nonsense"})
