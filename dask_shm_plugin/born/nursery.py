@@ -71,6 +71,15 @@ class _Limits(NamedTuple):
     largest: int
 
 
+def why_not_here() -> str | None:
+    """Return the reason why this process, on this machine, can have no chunks, or None."""
+    if syscalls.address_space_is_limited():
+        return "the address space of this process is limited (ulimit -v)"
+    if limits.commits_are_limited():  # then a mapping that is to be replaced may be lost instead, before Linux 6.12
+        return "the machine does not overcommit memory (vm.overcommit_memory=2)"
+    return None
+
+
 class Nursery:
     """The chunks of this process in one arena, from :meth:`start` until :meth:`stop` was called and all are freed.
 
@@ -109,10 +118,8 @@ class Nursery:
     def start(self) -> str | None:
         """Begin to hand out chunks; return the reason if that is not possible."""
         segment = self._arena.segment
-        if syscalls.address_space_is_limited():
-            return "the address space of this process is limited (ulimit -v)"
-        if limits.commits_are_limited():  # then a mapping that is to be replaced may be lost instead, before Linux 6.12
-            return "the machine does not overcommit memory (vm.overcommit_memory=2)"
+        if reason := why_not_here():
+            return reason
         self._span = segment.size - BLOCKS_FROM
         granules = np.zeros(self._span // _GRANULE_BYTES + 1, np.uint16)
         try:

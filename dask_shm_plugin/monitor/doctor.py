@@ -19,6 +19,7 @@ from dask_shm_plugin import config
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.arena.block import Block
 from dask_shm_plugin.born.library import load
+from dask_shm_plugin.born.nursery import why_not_here
 from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.linux import limits, locks, pagemap, syscalls
 from dask_shm_plugin.linux.segment import SHM_DIRECTORY, nameless_file
@@ -83,7 +84,7 @@ def _settings() -> Iterator[Finding]:
         yield Finding("shm.capacity", GOOD, f"{format_bytes(capacity)} on this machine")
     else:
         yield Finding("shm.capacity", OFF, "0", "set shm.capacity, for example to 50%")
-    library = tasks.why_not() or load()
+    library = tasks.why_not() or why_not_here() or load()
     if config.options({}).born == "off":
         yield Finding("shm.born", GOOD, "off: results are copied when they are shared")
     elif isinstance(library, str):
