@@ -210,10 +210,11 @@ class _ActiveWorker:
         self._landing.forget(key)
 
     async def _received(self, data: dict[Any, Any]) -> None:
-        """List scattered values, so that other processes find them without a request; bytes are published first."""
+        """List scattered values, so that other processes find them without a request; bytes from afar are published first."""
         large = [key for key in data if self._answers.is_large(key)]
         shared = [key for key in large if buffers.blocks_of(data[key], self._arena.arena_id)]
-        if self._landing.has_neighbours:
+        # A client of this node has tried that.
+        if self._landing.has_neighbours and not self._has_clients():
             for key in large:
                 if key not in shared and not self._answers.is_of_small_items(key, data[key]):
                     self.publisher.offer(key)
