@@ -33,6 +33,8 @@ from processes import cluster, environment, run_script, scheduler, workers
 from dask_shm_plugin import SharedMemoryPlugin, stats, unregister
 from dask_shm_plugin.node import membership
 
+pytestmark = pytest.mark.slow
+
 #: A threshold in the environment, as operators set it.
 THRESHOLD = {"DASK_SHM__THRESHOLD": "64 KiB"}
 
@@ -193,8 +195,6 @@ def test_a_second_client_takes_part_by_a_preload(remote: Client) -> None:
 from distributed import Client
 from observing import array, see_on, addresses
 from dask_shm_plugin import is_shared
-
-pytestmark = pytest.mark.slow
 
 if __name__ == "__main__":
     with Client("{remote.scheduler.address}") as client:
