@@ -1,11 +1,15 @@
 # Short names, for the active environment: pip install -e '.[test,lint,docs]'. What CI runs is .ci/run.
-.PHONY: test quick lint docs stress measurements
+.PHONY: test quick long lint docs stress measurements
 
 test:
 	python -m pytest
 
 quick:
 	python -m pytest -m "not slow"
+
+# What `make test` leaves out.
+long:
+	python -m pytest -m long
 
 lint:
 	pre-commit run --all-files

@@ -17,7 +17,9 @@ PROGRAMS = int(os.environ.get("DASK_SHM_TEST_PROGRAMS", "25"))
 
 
 @pytest.fixture(
-    scope="module", params=[1, pytest.param(3, marks=pytest.mark.slow)], ids=["one thread", "three threads"]
+    scope="module",
+    params=[1, pytest.param(3, marks=[pytest.mark.slow, pytest.mark.long])],
+    ids=["one thread", "three threads"],
 )
 def both(nothing_leaks: None, request: pytest.FixtureRequest) -> Iterator[tuple[Client, Client]]:
     """A client without the plugin and one with it, of three workers each."""

@@ -64,6 +64,7 @@ def is_whole(value: np.ndarray, seed: int, size: int) -> bool:
     return bool(np.array_equal(value, array(seed, size)))
 
 
+@pytest.mark.long
 def test_two_workers_stay_within_the_sum_of_their_limits(group: ControlGroup | None) -> None:
     """Both workers hold values worth twice their limits: these are spilled as without the plugin, and all are right."""
     with local_cluster(2, {"capacity": "4 GiB"}, memory_limit=f"{LIMIT} B") as client:

@@ -10,7 +10,6 @@ from typing import Any
 
 import poor_kernel
 import pytest
-from sampling import sample
 
 pytestmark = [
     pytest.mark.slow,
@@ -112,7 +111,8 @@ def run_tests(folder: Path, lacks: list[str], *names: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("lacks", sample(ALL_BUT_LOCKS, 2))
+@pytest.mark.long
+@pytest.mark.parametrize("lacks", ALL_BUT_LOCKS)
 def test_blocks_work_without_one_feature(lacks: str, tmp_path: Path) -> None:
     """The tests of drafts, blocks and views pass if one feature other than the locks is missing."""
     run_tests(tmp_path, [lacks], "arena/test_block.py")

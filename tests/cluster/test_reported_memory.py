@@ -323,7 +323,7 @@ def test_a_shared_value_with_one_holder_is_spilled_and_its_block_is_freed(two: C
     assert_same(two.gather(shared), array(seed, PART))
 
 
-@pytest.mark.parametrize("publish", ["on-request", "on-completion"])
+@pytest.mark.parametrize("publish", ["on-request", pytest.param("on-completion", marks=pytest.mark.long)])
 def test_results_of_several_times_the_limit_finish_by_spilling(publish: str) -> None:
     """As on stock Dask, all values are right, and no worker dies."""
     with local_cluster(2, OPTIONS | {"publish": publish}, memory_limit=LIMIT) as client:

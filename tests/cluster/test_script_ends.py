@@ -271,7 +271,7 @@ def cells(clusters: dict[str, str], endings: dict[str, str]) -> list[object]:
     pairs = [(one, other) for one in clusters for other in endings]
     sampled = {*QUICK, *sample(pairs, 5)}
     return [
-        pytest.param(*pair, id=": ".join(pair), marks=[] if pair in QUICK else [pytest.mark.slow])
+        pytest.param(*pair, id=": ".join(pair), marks=[] if pair in QUICK else [pytest.mark.long])
         for pair in pairs
         if pair in sampled
     ]
@@ -298,6 +298,7 @@ def test_an_asynchronous_script_ends_as_without_the_plugin(kind: str, ending: st
 @pytest.mark.parametrize(
     "first", ["import dask_shm_plugin.node.membership", "import distributed, dask_shm_plugin.node.membership"]
 )
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["threads", "threads over TCP", "processes"])
 def test_the_order_of_imports_does_not_change_how_a_script_ends(kind: str, first: str) -> None:
     """Imported before Dask, the package is cleaned up after it; imported later, before it. A script cannot tell."""

@@ -65,7 +65,7 @@ WITHIN = """
 """
 
 
-@pytest.mark.parametrize("size", ["16m", "64m"])
+@pytest.mark.parametrize("size", ["16m", pytest.param("64m", marks=pytest.mark.long)])
 def test_a_memfd_takes_the_place_of_a_small_dev_shm(size: str) -> None:
     """As in a plain container, no setting is needed, and values larger than ``/dev/shm`` are shared."""
     said = run(WITHIN, {}, *with_dev_shm(size))
@@ -117,6 +117,7 @@ while True:
 """
 
 
+@pytest.mark.long
 def test_values_are_sent_while_another_program_fills_dev_shm(tmp_path: Path) -> None:
     """Values are right while it is full, and while it fills and empties; while it is empty, they are shared."""
     source = f"    EATER = {EATER!r}\n{FILLED}".replace("    subprocess.Popen\n", "")

@@ -39,6 +39,7 @@ def test_stock_fails():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="shared memory needs Linux")
 def test_a_test_that_always_fails_with_the_plugin_is_reported_and_one_that_fails_once_is_not(tmp_path: Path) -> None:
     """Only the planted difference is reported, with exit status 1, and the counts show that values were shared."""
