@@ -127,7 +127,11 @@ class SharedMemoryWorker(WorkerPlugin):
 
 
 class _ActiveWorker:
-    """The worker's role while the worker is a member of an arena."""
+    """The worker's role while the worker is a member of an arena.
+
+    After :meth:`stop`, no part refers to this object: a cycle would keep the values of a closed worker until Python looks
+    for cycles.
+    """
 
     def __init__(self, worker: Any, role: Role, arena: Arena) -> None:
         self._worker, self._role, self._arena = worker, role, arena
@@ -137,7 +141,7 @@ class _ActiveWorker:
         self._telling = Telling(worker, arena.arena_id.hex())
         self.publisher = Publisher(arena, role.options.threshold, self._data, role.address, self._kept, self._telling)
         self._answers = Answers(worker, arena, self.publisher, role.options.threshold)
-        self._landing = Landing(arena, worker.address, self._may_be_large)
+        self._landing = Landing(arena, worker.address, functools.partial(_may_be_large, worker, self._answers))
         self._meter = WorkerMeter(worker, arena)
         self._kept.placed = self._meter.placed
         self._transfers = Transfers(worker, arena)
@@ -183,10 +187,6 @@ class _ActiveWorker:
         with contextlib.suppress(SharedMemoryError):
             return any(role.kind == "client" for role in self._arena.roster.roles())
         return False
-
-    def _may_be_large(self, key: Any) -> bool:
-        task = self._worker.state.tasks.get(key)
-        return task is None or not task.nbytes or self._answers.is_large(key)
 
     def arrived(self, key: Any, start: str) -> None:
         """Note that the value of a key came into memory, from the state ``start`` of its task."""
@@ -234,6 +234,12 @@ class _ActiveWorker:
         """Return the state of the arena and the counters of this process."""
         said = self._role.report(self._arena, self._counted())
         return {"worker": self._worker.address, "host": self._worker.ip, "version": __version__, **said}
+
+
+def _may_be_large(worker: Any, answers: Answers, key: Any) -> bool:
+    """Return whether the value of a key may be large: its size is not known, or large."""
+    task = worker.state.tasks.get(key)
+    return task is None or not task.nbytes or answers.is_large(key)
 
 
 def _keep(message: dict[Any, Any], done: object) -> None:

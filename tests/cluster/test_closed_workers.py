@@ -125,7 +125,9 @@ def test_a_closed_worker_drops_its_shared_values_and_keeps_its_private_ones(
             assert set(a.data) == {private}
             for worker in (a, b):
                 assert worker.state.nbytes == sum(worker.state.tasks[key].nbytes for key in worker.data)
+            deadline = time.monotonic() + 20  # at once, and not when Python next looks for reference cycles
             while len(the_arena().holdings):
+                assert time.monotonic() < deadline
                 await asyncio.sleep(0.01)
             del kept
 
