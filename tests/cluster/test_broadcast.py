@@ -11,6 +11,8 @@ from observing import addresses, array, assert_saw, fresh, holders, see_on, wait
 
 from dask_shm_plugin.transfer import scatter
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("n", [1, 2, 4, 9])
 def test_a_broadcast_reaches_the_requested_number_of_workers(four: Client, n: int) -> None:

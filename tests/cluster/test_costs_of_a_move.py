@@ -16,6 +16,8 @@ from dask_shm_plugin.mapping import shared
 from dask_shm_plugin.node import membership
 from dask_shm_plugin.table.layout import BLOCKS_FROM
 
+pytestmark = pytest.mark.slow
+
 SIZE = 8 * BIG
 
 

@@ -36,6 +36,8 @@ from dask_shm_plugin.values import codec, handles
 from dask_shm_plugin.values.codec import Serialized
 from dask_shm_plugin.values.handles import Handle, Span, Unresolved
 
+pytestmark = pytest.mark.slow
+
 FUZZ = Path(__file__).parents[1] / "stress" / "fuzz"
 VALUE = {"large": np.arange(100_000), "other": np.ones(9_000), "text": "text"}
 
@@ -105,7 +107,6 @@ for _row in (
     CHANGES[f"row {_row}"] = lambda h, row=_row: {"parts": changed_span(h, row=row)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_handle_with_any_change_is_refused(arena: Arena, change: str) -> None:
     """It counts as a handle that cannot be resolved, so that the requesting process asks again, for bytes."""
@@ -117,7 +118,6 @@ def test_a_handle_with_any_change_is_refused(arena: Arena, change: str) -> None:
     del published, other
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("change", [change for change in CHANGES if change not in ("another arena", "no arena")])
 def test_a_forged_handle_with_a_valid_checksum_does_no_harm(arena: Arena, change: str) -> None:
     """A wrong span shows no byte of another block, no field crashes the process, and no block is held for long."""
@@ -213,7 +213,6 @@ def heard_by(client: Client, worker: str) -> list[tuple[str, str]]:
     return client.run(lambda dask_worker: list(dask_worker.heard), workers=[worker])[worker]
 
 
-@pytest.mark.slow
 def test_a_cluster_with_a_damaged_table_goes_on_with_bytes() -> None:
     """Shared values stay as they are, all others are right, each worker warns once, and `unregister` works."""
     with local_cluster(2) as client:
@@ -243,7 +242,6 @@ def test_a_cluster_with_a_damaged_table_goes_on_with_bytes() -> None:
         assert_same(client.submit(array, seeds[1], workers=[b], pure=False).result(), array(seeds[1]))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not FUZZ.exists(), reason="the wheel is tested without its source")
 def test_a_short_fuzzing_run_finds_no_error() -> None:
     """The seed gives the same 6,000 inputs each time; ``python tests/stress/fuzz`` tries a million."""

@@ -32,6 +32,8 @@ from dask_shm_plugin.mapping import atlas
 from dask_shm_plugin.node import membership
 from dask_shm_plugin.transfer import adopter
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def three(nothing_leaks: None) -> Iterator[Client]:

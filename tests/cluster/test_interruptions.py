@@ -10,10 +10,11 @@ import os
 import interruptions
 import pytest
 
+pytestmark = pytest.mark.slow
+
 MIN_INTERRUPTS = int(os.environ.get("DASK_SHM_INTERRUPTS", "1500"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["signals", "threads"])
 def test_interrupts_at_any_instruction_leave_nothing_behind(how: str) -> None:
     """They hit a process that publishes, attaches and releases; another member works on without waiting in vain."""

@@ -118,6 +118,7 @@ def test_blocks_work_without_one_feature(lacks: str, tmp_path: Path) -> None:
     run_tests(tmp_path, [lacks], "arena/test_block.py")
 
 
+@pytest.mark.long
 def test_blocks_and_forks_work_without_any_optional_feature(tmp_path: Path) -> None:
     """The tests of drafts, blocks, views and forked children pass if all features but the locks are missing."""
     run_tests(tmp_path, ALL_BUT_LOCKS, "arena/test_block.py", "arena/test_forks.py")

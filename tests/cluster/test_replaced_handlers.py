@@ -15,6 +15,8 @@ from distributed import Client, Scheduler, Worker, wait
 from dask_shm_plugin import SharedMemoryPlugin, is_shared
 from dask_shm_plugin.node import membership
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 1 << 15
 
 

@@ -393,6 +393,7 @@ def test_a_worker_that_was_restarted_is_measured_as_well(two: Client) -> None:
     assert pids(two) == processes
 
 
+@pytest.mark.long
 def test_the_nanny_of_a_worker_with_a_preload_measures_as_well() -> None:
     """``dask worker --preload`` reaches only the worker, which passes the plugin on to its nanny."""
     preload, env = "dask_shm_plugin", environment({"DASK_SHM__CAPACITY": "2 GiB"})

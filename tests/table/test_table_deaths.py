@@ -15,6 +15,8 @@ from dask_shm_plugin.table.members import Member
 from dask_shm_plugin.table.roles import RoleEntry
 from dask_shm_plugin.table.table import Table
 
+pytestmark = pytest.mark.slow
+
 PAGE = 4096
 
 

@@ -57,7 +57,9 @@ def test_a_value_that_has_changed_has_another_version(two_arenas: tuple[Arena, A
     frame = pd.DataFrame(np.random.default_rng(0).random((100_000, 2)), columns=["x", "y"])
     first = published_in(here, frame)
     mapped = handles.resolve(first.handle)
-    renamed = published_in(here, mapped.set_axis(["y", "x"], axis=1))
+    other = mapped.copy(deep=False)
+    other.columns = ["y", "x"]
+    renamed = published_in(here, other)
     assert renamed.copied == 0
     assert renamed.handle.version != first.handle.version
     array = np.random.default_rng(0).random((300, 300))
