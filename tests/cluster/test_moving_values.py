@@ -30,6 +30,8 @@ from observing import (
     wait_until,
 )
 
+pytestmark = pytest.mark.slow
+
 # ------------------------------------------------------------------------------------------------ worker → worker
 
 

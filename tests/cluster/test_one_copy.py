@@ -29,6 +29,8 @@ from observing import (
     wait_until,
 )
 
+pytestmark = pytest.mark.slow
+
 SIZE = 64 * MIB
 #: Freed pages are returned at once here, so that each round of a measurement starts without pages.
 OPTIONS: dict[str, Any] = {"capacity": "512 MiB", "warm": 0}
@@ -103,7 +105,6 @@ def digests(client: Client, future: Any, workers: Iterable[str]) -> list[int]:
     return client.gather([client.submit(digest, future, workers=[address], pure=False) for address in workers])
 
 
-@pytest.mark.slow
 def test_a_broadcast_is_one_copy_in_memory_and_nothing_on_the_wire(client: Client) -> None:
     """Four workers read 64 MiB: this takes one shared copy, no private memory, and hardly any traffic."""
     value = big(fresh())
@@ -234,7 +235,6 @@ def write(value: np.ndarray, count: int) -> None:
     value[:count] += 1
 
 
-@pytest.mark.slow
 def test_six_workers_share_one_copy() -> None:
     """Five workers that fetch from the sixth share one publication and one copy."""
     with local_cluster(6, OPTIONS, memory_limit="512 MiB") as client:

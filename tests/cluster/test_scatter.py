@@ -26,6 +26,8 @@ from observing import (
     totals,
 )
 
+pytestmark = pytest.mark.slow
+
 SCATTERS: dict[str, dict[str, Any]] = {
     "anywhere": {},
     "broadcast": {"broadcast": True},
