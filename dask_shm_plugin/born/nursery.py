@@ -14,33 +14,24 @@ import logging
 import os
 import threading
 import time
-from typing import NamedTuple
 
 import numpy as np
 
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.arena.references import Hold
+from dask_shm_plugin.born import bounds
 from dask_shm_plugin.born.library import Figures, Library, Setup
 from dask_shm_plugin.crashpoints import step
-from dask_shm_plugin.exceptions import MappingRefused, MemoryExhausted, SharedMemoryError, StaleBlock
-from dask_shm_plugin.linux import limits, syscalls
+from dask_shm_plugin.exceptions import MappingRefused, SharedMemoryError, StaleBlock
+from dask_shm_plugin.linux import syscalls
 from dask_shm_plugin.mapping.atlas import ATLAS, Place
 from dask_shm_plugin.metrics import COUNTERS
-from dask_shm_plugin.table.layout import BLOCKS, BLOCKS_FROM, Extent
+from dask_shm_plugin.table.layout import BLOCKS_FROM, Extent
 from dask_shm_plugin.units import PAGE
 
 logger = logging.getLogger("dask_shm_plugin")
 
 _GRANULE_BYTES = 64 << 10
-_MAX_IDLE_BYTES = 32 << 20
-_MAX_CHUNK_BYTES = 1 << 30
-"""Larger arrays lie in ordinary memory: their pages exist only once they are touched."""
-_SHORT = 0.6
-"""Fraction of the worker's memory limit beyond which no chunk is added or kept idle; by default, Dask then begins to spill."""
-_FULL = 0.75
-"""Fraction of the capacity beyond which no chunk is added or kept idle: the rest is for publishing."""
-_MAX_ROWS = BLOCKS // 2
-"""Number of drafts and blocks in the arena from which on no chunk is added: the other rows are for publishing."""
 _QUIET_S = 0.25
 """How long no chunk is added after one could not be: at least, or 20 times as long as the failure took."""
 _INTERVAL_S = 0.5
@@ -61,23 +52,6 @@ class _Chunk:
 
     def __init__(self, hold: Hold, extent: Extent) -> None:
         self.hold, self.extent, self.is_sealed = hold, extent, False
-
-
-class _Limits(NamedTuple):
-    """Bytes that all chunks, the idle ones, and one chunk may have."""
-
-    drafts: int
-    idle: int
-    largest: int
-
-
-def why_not_here() -> str | None:
-    """Return the reason why this process, on this machine, can have no chunks, or None."""
-    if syscalls.address_space_is_limited():
-        return "the address space of this process is limited (ulimit -v)"
-    if limits.commits_are_limited():  # then a mapping that is to be replaced may be lost instead, before Linux 6.12
-        return "the machine does not overcommit memory (vm.overcommit_memory=2)"
-    return None
 
 
 class Nursery:
@@ -118,7 +92,7 @@ class Nursery:
     def start(self) -> str | None:
         """Begin to hand out chunks; return the reason if that is not possible."""
         segment = self._arena.segment
-        if reason := why_not_here():
+        if reason := bounds.why_not_here():
             return reason
         self._span = segment.size - BLOCKS_FROM
         granules = np.zeros(self._span // _GRANULE_BYTES + 1, np.uint16)
@@ -182,9 +156,7 @@ class Nursery:
         OSError, SharedMemoryError
             There is no room, or no memory.
         """
-        held, rows = self._taken()
-        if held + length > self._arena.capacity * _FULL or rows >= _MAX_ROWS:
-            raise MemoryExhausted("the rest of the arena is for publishing")
+        bounds.insist_on_room(self._arena, length)
         hold, extent = self._arena.reserve(length)
         self._arena.pages.make(extent)
         address = self._area + extent.offset
@@ -330,24 +302,6 @@ class Nursery:
         syscalls.close_off(address, length)
         self._chunks.pop(address, None)
 
-    def _taken(self) -> tuple[int, int]:
-        """Return the bytes of all drafts and blocks of the arena, and their number, as an estimate."""
-        lengths = self._arena._access.table.blocks.taken_by_now()[:, 1]
-        return int(lengths.sum()), len(lengths)
-
     def _set_limits(self) -> None:
-        self._library.functions.born_limit(*self._limits())
-
-    def _limits(self) -> _Limits:
-        capacity = self._arena.capacity
-        try:
-            held, _ = self._taken()
-            workers = self._arena.budget.count_workers()
-            own = self._arena.budget.measure()
-        except (SharedMemoryError, OSError):
-            return _Limits(0, 0, 0)
-        # Of a chunk all pages exist, so it must fit beside the worker's other memory even if it is never touched.
-        left = int(self._memory_limit * _SHORT) - (own - self._arena.budget.drafts())
-        drafts = max(0, min(capacity // (2 * workers), self._memory_limit // 2, left))
-        is_full = held > capacity * _FULL or own > self._memory_limit * _SHORT or self._is_stopped
-        return _Limits(drafts, 0 if is_full else min(drafts, _MAX_IDLE_BYTES), min(drafts // 2, _MAX_CHUNK_BYTES))
+        limits = bounds.NOTHING if self._is_stopped else bounds.limits_of(self._arena, self._memory_limit)
+        self._library.functions.born_limit(*limits)

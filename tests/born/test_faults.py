@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,24 +24,6 @@ from dask_shm_plugin.node import membership
 
 JOIN = "arena = membership.join(cluster, 'worker', f'tcp://{os.getpid()}', capacity=lambda: 64 << 20, warm=2**20)"
 BEAR = "from births import *; assert switch.switch_on(arena, None, 3600) is None"
-
-
-@pytest.fixture
-def arena() -> Iterator[Arena]:
-    """Create an arena of 64 MiB, and validate its table after the test."""
-    one = Arena.create(64 * MIB, warm=MIB)
-    yield one
-    gc.collect()
-    one.validate()
-    one.close()
-
-
-@pytest.fixture
-def nursery(arena: Arena) -> Iterator[Nursery]:
-    """Let arrays be born in the arena; all chunks are given back after the test."""
-    with births(arena) as one:
-        yield one
-        gc.collect()
 
 
 @pytest.fixture
@@ -85,6 +66,7 @@ def test_an_extension_may_allocate_under_a_lock(bearer: Process, tmp_path: Path)
                 for _ in range(10):
                     kept.append(make(np.empty, (200 * KIB,)))
                 kept.clear()
+                time.sleep(0.0005)  # else the thread that adds chunks may never get the GIL
         threads = [threading.Thread(target=in_arena, args=(work,)) for _ in range(2)]
         for thread in threads: thread.start()
         for thread in threads: thread.join()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import gc
 import itertools
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from births import KIB, MIB, births, drafts, figures, in_arena, newborn, own_drafts
+from births import KIB, MIB, drafts, figures, in_arena, newborn, own_drafts
 from other_processes import wait_until
 
 from dask_shm_plugin.arena.arena import Arena
@@ -25,25 +24,6 @@ from dask_shm_plugin.values import codec, handles
 from dask_shm_plugin.values.codec import Published, Serialized
 
 SIZE = 2 * MIB
-
-
-@pytest.fixture
-def arena(monkeypatch: pytest.MonkeyPatch) -> Iterator[Arena]:
-    """Create an arena of 64 MiB, and validate its table after the test."""
-    one = Arena.create(64 * MIB, warm=MIB)
-    monkeypatch.setattr(handles, "find", lambda arena_id: one if arena_id == one.arena_id else None, raising=False)
-    yield one
-    gc.collect()
-    one.validate()
-    one.close()
-
-
-@pytest.fixture
-def nursery(arena: Arena) -> Iterator[Nursery]:
-    """Let arrays be born in the arena; all chunks are given back after the test."""
-    with births(arena) as one:
-        yield one
-        gc.collect()
 
 
 def publish(value: Any, arena: Arena) -> Published:

@@ -10,6 +10,7 @@ import pytest
 from distributed.protocol.serialize import deserialize, serialize
 
 from dask_shm_plugin.arena.arena import Arena
+from dask_shm_plugin.exceptions import ArenaFull
 from dask_shm_plugin.node import membership
 from dask_shm_plugin.values import codec
 from dask_shm_plugin.values.codec import Published, Serialized
@@ -37,3 +38,12 @@ def received(message: Any) -> Any:
     """Return what a connection delivers: frames in memory that may be written to."""
     header, frames = serialize(message)
     return deserialize(header, [memoryview(bytearray(frame)) for frame in frames])
+
+
+def fill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no arena of this process have room for another block."""
+
+    def refuse(*args: Any) -> Any:
+        raise ArenaFull("no room")
+
+    monkeypatch.setattr(Arena, "draft", refuse)

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from two_arenas import *  # noqa: F403 - pytest looks for fixtures here
-from two_arenas import published_in, received
+from two_arenas import fill, published_in, received
 
 from dask_shm_plugin.arena.arena import Arena
-from dask_shm_plugin.exceptions import ArenaFull
 from dask_shm_plugin.seams import requests
 from dask_shm_plugin.transfer.between_nodes import NodeRequest
 from dask_shm_plugin.transfer.flights import AnswerToNode, Flights
@@ -49,11 +48,8 @@ def test_a_value_that_had_no_room_is_not_listed_as_a_value(
     value = np.random.default_rng(0).random(100_000)
     parcel = received(parcels.message_of(published_in(here, value), here))
 
-    def full(*args: Any) -> Any:
-        raise ArenaFull("no room")
-
     async def test(landing: Landing) -> None:
-        monkeypatch.setattr(Arena, "draft", full)
+        fill(monkeypatch)
         arrived = await landing.land("x", parcel, HERE)
         np.testing.assert_array_equal(arrived, value)
         assert landing.handle_of("x", arrived) is None

@@ -8,10 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from two_arenas import *  # noqa: F403 - pytest looks for fixtures here
-from two_arenas import published_in, received
+from two_arenas import fill, published_in, received
 
 from dask_shm_plugin.arena.arena import Arena
-from dask_shm_plugin.exceptions import ArenaFull
 from dask_shm_plugin.values import handles, parcels
 from dask_shm_plugin.values.codec import Serialized
 from dask_shm_plugin.values.parcels import Parcel
@@ -79,10 +78,7 @@ def test_a_value_arrives_where_there_is_no_room(
     value = np.random.default_rng(0).random(100_000)
     parcel = received(parcels.message_of(published_in(here, value), here))
 
-    def full(*args: Any) -> Any:
-        raise ArenaFull("no room")
-
-    monkeypatch.setattr(Arena, "draft", full)
+    fill(monkeypatch)
     landed, arrived = parcel.landed(there)
     assert landed is None
     assert np.array_equal(arrived, value)

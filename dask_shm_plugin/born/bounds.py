@@ -1,0 +1,76 @@
+"""How much of an arena, and of a worker's memory, the chunks of one process may take."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dask_shm_plugin.arena.arena import Arena
+from dask_shm_plugin.exceptions import MemoryExhausted, SharedMemoryError
+from dask_shm_plugin.linux import limits, syscalls
+from dask_shm_plugin.table.layout import BLOCKS
+
+_MAX_IDLE_BYTES = 32 << 20
+_MAX_CHUNK_BYTES = 1 << 30
+"""Larger arrays lie in ordinary memory: their pages exist only once they are touched."""
+_SHORT = 0.6
+"""Fraction of the worker's memory limit beyond which no chunk is added or kept idle; by default, Dask then begins to spill."""
+_FULL = 0.75
+"""Fraction of the capacity beyond which no chunk is added or kept idle: the rest is for publishing."""
+_MAX_ROWS = BLOCKS // 2
+"""Number of drafts and blocks in the arena from which on no chunk is added: the other rows are for publishing."""
+
+
+class Limits(NamedTuple):
+    """Bytes that all chunks, the idle ones, and one chunk may have."""
+
+    drafts: int
+    idle: int
+    largest: int
+
+
+NOTHING = Limits(0, 0, 0)
+
+
+def why_not_here() -> str | None:
+    """Return the reason why this process, on this machine, can have no chunks, or None."""
+    if syscalls.address_space_is_limited():
+        return "the address space of this process is limited (ulimit -v)"
+    if limits.commits_are_limited():  # then a mapping that is to be replaced may be lost instead, before Linux 6.12
+        return "the machine does not overcommit memory (vm.overcommit_memory=2)"
+    return None
+
+
+def insist_on_room(arena: Arena, length: int) -> None:
+    """Check that one more chunk leaves room for publishing.
+
+    Raises
+    ------
+    MemoryExhausted
+        It does not.
+    """
+    now = arena.glance()
+    if now.used + length > now.capacity * _FULL or now.blocks >= _MAX_ROWS:
+        raise MemoryExhausted("the rest of the arena is for publishing")
+
+
+def limits_of(arena: Arena, memory_limit: int) -> Limits:
+    """Return the present limits for this process.
+
+    Parameters
+    ----------
+    arena
+        The arena.
+    memory_limit
+        The memory limit of the worker, in bytes.
+    """
+    try:
+        now = arena.glance()
+        workers = arena.budget.count_workers()
+        own = arena.budget.measure()
+    except (SharedMemoryError, OSError):
+        return NOTHING
+    # Of a chunk all pages exist, so it must fit beside the worker's other memory even if it is never touched.
+    left = int(memory_limit * _SHORT) - (own - arena.budget.drafts())
+    drafts = max(0, min(now.capacity // (2 * workers), memory_limit // 2, left))
+    is_full = now.used > now.capacity * _FULL or own > memory_limit * _SHORT
+    return Limits(drafts, 0 if is_full else min(drafts, _MAX_IDLE_BYTES), min(drafts // 2, _MAX_CHUNK_BYTES))
