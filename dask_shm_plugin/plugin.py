@@ -8,7 +8,6 @@ from collections import defaultdict
 from typing import Any
 
 from distributed import Client
-from distributed.diagnostics.plugin import SchedulerPlugin
 
 from dask_shm_plugin import __version__, config, metrics, stub
 from dask_shm_plugin.monitor.notebook import ArenaFigures, Explanations
@@ -16,7 +15,7 @@ from dask_shm_plugin.notices import warn_once
 from dask_shm_plugin.seams.checks import why_not
 
 
-class SharedMemoryPlugin(SchedulerPlugin):
+class SharedMemoryPlugin(stub.OwnsScheduling):
     """Keep one copy of each large value on each node that needs it.
 
     ``client.register_plugin(SharedMemoryPlugin())`` switches sharing on in all present and future nannies and workers
@@ -66,7 +65,6 @@ class SharedMemoryPlugin(SchedulerPlugin):
         born: str | None = None,
     ) -> None:
         given = {"capacity": capacity, "threshold": threshold, "publish": publish, "views": views, "warm": warm}
-        self._scheduler: Any = None
         given |= {"shuffle": shuffle, "born": born}
         self.given = {name: value for name, value in given.items() if value is not None}
         self.options = config.options(self.given)
@@ -77,16 +75,8 @@ class SharedMemoryPlugin(SchedulerPlugin):
 
     async def start(self, scheduler: Any) -> None:
         """Register the nanny plugin and the worker plugin; the scheduler calls this in its own process."""
-        scheduler.plugins.pop(self.name, None)
         if self.is_possible():
-            await stub.install(scheduler, self.name, *self.halves())
-            self._scheduler = scheduler
-            stub.show(scheduler)
-
-    async def close(self) -> None:
-        """Take the page of the dashboard away; the scheduler calls this when it closes."""
-        if self._scheduler is not None:
-            stub.hide(self._scheduler)
+            await self.begin(scheduler, *self.halves())
 
     def halves(self) -> tuple[bytes, bytes]:
         """Return the pickled stubs of the nanny plugin and of the worker plugin."""

@@ -98,35 +98,61 @@ class WorkerStub(WorkerPlugin):
             self.half.transition(key, start, finish)
 
 
-class SchedulerStub(SchedulerPlugin):
+class OwnsScheduling(SchedulerPlugin):
+    """Forwards to the scheduler's half: Dask calls each plugin in each transition of each task, so there is only one."""
+
+    name = "dask-shm"
+    half: Any = None
+    _scheduler: Any = None
+
+    async def begin(self, scheduler: Any, nanny: bytes, worker: bytes) -> None:
+        """Register the other two stubs, and take over the scheduler's half."""
+        # Removed first: Dask warns when a registration replaces a plugin of the same name.
+        before = scheduler.plugins.pop(self.name, None)
+        await begin_scheduling(scheduler)  # a plugin of its own hears what workers tell during the registration
+        await install(scheduler, self.name, nanny, worker)
+        self._scheduler = scheduler
+        show(scheduler)
+        self.half = scheduler.plugins.pop(SCHEDULING, None)
+        if before is self:  # given to the scheduler's constructor, and not to be added after this
+            scheduler.plugins[self.name] = self
+
+    def log_event(self, topic: str, msg: Any) -> None:
+        """Forward an event of the scheduler's log."""
+        if self.half is not None:
+            self.half.log_event(topic, msg)
+
+    def remove_worker(self, scheduler: Any, worker: str, **kwargs: Any) -> None:
+        """Forward that a worker is gone."""
+        if self.half is not None:
+            self.half.remove_worker(scheduler, worker)
+
+    async def close(self) -> None:
+        """Put everything back in place: the scheduler closes."""
+        if self.half is not None:
+            self.half.stop()
+        if self._scheduler is not None:
+            hide(self._scheduler)
+
+
+class SchedulerStub(OwnsScheduling):
     """Registers the other two stubs for all present and future nannies and workers.
 
     Without the package, the scheduler does no more than this.
     """
-
-    name = "dask-shm"
 
     def __init__(self, nanny: bytes, worker: bytes) -> None:
         self.nanny, self.worker = nanny, worker
 
     async def start(self, scheduler: Any) -> None:
         """Register both stubs with the scheduler that runs this plugin."""
-        # Removed first: Dask warns when a registration replaces a plugin of the same name.
-        scheduler.plugins.pop(self.name, None)
-        await install(scheduler, self.name, self.nanny, self.worker)
-        self._scheduler = scheduler
-        show(scheduler)
-
-    async def close(self) -> None:
-        """Show nothing any more: the scheduler closes."""
-        hide(self._scheduler)
+        await self.begin(scheduler, self.nanny, self.worker)
 
 
 async def install(scheduler: Any, name: str, nanny: bytes, worker: bytes) -> None:
     """Register both stubs with a scheduler, nannies first: their arena then exists when the workers look for it."""
     import logging
 
-    await begin_scheduling(scheduler)
     for register, plugin in (
         (scheduler.register_nanny_plugin, nanny),
         (scheduler.register_worker_plugin, worker),
@@ -140,26 +166,29 @@ async def install(scheduler: Any, name: str, nanny: bytes, worker: bytes) -> Non
 
 async def begin_scheduling(dask_scheduler: Any) -> None:
     """Let a scheduler place tasks by the place of their inputs, if its process has the package; runs on the scheduler."""
-    half = dask_scheduler.plugins.get(SCHEDULING)
-    if half is not None and half.is_on:
-        return
-    stop_scheduling(dask_scheduler)
-    half = _half("SharedMemoryScheduler", {}, "Tasks are placed as without the plugin")
-    if half is not None:
-        dask_scheduler.add_plugin(half, name=SCHEDULING)
+    half = dask_scheduler.extensions.get(SCHEDULING)
+    if half is None or not half.is_on:
+        stop_scheduling(dask_scheduler)
+        half = _half("SharedMemoryScheduler", {}, "Tasks are placed as without the plugin")
+        if half is None:
+            return
+        dask_scheduler.extensions[SCHEDULING] = half
         await half.start(dask_scheduler)
+    if getattr(dask_scheduler.plugins.get(NAME), "half", None) is not half:
+        dask_scheduler.plugins[SCHEDULING] = half
 
 
 def stop_scheduling(dask_scheduler: Any) -> None:
     """Undo :func:`begin_scheduling`; runs on the scheduler."""
-    half = dask_scheduler.plugins.pop(SCHEDULING, None)
+    dask_scheduler.plugins.pop(SCHEDULING, None)
+    half = dask_scheduler.extensions.pop(SCHEDULING, None)
     if half is not None:
         half.stop()
 
 
 def report_of_scheduler(dask_scheduler: Any) -> dict[str, Any]:
     """Return the figures that a scheduler has for each arena; runs on the scheduler."""
-    half = dask_scheduler.plugins.get(SCHEDULING)
+    half = dask_scheduler.extensions.get(SCHEDULING)
     said: dict[str, Any] = half.report() if half is not None else {}
     return said
 

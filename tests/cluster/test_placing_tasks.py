@@ -87,7 +87,7 @@ def is_known(client: Client, future: Any) -> bool:
     """Return whether the scheduler knows that a value is published."""
 
     def look(dask_scheduler: Any) -> bool:
-        half = dask_scheduler.plugins["dask-shm-scheduling"]
+        half = dask_scheduler.extensions["dask-shm-scheduling"]
         return any(ts.key == future.key for ts, _ in half._nodes.holders())
 
     return client.run_on_scheduler(look)
@@ -287,6 +287,7 @@ def test_everything_is_put_back_when_the_plugin_is_switched_off() -> None:
             client.register_plugin(SharedMemoryPlugin())
             on = client.run_on_scheduler(replaced)
             assert (on["scheduler"], on["policies"]) == (list(REPLACED), ["ReduceReplicasPerNode"])
+            assert on["plugins"] == ["dask-shm"]  # each one costs a call in each transition
         unregister(client)
         assert client.run_on_scheduler(replaced) == stock
 
@@ -295,7 +296,7 @@ def test_an_error_puts_everything_back_with_one_warning(caplog: pytest.LogCaptur
     """The task that met the error runs, and all later ones are placed as without the plugin."""
 
     def break_it(dask_scheduler: Any) -> None:
-        dask_scheduler.plugins["dask-shm-scheduling"]._placement._nodes = None
+        dask_scheduler.extensions["dask-shm-scheduling"]._placement._nodes = None
 
     with local_cluster(2) as client:
         a, b = addresses(client)
