@@ -19,7 +19,7 @@ from distributed import get_worker, wait
 from machine import MIB, make, read_pages
 from remote import remote
 
-TASKS = 40
+TASKS, PAIRS = 40, 3
 
 
 class Case(NamedTuple):
@@ -71,22 +71,22 @@ def measure(arm: str, case: Case) -> tuple[float, list[int], list[float]]:
 
 def main() -> None:
     """Read the arguments, measure, print."""
-    asked = report.parser(__doc__, pairs=3).parse_args()
-    cases = QUICK if asked.quick else CASES
+    asked = report.parser(__doc__, pairs=PAIRS).parse_args()
+    cases, pairs = (QUICK, 1) if asked.quick else (CASES, asked.pairs or PAIRS)
     rows, summary = [], {}
     for case in cases:
         done: dict[str, list[tuple[float, list[int], list[float]]]] = {arm: [] for arm in ARMS}
-        for number in range(1 if asked.quick else asked.pairs):
+        for number in range(pairs):
             for arm in in_turn(number, ARMS):
                 done[arm].append(measure(arm, case))
         assert len({tuple(values) for arm in ARMS for _, _, values in done[arm]}) == 1, "the results differ"
         seconds = {arm: report.spread([one[0] for one in done[arm]]) for arm in ARMS}
         ideal = TASKS * case.sleep / case.workers
-        summary[str(case)] = {**seconds, "ideal": ideal}
-        least = {arm: " ".join(map(str, done[arm][-1][1])) for arm in ARMS}
+        ran = {arm: " ".join(map(str, done[arm][-1][1])) for arm in ARMS}
+        summary[str(case)] = {**seconds, "ideal": ideal, "ran": ran}
         times = [f"{seconds[arm]['median']:.2f}" for arm in ARMS]
-        rows.append([str(case), f"{ideal:.2f}", *times, *(least[arm] for arm in ARMS)])
-    report.write(asked.json, report.head(asked, summary=summary))
+        rows.append([str(case), f"{ideal:.2f}", *times, *ran.values()])
+    report.write(asked.json, report.head(asked, "distributed", tasks=TASKS, pairs=pairs, summary=summary))
     report.table(["medians", "ideal, s", *(f"{arm}, s" for arm in ARMS), *(f"tasks, {arm}" for arm in ARMS)], rows)
 
 

@@ -52,6 +52,11 @@ def _memory(results: Results) -> Figures:
     return {title: {arm: one[arm]["together"]["median"] / MIB for arm in ARMS} for title, one in works.items()}
 
 
+def _times_of_fanout(results: Results) -> Figures:
+    works = summary(results, "fanout")
+    return {title: {arm: one[arm]["median"] / one["ideal"] for arm in ARMS} for title, one in works.items()}
+
+
 # ------------------------------------------------------------------------------------------------------------- drawing
 
 
@@ -109,17 +114,20 @@ def _bars_of_peers(peers: Figures, path: Path) -> None:
     _finish(figure, list(both), path, axis="x")
 
 
-def _bars_of_memory(works: Figures, path: Path) -> None:
-    figure, axes = _axes(figsize=(10, 4.5))
-    for number, arm in enumerate(ARMS):
-        places = [place + 0.4 * number - 0.2 for place in range(len(works))]
-        label, colour, _ = STYLES[arm]
-        bars = axes.bar(places, [one[arm] for one in works.values()], 0.38, color=colour, label=label)
-        axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
-    axes.set_xticks(range(len(works)), list(works), rotation=20, ha="right")
-    axes.set_ylabel("MiB at most, shared and private together")
-    axes.legend(frameon=False)
-    _finish(figure, [axes], path, axis="y")
+def _bars_of_both(up: str, form: str, scale: str = "linear") -> Callable[[Figures, Path], None]:
+    def draw(works: Figures, path: Path) -> None:
+        figure, axes = _axes(figsize=(10, 4.5))
+        for number, arm in enumerate(ARMS):
+            places = [place + 0.4 * number - 0.2 for place in range(len(works))]
+            label, colour, _ = STYLES[arm]
+            bars = axes.bar(places, [one[arm] for one in works.values()], 0.38, color=colour, label=label)
+            axes.bar_label(bars, fmt=form, fontsize=8)
+        axes.set_xticks(range(len(works)), list(works), rotation=20, ha="right")
+        axes.set(ylabel=up, yscale=scale)
+        axes.legend(frameon=False)
+        _finish(figure, [axes], path, axis="y")
+
+    return draw
 
 
 # ---------------------------------------------------------------------------------------------------------------- all
@@ -159,7 +167,13 @@ PICTURES = {
         "measured-memory",
         "Memory at most in each workflow and workload, stock Dask and with the plugin",
         _memory,
-        _bars_of_memory,
+        _bars_of_both("MiB at most, shared and private together", "{:,.0f}"),
+    ),
+    "fanout": Picture(
+        "measured-fanout",
+        "Time of forty tasks that share one value over the ideal time, stock Dask and with the plugin",
+        _times_of_fanout,
+        _bars_of_both("time over the ideal time", "{:.1f}"),
     ),
 }
 

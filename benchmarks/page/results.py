@@ -16,6 +16,7 @@ COMMANDS = {
     "tax": "tax.py",
     "workflows": "workflows.py",
     "workloads": "workloads.py",
+    "fanout": "fanout.py",
 }
 """The files, without their ending, and the scripts that write them."""
 

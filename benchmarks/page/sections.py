@@ -196,6 +196,22 @@ PHASES = {
 }
 
 
+def fanout(results: Results) -> Lines:
+    """Show how fast tasks end that share one value."""
+    result = results["fanout"]
+    yield (
+        f"{result['tasks']} tasks read one array and sleep, {result['pairs']} pairs; medians in seconds. *Ideal*: all sleeps, "
+        "spread evenly over all workers. [Placement](concepts/placement.md) explains it."
+    )
+    yield from ("", *PICTURES["fanout"].link(results))
+    rows = [
+        [title, f"{one['ideal']:.2f}", *(f"{one[arm]['median']:.2f}" for arm in ARMS), *(one["ran"][arm] for arm in ARMS)]
+        for title, one in summary(results, "fanout").items()
+    ]
+    ran = ["tasks by worker, stock Dask", "with the plugin"]
+    yield from table(["", "ideal", "stock Dask", "with the plugin", *ran], rows)
+
+
 def memory(results: Results) -> Lines:
     """Point to the other page on memory."""
     yield "What workers report through a longer piece of work, and what is really there, is told in"
@@ -216,6 +232,7 @@ SECTIONS: dict[str, dict[str, Callable[[Results], Iterable[str]]]] = {
         "workflows": lambda results: works(results, "workflows"),
         "workloads": lambda results: works(results, "workloads"),
     },
+    "Tasks that share one value": {"fanout": fanout},
     "Event loops, start-up, hashing": {"targets": loops_and_start},
     "Memory over time": {"": memory},
 }
