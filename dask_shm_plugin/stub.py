@@ -113,7 +113,9 @@ class OwnsScheduling(SchedulerPlugin):
         await install(scheduler, self.name, nanny, worker)
         self._scheduler = scheduler
         show(scheduler)
-        self.half = scheduler.plugins.pop(SCHEDULING, None)
+        self.half = scheduler.extensions.get(SCHEDULING)
+        for name in (SCHEDULING, self.name):  # another client may have registered meanwhile
+            scheduler.plugins.pop(name, None)
         if before is self:  # given to the scheduler's constructor, and not to be added after this
             scheduler.plugins[self.name] = self
 

@@ -205,7 +205,12 @@ def fanout(results: Results) -> Lines:
     )
     yield from ("", *PICTURES["fanout"].link(results))
     rows = [
-        [title, f"{one['ideal']:.2f}", *(f"{one[arm]['median']:.2f}" for arm in ARMS), *(one["ran"][arm] for arm in ARMS)]
+        [
+            title,
+            f"{one['ideal']:.2f}",
+            *(f"{one[arm]['median']:.2f}" for arm in ARMS),
+            *(one["ran"][arm] for arm in ARMS),
+        ]
         for title, one in summary(results, "fanout").items()
     ]
     ran = ["tasks by worker, stock Dask", "with the plugin"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import os
 import random
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -290,6 +292,23 @@ def test_everything_is_put_back_when_the_plugin_is_switched_off() -> None:
             assert on["plugins"] == ["dask-shm"]  # each one costs a call in each transition
         unregister(client)
         assert client.run_on_scheduler(replaced) == stock
+
+
+def test_two_registrations_at_the_same_time_leave_one_plugin_that_hears_the_news() -> None:
+    """Two clients may register the plugin at the same time; Dask then warns of no plugin that is replaced."""
+
+    async def register_twice(dask_scheduler: Any) -> tuple[list[str], bool]:
+        from dask_shm_plugin import SharedMemoryPlugin
+
+        plugins = SharedMemoryPlugin(), SharedMemoryPlugin()
+        await asyncio.gather(*(dask_scheduler.register_scheduler_plugin(one, idempotent=False) for one in plugins))
+        names = [name for name in dask_scheduler.plugins if "shm" in name]
+        return names, plugins[1].half is dask_scheduler.extensions["dask-shm-scheduling"]
+
+    with local_cluster(1, None) as client, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert client.run_on_scheduler(register_twice) == (["dask-shm"], True)
+        unregister(client)
 
 
 def test_an_error_puts_everything_back_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
