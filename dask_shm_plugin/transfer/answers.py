@@ -53,7 +53,7 @@ class Answers:
 
     def __init__(self, worker: Any, arena: Arena, publisher: Publisher, threshold: int) -> None:
         self._worker, self._arena, self._publisher, self._threshold = worker, arena, publisher, threshold
-        self._flights = Flights(arena)
+        self._flights = Flights()
         self._reasons: OrderedDict[Any, str] = OrderedDict()
         self._before = Replacement(worker.handlers, "get_data", _handler_of(self, worker))
 
