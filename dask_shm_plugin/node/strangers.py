@@ -96,10 +96,8 @@ def _names() -> list[str]:
 def _is_refused(at: Whereabouts) -> bool:
     try:
         os.stat(f"/proc/{at.pid}/fd/{at.fd}")
-    except PermissionError:
-        return True
-    except OSError:  # it has ended
-        return False
+    except OSError as error:
+        return isinstance(error, PermissionError)  # otherwise it has ended
     return False
 
 
