@@ -18,8 +18,8 @@ from dask_shm_plugin.seams import requests
 from dask_shm_plugin.table.members import Member
 from dask_shm_plugin.threads import call_in
 from dask_shm_plugin.transfer import arrivals
+from dask_shm_plugin.transfer.asking import Turn
 from dask_shm_plugin.transfer.between_nodes import Elsewhere, NodeRequest
-from dask_shm_plugin.transfer.turns import Turn
 from dask_shm_plugin.values import handles, index
 from dask_shm_plugin.values.codec import Published
 from dask_shm_plugin.values.handles import Deferred, Failed, Handle, Unresolved

@@ -206,7 +206,7 @@ if __name__ == "__main__":
     assert run_script(script, env=environment(preload)).split() == ["True", "True", "True"]
 
 
-@pytest.mark.parametrize("is_earlier", [True, False])
+@pytest.mark.parametrize("is_earlier", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_second_client_of_a_process_takes_part(remote: Client, is_earlier: bool) -> None:
     """It scatters to the arena and gathers from it, whether it was made before or after the first one took part."""
     script = f"""

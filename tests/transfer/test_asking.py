@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from dask_shm_plugin.table.members import Member
-from dask_shm_plugin.transfer import turns
-from dask_shm_plugin.transfer.turns import Turn
+from dask_shm_plugin.transfer import asking
+from dask_shm_plugin.transfer.asking import Turn
 
 KEYS = ["x"]
 
@@ -81,7 +81,7 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     turn = Turn(node.arena(2), ["x", "y"], "tcp://b")
     assert asyncio.run(turn.of(["x", "y"])) == ["y"]
     turn.end(["y"])
-    monkeypatch.setattr(turns.time, "monotonic", lambda: float("inf"))
+    monkeypatch.setattr(asking.time, "monotonic", lambda: float("inf"))
     assert asyncio.run(turn.of(["x"])) == ["x"]
     assert asyncio.run(turn.of([])) == []
 
