@@ -209,7 +209,10 @@ def _followed_by(name: str) -> Any:
 
     @functools.wraps(getattr(Client, name))
     async def method(self: Client, *args: Any, **kwargs: Any) -> Any:
-        await _follow(self)
+        try:
+            await _follow(self)
+        except Exception:
+            logger.debug("a client does not take part", exc_info=True)
         return await replacement.old(self, *args, **kwargs)
 
     replacement = SharedReplacement(Client, name, method)
