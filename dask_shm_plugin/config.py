@@ -40,6 +40,11 @@ class Options(NamedTuple):
     shuffle: str
     born: str
 
+    @property
+    def is_share(self) -> bool:
+        """Whether the capacity is a share of the machine's memory, and not of a control group's, or a number of bytes."""
+        return bool(_PERCENT.fullmatch(str(self.capacity))) and limits.tightest().name == limits.PHYSICAL
+
     def capacity_here(self) -> int:
         """Return the capacity of an arena on this node, in bytes.
 

@@ -153,13 +153,10 @@ def unregister(client: Client) -> Any:
 
 
 async def _unregister(client: Client) -> None:
-    from dask_shm_plugin.roles.client import half_of
+    from dask_shm_plugin.roles.client import stop_taking_part
 
     scheduler: Any = client.scheduler
-    half = half_of(client)
-    if half is not None:
-        await half.stop()
-        await half.settled()
+    await stop_taking_part(client)
     for call in (
         scheduler.unregister_scheduler_plugin,
         scheduler.unregister_worker_plugin,

@@ -20,7 +20,8 @@ async def dask_setup(server: Any) -> None:
     Parameters
     ----------
     server : Scheduler, Nanny, Worker or Client
-        The object that Dask passes to a preload. A worker also switches its nanny on, and the scheduler's part.
+        The object that Dask passes to a preload. A worker also switches its nanny on, and the scheduler's part; a nanny
+        lets its workers preload the package.
     """
     if isinstance(server, Scheduler):
         await server.register_scheduler_plugin(SharedMemoryPlugin(), idempotent=False)
@@ -35,10 +36,19 @@ async def dask_setup(server: Any) -> None:
         await server.plugin_add(stub.WorkerStub({}), name=stub.NAME)
     elif isinstance(server, Nanny):
         await server.plugin_add(stub.NannyStub({}), name=stub.NAME)
+        _preload_in_workers(server)
     elif isinstance(server, Client):
         from dask_shm_plugin.roles.client import take_part
 
         await take_part(server, config.options({}))
+
+
+def _preload_in_workers(nanny: Nanny) -> None:
+    names = [nanny.preload] if isinstance(nanny.preload, str) else list(nanny.preload)
+    if __package__ not in names:
+        nanny.preload = [*names, __package__]
+        if nanny.preload_argv and not isinstance(nanny.preload_argv[0], str):  # one list for each preload
+            nanny.preload_argv = [*nanny.preload_argv, []]
 
 
 async def _tell_nanny(worker: Worker, address: str) -> None:

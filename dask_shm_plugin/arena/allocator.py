@@ -36,6 +36,8 @@ class Allocator:
     ----------
     is_closing
         Whether :meth:`reserve` refuses because the process is leaving the arena; read under the mutex.
+    parts
+        Several arenas divide the capacity into so many parts, and this one may take one of them.
 
     Notes
     -----
@@ -46,6 +48,7 @@ class Allocator:
         self._access, self._holdings, self._member, self._warm = access, holdings, member, warm
         self._free_space = FreeSpace()
         self.is_closing = False
+        self.parts = 1
 
     def reserve(self, hold: Hold, length: int, size: int) -> Extent | None:
         """Enter a draft in the table and return its extent, or return None if the arena has no room for it.
@@ -71,11 +74,12 @@ class Allocator:
             if self.is_closing:
                 raise ArenaUnavailable("this process is leaving the arena")
             room = self._free_space.room(table)
-            offset = room.place(length)
+            use = table.capacity - room.left + length
+            offset = room.place(length) if use <= table.capacity // self.parts else None
             if offset is None:
                 return None
             extent = Extent(offset, length)
-            table.note_use(table.capacity - room.left + length, time.monotonic(), self._warm)
+            table.note_use(use, time.monotonic(), self._warm)
             self._take(table, hold, extent, size)
             return extent
 

@@ -81,8 +81,8 @@ class Arena:
 
     Attributes
     ----------
-    arena_id, capacity
-        The name of the arena (16 random bytes), and the most bytes that its blocks may take.
+    arena_id
+        The name of the arena (16 random bytes).
     in_use
         A lock to hold while the descriptor is queried without a reference or the mutex. It prevents that the descriptor
         is closed meanwhile and its number is used for another file.
@@ -110,7 +110,7 @@ class Arena:
         self._pid = os.getpid()
         self._mutex = mutex.Mutex(segment.fd)
         table = Table(map_table(segment))
-        self.arena_id, self.capacity = table.arena_id, table.capacity
+        self.arena_id, self._capacity = table.arena_id, table.capacity
         self._access = GuardedTable(segment, table, self._mutex)
         self.in_use = threading.RLock()
         self.has_writeable_views = True
@@ -264,6 +264,15 @@ class Arena:
         with self.attach_block(descriptor) as block:
             return block.read(offset, length)
 
+    @property
+    def capacity(self) -> int:
+        """The most bytes that the blocks may take."""
+        return self._capacity // self.allocator.parts
+
+    def divide(self, parts: int) -> None:
+        """Let this process publish only while the blocks take less than one of so many parts of the capacity."""
+        self.allocator.parts = parts
+
     # -- members
 
     def each_second(self, call: Callable[[], None]) -> None:
@@ -282,7 +291,7 @@ class Arena:
 
         def count(table: Table) -> ArenaStats:
             lengths, members = table.blocks.taken()[:, 1], len(table.members.live())
-            return ArenaStats(table.capacity, int(np.sum(lengths)), self.segment.resident, len(lengths), members)
+            return ArenaStats(self.capacity, int(np.sum(lengths)), self.segment.resident, len(lengths), members)
 
         return self._access.run(count)
 
@@ -296,7 +305,7 @@ class Arena:
         """
         table = self._access.table
         blocks, members = len(table.blocks.taken_by_now()), len(table.members.slots())
-        return ArenaStats(table.capacity, table.blocks.bytes_held(), self.segment.resident, blocks, members)
+        return ArenaStats(self.capacity, table.blocks.bytes_held(), self.segment.resident, blocks, members)
 
     def inspect(self) -> None:
         """Check the table, all its rows, and the references of this process.

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import struct
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 
 from dask_shm_plugin.arena.members import Roster
 from dask_shm_plugin.crashpoints import step
@@ -95,22 +97,24 @@ class Directory:
         return self._marks is None or not self._marks.has_any(member.slot)
 
     def find(self, member: Member, name: bytes) -> bytes | None:
-        """Return the bytes that a member has listed under a name, or None.
+        """Return the bytes that a member has listed under a name, or None."""
+        return next(self.find_among([member], name), None)
+
+    def find_among(self, members: Iterable[Member], name: bytes) -> Iterator[bytes]:
+        """Yield the bytes that each of some members has listed under a name, if it has.
 
         Makes no system call unless one of the two places of the name has its tag.
         """
         marks = self._marks
         if marks is None:
-            return None
-        tag = _tag_of(name)
-        marked = [place for place in _places_of(name) if marks.tag(member.slot, place) == tag]
-        if not marked or not self._roster.is_running(member):
-            return None
-        for place in marked:
-            data = self._read(member, place, name)
-            if data is not None:
-                return data
-        return None
+            return
+        places, tag = _places_of(name), _tag_of(name)
+        for member in members:
+            if not marks.has(member.slot, places, tag) or not self._roster.is_running(member):
+                continue
+            marked = (place for place in places if marks.tag(member.slot, place) == tag)
+            found = (data for place in marked if (data := self._read(member, place, name)) is not None)
+            yield from itertools.islice(found, 1)
 
     def close(self) -> None:
         """Withdraw all listings, give the pages of the directory back, and drop the reference to the table."""

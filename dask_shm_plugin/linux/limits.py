@@ -12,6 +12,7 @@ from typing import NamedTuple
 from dask_shm_plugin.exceptions import DescriptorsExhausted
 
 _MARGIN_BYTES = 512 << 20
+PHYSICAL = "physical memory"
 _ROOT = "/sys/fs/cgroup"
 _MEMBERSHIP = "/proc/self/cgroup"
 # Beyond `memory.high` the kernel kills no process, but throttles it. With a limit of 400 MiB, a write of 1 MiB beyond
@@ -56,7 +57,7 @@ def tightest() -> Limit:
     DescriptorsExhausted
         The limits cannot be read, because no more files can be opened.
     """
-    limits = [Limit("physical memory", _physical())]
+    limits = [Limit(PHYSICAL, _physical())]
     limits += [
         Limit(f"control group {group.folder}", size) for group in _groups() if (size := group.limit()) is not None
     ]
@@ -91,7 +92,7 @@ def least_left() -> Limit:
     """
     # The margin is for copies: values that are not shared are sent, and each receiver has a private copy of them.
     margin = min(_MARGIN_BYTES, _known_limit() // 10)
-    left = [Limit("physical memory", _available() - margin)]
+    left = [Limit(PHYSICAL, _available() - margin)]
     for group in _limited_groups(_read(_MEMBERSHIP), int(time.monotonic())):
         size = _left(group)
         if size is not None:

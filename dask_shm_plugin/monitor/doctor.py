@@ -24,6 +24,7 @@ from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.linux import limits, locks, pagemap, syscalls
 from dask_shm_plugin.linux.segment import SHM_DIRECTORY, nameless_file
 from dask_shm_plugin.mapping import large_pages
+from dask_shm_plugin.node import strangers
 from dask_shm_plugin.seams import checks, tasks
 from dask_shm_plugin.units import PAGE, round_up
 
@@ -173,6 +174,10 @@ def _namespace() -> Iterator[Finding]:
         yield Finding("pid namespace", GOOD, f"{os.readlink('/proc/self/ns/pid')}: members must be in the same one")
     except OSError as error:
         yield Finding("/proc", OFF, str(error), "mount /proc: members find each other there")
+        return
+    for reason in strangers.reasons():
+        found, _, remedy = reason.partition("; ")
+        yield Finding("other processes", SLOWER, found, remedy)
 
 
 def _gain() -> Iterator[Finding]:

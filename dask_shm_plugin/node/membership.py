@@ -24,6 +24,8 @@ from dask_shm_plugin.linux import processes
 from dask_shm_plugin.mapping.atlas import ATLAS
 from dask_shm_plugin.node import rendezvous
 from dask_shm_plugin.node.rendezvous import Listed, Meeting, Rendezvous
+from dask_shm_plugin.node.strangers import Strangers, why_refused
+from dask_shm_plugin.notices import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ def join(
     capacity: Callable[[], int] | None = None,
     warm: float = 0,
     owner: object = None,
+    is_share: bool = False,
 ) -> Arena | None:
     """Make this process a member of a cluster's arena on this node, for one of its roles.
 
@@ -79,6 +82,8 @@ def join(
     owner
         The object that will end the role. If it is garbage-collected before, for example with an event loop that was
         abandoned without closing anything, the tidying thread ends the role.
+    is_share
+        Whether the capacity is a share of the machine's memory, which the arenas of this cluster on the machine divide.
 
     Returns
     -------
@@ -104,6 +109,9 @@ def join(
             joined = _by_cluster[cluster] = _Joined(*found, [], os.getpid())
             joined.arena.labels.cluster = cluster
             joined.arena.each_second(functools.partial(_look_after, cluster))
+            beside = functools.partial(_look_beside, joined.arena, Strangers(name), is_share)
+            beside()
+            joined.arena.each_second(beside)
         elif joined.arena.is_damaged:
             raise TableCorrupt("the arena is damaged")
         joined.roles.append(_Role(kind, address, (lambda: True) if owner is None else weakref.ref(owner)))
@@ -182,8 +190,9 @@ def _find_or_create(meeting: Rendezvous, capacity: Callable[[], int] | None, war
     said = meeting.read()
     arena = _attach(said, warm) if said else None
     if arena is None and capacity is not None:
-        if said and meeting.is_attended and any(listed.is_alive for listed in said.listed):
-            raise ArenaUnavailable("the arena of this cluster exists, but its members' memory cannot be opened")
+        alive = [listed.pid for listed in said.listed if listed.is_alive] if said else []
+        if alive and meeting.is_attended:
+            raise ArenaUnavailable(why_refused(alive[0]))
         rendezvous.purge()
         return _listed(Arena.create(capacity(), warm), meeting, ())
     return _listed(arena, meeting, said.listed) if arena is not None and said is not None else None
@@ -220,6 +229,15 @@ def _attach(said: Meeting, warm: float) -> Arena | None:
         except ArenaUnavailable as error:
             logger.debug("cannot join through %s: %s", at, error)
     return None
+
+
+def _look_beside(arena: Arena, strangers: Strangers, is_share: bool) -> None:
+    """Tell once why other arenas of this cluster on this machine are none of this process's; divide the capacity."""
+    reasons = strangers.look()
+    for reason in reasons:
+        warn_once(f"Sharing ends at the container: {reason}")
+    if is_share:
+        arena.divide(1 + len(reasons))
 
 
 def _look_after(cluster: str) -> None:

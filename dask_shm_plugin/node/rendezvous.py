@@ -1,8 +1,8 @@
 """The rendezvous of an arena: a few KiB of *named* shared memory, through which newcomers find the arena.
 
 The arena itself has no name. The rendezvous lists the processes that have it open, each with its descriptor. A
-newcomer opens the arena through any of them that is alive. The name of the rendezvous contains the user, the cluster
-and the pid namespace, because its pids are valid only there.
+newcomer opens the arena through any of them that is alive. The name of the rendezvous contains the user, the cluster,
+and the namespaces of pids and of time, because pids and start times of processes are valid only there.
 
 Two locks of the kernel (see ``locks``) protect it. A process must hold the lock on the first byte, exclusively, to
 change the rendezvous. Every listed process holds the lock on the second byte, shared, as long as it lives. So a
@@ -46,6 +46,8 @@ _ENTRY = struct.Struct("<QQQ")
 _SIZE = 4096 * -(-(_HEAD.size + MEMBERS * _ENTRY.size) // 4096)
 _CHANGE, _PRESENCE = 0, 1
 _LOCK_TIMEOUT_S = 2.0
+_DIGITS = 24
+"""Hexadecimal digits that name a cluster."""
 
 _opening = threading.Lock()
 _opened: dict[int, tuple[int, int]] = {}
@@ -172,12 +174,37 @@ def name_for(cluster: str) -> str:
     ArenaUnavailable
         ``/proc`` is not readable.
     """
+    return _name(hashlib.sha256(cluster.encode()).hexdigest()[:_DIGITS])
+
+
+def counterpart(name: str) -> str | None:
+    """Return the name for this process in place of one that may be of another namespace; None if it is none.
+
+    Raises
+    ------
+    ArenaUnavailable
+        ``/proc`` is not readable.
+    """
+    cluster = name.split("-")[-3:-2]
+    is_one = name.startswith(f"/{NAME_PREFIX}") and len("".join(cluster)) == _DIGITS
+    return _name(cluster[0]) if is_one else None
+
+
+def spaces_of(name: str) -> tuple[str, str]:
+    """Return the namespaces of pids and of time in the name of a rendezvous."""
+    _, pids, times = name.rsplit("-", 2)
+    return pids, times
+
+
+def _name(cluster: str) -> str:
     try:
-        namespace = os.stat("/proc/self/ns/pid").st_ino
+        pids = os.stat("/proc/self/ns/pid").st_ino
     except OSError as error:
         raise ArenaUnavailable(f"/proc is needed to find other members: {error}") from error
-    digest = hashlib.sha256(f"{cluster}\0{namespace}".encode()).hexdigest()[:24]
-    return f"/{NAME_PREFIX}{os.getuid()}-{digest}"
+    times = 0
+    with contextlib.suppress(OSError):  # before Linux 5.6
+        times = os.stat("/proc/self/ns/time").st_ino
+    return f"/{NAME_PREFIX}{os.getuid()}-{cluster}-{pids:x}-{times:x}"
 
 
 @step("enter")
@@ -214,6 +241,18 @@ def enter(name: str, *, create: bool) -> Rendezvous | None:
 def exists(name: str) -> bool:
     """Tell, without opening it, whether there may be a rendezvous."""
     return os.path.exists(f"{SHM_DIRECTORY}{name}")
+
+
+def look(name: str) -> Meeting | None:
+    """Return the content of a rendezvous that a living process attends, in whichever namespace; takes no lock."""
+    with contextlib.suppress(ArenaUnavailable, OSError):
+        fd = _open(name, create=False)
+        if fd is not None:
+            try:
+                return Rendezvous(name, fd).read() if locks.is_held(fd, _PRESENCE) else None
+            finally:
+                _close(fd)
+    return None
 
 
 def purge(*, is_trial: bool = False) -> list[str]:

@@ -44,7 +44,7 @@ class SharedMemoryClient:
     """
 
     def __init__(self, client: Client, options: Options) -> None:
-        self.client, self._options = client, options
+        self.client, self.options = client, options
         self._scheduler: Any = client.scheduler
         self._role = Role("client", client.scheduler, client.id, options)
         self._arena: Arena | None = None
@@ -54,12 +54,12 @@ class SharedMemoryClient:
     async def start(self) -> None:
         """Replace the client's calls of the scheduler, and join the arena if there is one."""
         self._scatter_before = Replacement(self._scheduler, "scatter", self._scatter)
-        self._sender = ScatterSender(self.client, self._scatter_before.old, self._options.threshold)
+        self._sender = ScatterSender(self.client, self._scatter_before.old, self.options.threshold)
         self._gather_before = Replacement(self._scheduler, "gather", self._gather)
         self._close_before = Replacement(self.client, "_close", self._close)
         _HALVES.add(self)
-        fetch.REQUESTS.begin()
-        DIRECT_SCATTERS.begin()
+        for replacement in _OF_PROCESS:
+            replacement.begin()
         await self._find_arena()
 
     async def stop(self) -> None:
@@ -67,8 +67,8 @@ class SharedMemoryClient:
         if self not in _HALVES:
             return
         _HALVES.discard(self)
-        DIRECT_SCATTERS.end()
-        fetch.REQUESTS.end()
+        for shared in _OF_PROCESS:
+            shared.end()
         for replacement in (self._scatter_before, self._gather_before, self._close_before):
             replacement.undo()
         self._sender.close()
@@ -81,9 +81,14 @@ class SharedMemoryClient:
         await self._sender.settled()
 
     @property
+    def address(self) -> str:
+        """The address of the scheduler."""
+        return str(self._scheduler.address)
+
+    @property
     def is_remote(self) -> bool:
         """Whether messages to the scheduler are serialized, by Dask's default serializers."""
-        return not str(self._scheduler.address).startswith("inproc://") and not self.client.rpc.serializers
+        return not self.address.startswith("inproc://") and not self.client.rpc.serializers
 
     def report(self) -> dict[str, Any] | None:
         """Return the state of the arena and the counters of this process, or None if there is no arena."""
@@ -173,15 +178,45 @@ class SharedMemoryClient:
 
 async def take_part(client: Client, options: Options) -> None:
     """Make a client take part in sharing; if it does already, replace its settings."""
-    await stop_taking_part(client)
+    _OUT.discard(client)
+    half = half_of(client)
+    if half is not None:
+        await half.stop()
     await SharedMemoryClient(client, options).start()
 
 
 async def stop_taking_part(client: Client) -> None:
-    """Undo :func:`take_part`."""
+    """Undo :func:`take_part`, and wait until no handle of the client is on its way to a worker."""
+    _OUT.add(client)
     half = half_of(client)
     if half is not None:
         await half.stop()
+        await half.settled()
+
+
+async def _follow(client: Client) -> None:
+    """Let a client take part if another one of this process does, in the same cluster."""
+    if client not in _OUT and half_of(client) is None:
+        scheduler: Any = client.scheduler
+        halves = (half for half in list(_HALVES) if half.is_remote and half.address == scheduler.address)
+        half = next(halves, None)
+        if half is not None:
+            await take_part(client, half.options)
+
+
+def _followed_by(name: str) -> Any:
+    """Return a replacement for a method of all clients, which begins by :func:`_follow`."""
+
+    @functools.wraps(getattr(Client, name))
+    async def method(self: Client, *args: Any, **kwargs: Any) -> Any:
+        try:
+            await _follow(self)
+        except Exception:
+            logger.debug("a client does not take part", exc_info=True)
+        return await replacement.old(self, *args, **kwargs)
+
+    replacement = SharedReplacement(Client, name, method)
+    return replacement
 
 
 def half_of(client: Client) -> SharedMemoryClient | None:
@@ -199,5 +234,9 @@ async def _scatter_to_workers(workers: Any, data: Data, rpc: Any) -> Any:
 _HALVES: weakref.WeakSet[SharedMemoryClient] = weakref.WeakSet()
 """The active ones. The replaced calls of a client keep its object alive, so both are collected together."""
 
+_OUT: weakref.WeakSet[Client] = weakref.WeakSet()
+"""Clients that were told to take part no more."""
+
 DIRECT_SCATTERS = SharedReplacement(distributed.client, "scatter_to_workers", _scatter_to_workers)
+_OF_PROCESS = fetch.REQUESTS, DIRECT_SCATTERS, _followed_by("_gather"), _followed_by("_scatter")
 """In place while any client of this process takes part."""

@@ -84,7 +84,10 @@ class Role:
             raise SwitchedOff("shm.capacity is zero")
         plan = CapacityPlan(self.options)
         capacity = plan.capacity if create else None
-        arena = membership.join(cluster, self.kind, self.address, capacity=capacity, warm=self.options.warm, owner=self)
+        warm, is_share = self.options.warm, self.options.is_share
+        arena = membership.join(
+            cluster, self.kind, self.address, capacity=capacity, warm=warm, owner=self, is_share=is_share
+        )
         if arena is not None:
             arena.has_writeable_views = self.options.views == "copy-on-write"
             if plan.chosen is not None:

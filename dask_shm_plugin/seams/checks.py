@@ -135,6 +135,15 @@ SEAMS = (
         ),
     ),
     Seam(
+        "Client._gather, Client._scatter",
+        "a further client of a process that takes part does so, too, from its first value on",
+        lambda: all(
+            names(vars(distributed.client.Client)[public], private)
+            and inspect.iscoroutinefunction(vars(distributed.client.Client)[private])
+            for public, private in (("gather", "_gather"), ("scatter", "_scatter"))
+        ),
+    ),
+    Seam(
         "Client._close",
         "a client that closes leaves the arena",
         lambda: inspect.iscoroutinefunction(distributed.client.Client._close),

@@ -53,7 +53,7 @@ class Answers:
 
     def __init__(self, worker: Any, arena: Arena, publisher: Publisher, threshold: int) -> None:
         self._worker, self._arena, self._publisher, self._threshold = worker, arena, publisher, threshold
-        self._flights = Flights(arena)
+        self._flights = Flights()
         self._reasons: OrderedDict[Any, str] = OrderedDict()
         self._before = Replacement(worker.handlers, "get_data", _handler_of(self, worker))
 
@@ -64,9 +64,10 @@ class Answers:
     async def answer(self, comm: Any, keys: Any, serializers: list[str] | None = None, **options: Any) -> Any:
         """Handle a request for data in place of ``Worker.get_data``."""
         asked_by, serializers = requests.untag(serializers)
-        recipient = None if comm.peer_address.startswith("inproc://") else self._recipient(asked_by)
+        by_reference = comm.peer_address.startswith("inproc://")
+        recipient = None if by_reference else self._recipient(asked_by)
         if recipient is None:
-            if requests.BYTES_PLEASE not in asked_by:
+            if not by_reference and requests.BYTES_PLEASE not in asked_by:
                 self._count_as_sent(keys, fetch.why_no_member(asked_by))
             return await _call(self._before.old, comm, keys, serializers, options)
         ask = self._publisher.ask(list(filter(self.is_large, keys)))

@@ -160,7 +160,7 @@ async def _get_data_from_worker(
         if found and not rest:
             return {"status": "OK", "data": found}
         if landing is not None and landing.takes_from(worker):
-            response = await landing.fetch(ask_worker, rest, names, who)
+            response = await landing.fetch(ask_worker, rest, names, worker, who)
         else:
             response = await ask_until_usable(ask_worker, rest, names)
         return {**response, "data": found | response["data"]} if response["status"] == "OK" else response

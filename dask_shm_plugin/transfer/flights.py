@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import struct
 import time
 from typing import Any, NamedTuple
 
 from dask_shm_plugin.arena.arena import Arena
-from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.table.members import Member
 from dask_shm_plugin.transfer.between_nodes import Elsewhere, NodeRequest
 from dask_shm_plugin.values import index, parcels
 from dask_shm_plugin.values.codec import Published
 
-_RECEIVER = struct.Struct("<QQ")
 _LANDING_S = 0.5
 _LANDING_BYTES_PER_S = 500e6
 """A received value is put into the arena of its node within this time, or more slowly than it is worth waiting for."""
@@ -43,44 +40,28 @@ class _Route(NamedTuple):
     arena_id: str
     version: bytes
 
-    @property
-    def name(self) -> bytes:
-        """The name under which the flight is listed."""
-        return b"flight " + self.arena_id.encode() + self.version
-
 
 class Flights:
     """The values of one worker that are on their way to other nodes.
-
-    Each flight is listed in the directory of the arena: other workers there may be asked for the same value.
-
-    Parameters
-    ----------
-    arena
-        The arena of the worker.
 
     Notes
     -----
     To be used on the worker's event loop.
     """
 
-    def __init__(self, arena: Arena) -> None:
-        self._arena = arena
+    def __init__(self) -> None:
         self._by_route: dict[_Route, _Flight] = {}
 
     def receiver_of(self, request: NodeRequest, version: bytes) -> Member | None:
         """Return the neighbour of the requesting worker that is receiving a value, or None."""
         self._forget_old()
-        route = _Route(request.arena_id, version)
-        flight = self._by_route.get(route)
-        receiver = flight.receiver if flight is not None else self._listed(route)
-        return None if receiver in request.lost else receiver
+        flight = self._by_route.get(_Route(request.arena_id, version))
+        return None if flight is None or flight.receiver in request.lost else flight.receiver
 
     def begin(self, request: NodeRequest, version: bytes, size: int) -> tuple[_Route, _Flight]:
         """Note that a value is sent to the requesting worker."""
         route = _Route(request.arena_id, version)
         flight = self._by_route[route] = _Flight(request.member, size)
-        self._arena.directory.add(route.name, _RECEIVER.pack(*request.member))
         return route, flight
 
     def end(self, route: _Route, flight: _Flight, *, has_arrived: bool) -> None:
@@ -90,24 +71,11 @@ class Flights:
             with contextlib.suppress(RuntimeError):  # no event loop
                 asyncio.get_running_loop().call_later(left + 0.01, self._forget_old)
         elif self._by_route.get(route) is flight:
-            self._forget(route)
-
-    def _listed(self, route: _Route) -> Member | None:
-        """Return the receiver that another worker of this arena has listed, or None."""
-        with contextlib.suppress(SharedMemoryError, struct.error):
-            for member in {one for members in self._arena.roster.workers().values() for one in members}:
-                data = None if member == self._arena.member else self._arena.directory.find(member, route.name)
-                if data is not None:
-                    return Member(*_RECEIVER.unpack(data))
-        return None
+            del self._by_route[route]
 
     def _forget_old(self) -> None:
         for route in [route for route, flight in self._by_route.items() if flight.is_over]:
-            self._forget(route)
-
-    def _forget(self, route: _Route) -> None:
-        del self._by_route[route]
-        self._arena.directory.remove(route.name)
+            del self._by_route[route]
 
     def __repr__(self) -> str:
         return f"<Flights {len(self._by_route)} under way>"

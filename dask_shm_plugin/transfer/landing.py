@@ -18,6 +18,7 @@ from dask_shm_plugin.seams import requests
 from dask_shm_plugin.table.members import Member
 from dask_shm_plugin.threads import call_in
 from dask_shm_plugin.transfer import arrivals
+from dask_shm_plugin.transfer.asking import Turn
 from dask_shm_plugin.transfer.between_nodes import Elsewhere, NodeRequest
 from dask_shm_plugin.values import handles, index
 from dask_shm_plugin.values.codec import Published
@@ -125,13 +126,15 @@ class Landing:
         if key in self._landed:
             self._forget(key)
 
-    async def fetch(self, ask: Ask, keys: Collection[Any], names: list[str], who: str | None) -> Any:
+    async def fetch(self, ask: Ask, keys: Collection[Any], names: list[str], worker: str, who: str | None) -> Any:
         """Request data of a worker on another node; return the response with the values.
 
         Parameters
         ----------
         ask, keys, names
             As for `fetch.ask_until_usable`.
+        worker
+            The worker on the other node.
         who
             The worker that will store the values, or None.
         """
@@ -139,14 +142,17 @@ class Landing:
         data: dict[Any, Any] = {}
         arrived: dict[Any, Any] = {}
         missing = list(keys)
+        turn = Turn(self._arena, self._large_of(keys), worker)
         try:
             while True:
-                response = await ask(missing, requests.tagged(fetch.names(missing, names)))
+                asked = await turn.of(missing)
+                response = await ask(asked, requests.tagged(fetch.names(asked, names)))
                 if response["status"] != "OK":
                     return response
                 arrived |= await fetch.finish(response["data"])
-                missing = [key for key, value in arrived.items() if value is _NOT_HERE]
                 data |= {key: value for key, value in arrived.items() if value is not _NOT_HERE}
+                turn.end([key for key in asked if key in data])
+                missing = [key for key in missing if key not in asked or arrived.get(key) is _NOT_HERE]
                 if not missing:
                     return {**response, "data": data}
                 arrived.clear()
@@ -156,11 +162,15 @@ class Landing:
             data.clear()
             arrived.clear()
             raise
+        finally:
+            turn.end()
+
+    def _large_of(self, keys: Collection[Any]) -> list[Any]:
+        return [key for key in keys if self._may_be_large(key)][:_MAX_KEYS]
 
     def at_home(self, keys: Collection[Any]) -> dict[bytes, Handle]:
         """Return the handles of large values that this node has under these keys, by version."""
-        large = [key for key in keys if self._may_be_large(key)][:_MAX_KEYS]
-        found = [handle for key in large for handle in index.find_at_home(self._arena, key)]
+        found = index.find_at_home(self._arena, self._large_of(keys))
         return {handle.version: handle for handle in found if handle.parts}
 
     async def land(self, key: Any, parcel: Parcel, who: str | None) -> Any:
@@ -195,7 +205,7 @@ class Landing:
         pause, deadline = _PAUSES_S[0], time.monotonic() + _ASK_AGAIN_S
         while True:
             is_over = time.monotonic() > deadline or not self.is_running(elsewhere.receiver)
-            found = [one for one in index.find_at_home(self._arena, key) if one.version == elsewhere.version]
+            found = [one for one in index.find_at_home(self._arena, [key]) if one.version == elsewhere.version]
             if found:
                 # One member may have had no room for the value, and another one has it.
                 return max(found, key=lambda handle: len(handle.parts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 from dask_shm_plugin.arena.arena import Arena
@@ -32,7 +33,7 @@ class PublishedIndex:
 
     def add(self, key: Any, handle: Handle) -> None:
         """List the handle of a key, unless the directory has no room for it."""
-        name = _name(self._address, key)
+        name = name_of(self._address, key)
         if name is not None and self._arena.directory.add(name, handle.to_bytes()):
             self._listed[key] = name
 
@@ -62,24 +63,31 @@ LANDED = "landed"
 """Takes the place of the address where a value that came from another node is listed, before any worker stores it."""
 
 
-def find_at_home(arena: Arena, key: Any) -> list[Handle]:
-    """Return the handles of a key that any member of an arena has listed; they may be of several versions."""
+def find_at_home(arena: Arena, keys: Iterable[Any]) -> list[Handle]:
+    """Return the handles of some keys that any member of an arena has listed; they may be of several versions."""
     found: list[Handle] = []
-    for data in _listed_at_home(arena, key):
-        with contextlib.suppress(Exception):  # see `_find`; one of another form does not hide the others
-            found.append(Handle.from_bytes(arena.arena_id, data))
+    with contextlib.suppress(Exception):  # see `_find`
+        for data in _listed_at_home(arena, keys):
+            with contextlib.suppress(Exception):  # one of another form does not hide the others
+                found.append(Handle.from_bytes(arena.arena_id, data))
     return found
 
 
-def _listed_at_home(arena: Arena, key: Any) -> set[bytes]:
-    found: set[bytes | None] = set()
-    with contextlib.suppress(Exception):  # see `_find`
-        landed = _name(LANDED, key)
-        for address, members in ({} if arena.is_damaged else arena.roster.workers()).items():
-            listing = [member for member in members if not arena.directory.is_empty(member)]
-            if listing:
-                found |= {_first(arena, listing, landed), _first(arena, listing, _name(address, key))}
-    return {data for data in found if data is not None}
+def _listed_at_home(arena: Arena, keys: Iterable[Any]) -> set[bytes]:
+    directory, workers = arena.directory, {} if arena.is_damaged else arena.roster.workers()
+    listing = {
+        address: here
+        for address, members in workers.items()
+        if (here := [member for member in members if not directory.is_empty(member)])
+    }
+    everyone = [member for here in listing.values() for member in here]
+    found: set[bytes] = set()
+    for key in filter(_is_plain, keys if listing else ()):
+        text = repr(key)
+        found.update(directory.find_among(everyone, _name(LANDED, text)))
+        for address, here in listing.items():
+            found.update(directory.find_among(here, _name(address, text)))
+    return found
 
 
 _SPAN_BYTES, _OTHER_BYTES = 40, 160
@@ -99,7 +107,7 @@ def _find(arena: Arena, address: str, keys: Any) -> list[tuple[Any, Handle]]:
         # Skips members without listings: looking up each of thousands of small values took 2.5 µs (November 2026).
         workers = [member for member in members if not arena.directory.is_empty(member)]
         for key in keys if workers else ():
-            data = _first(arena, workers, _name(address, key))
+            data = _first(arena, workers, name_of(address, key))
             if data is not None:
                 found.append((key, Handle.from_bytes(arena.arena_id, data)))
     except Exception:
@@ -110,14 +118,16 @@ def _find(arena: Arena, address: str, keys: Any) -> list[tuple[Any, Handle]]:
 
 
 def _first(arena: Arena, workers: list[Member], name: bytes | None) -> bytes | None:
-    if name is None:
-        return None
-    return next((data for one in workers if (data := arena.directory.find(one, name)) is not None), None)
+    return None if name is None else next(arena.directory.find_among(workers, name), None)
 
 
-def _name(address: str, key: Any) -> bytes | None:
+def name_of(address: str, key: Any) -> bytes | None:
     """Return a name that is unique to the address and key, or None for a key of an unusual type."""
-    return f"{address} {key!r}".encode() if _is_plain(key) else None
+    return _name(address, repr(key)) if _is_plain(key) else None
+
+
+def _name(address: str, text: str) -> bytes:
+    return f"{address} {text}".encode()
 
 
 def _is_plain(key: Any) -> bool:

@@ -206,6 +206,33 @@ if __name__ == "__main__":
     assert run_script(script, env=environment(preload)).split() == ["True", "True", "True"]
 
 
+@pytest.mark.parametrize("is_earlier", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_a_second_client_of_a_process_takes_part(remote: Client, is_earlier: bool) -> None:
+    """It scatters to the arena and gathers from it, whether it was made before or after the first one took part."""
+    script = f"""
+from distributed import Client
+from observing import array, see_on, addresses
+from dask_shm_plugin import SharedMemoryPlugin, is_shared, unregister
+from dask_shm_plugin.roles.client import half_of, stop_taking_part
+
+if __name__ == "__main__":
+    first = Client("{remote.scheduler.address}")
+    second = Client(first.scheduler.address) if {is_earlier} else None
+    first.register_plugin(SharedMemoryPlugin(threshold="64 KiB"))
+    client = second or Client(first.scheduler.address)
+    future = client.scatter(array(1), broadcast=True)
+    print(*[seen.shared for seen in see_on(client, future, addresses(client))])
+    print(is_shared(client.submit(array, 2).result()), half_of(client) is not None)
+    client.sync(stop_taking_part, client)
+    print(is_shared(client.submit(array, 3).result()), half_of(client) is not None)
+    first.close()
+    print(hasattr(Client._gather, "__wrapped__"))
+    client.close()
+"""
+    printed = run_script(script, env=environment(THRESHOLD))
+    assert printed.split() == ["True", "True", "True", "True", "False", "False", "False"]
+
+
 def test_a_local_cluster_shares_with_workers_that_are_added(nothing_leaks: None) -> None:
     """Scaling up from no worker after the registration reaches each new worker."""
     with local_cluster(0) as client:
@@ -237,6 +264,26 @@ def test_worker_commands_with_a_preload_share_one_arena() -> None:
             assert totals(client).arenas == 1
         with Client(address) as late, workers(late, *preload, env=env):
             assert_client_takes_part(late)
+
+
+def test_the_preload_of_a_nanny_switches_its_workers_on() -> None:
+    """`--preload-nanny` alone reaches the workers, too."""
+    preload = "--preload-nanny", "dask_shm_plugin"
+    with (
+        scheduler() as address,
+        Client(address) as client,
+        workers(client, *preload, "--nworkers", "2", count=2, env=environment(THRESHOLD)) as (a, b),
+    ):
+        assert_shared_between(client, a, b)
+        assert totals(client).arenas == 1
+
+
+def test_the_configured_preload_of_nannies_switches_their_workers_on(nothing_leaks: None) -> None:
+    """`distributed.nanny.preload` alone is sufficient where Dask reads it: in a `LocalCluster`, not in `dask worker`."""
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0", "memory_limit": "1 GiB"}
+    preload = {"distributed.nanny.preload": ["dask_shm_plugin"], "shm.threshold": "64 KiB"}
+    with dask.config.set(preload), LocalCluster(**options) as cluster, Client(cluster) as client:
+        assert_shared_between(client, *addresses(client))
 
 
 def test_a_scheduler_with_a_preload_switches_the_whole_cluster_on() -> None:

@@ -193,6 +193,15 @@ def test_doctor_ends_with_status_1_if_sharing_would_be_off(monkeypatch: pytest.M
     assert "set shm.capacity" in result.output
 
 
+def test_doctor_says_why_processes_of_this_machine_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reason comes with its remedy; `test_strangers` has the reasons."""
+    monkeypatch.setattr(doctor.strangers, "reasons", lambda: ["they are elsewhere; start them here"])
+    monkeypatch.setattr(doctor, "_CHECKS", (doctor._namespace,))
+    finding = Finding("other processes", doctor.SLOWER, "they are elsewhere", "start them here")
+    assert finding in doctor.examine()
+    assert {"        → start them here"} < set(doctor.report(doctor.examine()))
+
+
 def test_a_check_that_fails_does_not_end_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others are still made, and the error is a finding."""
 

@@ -120,3 +120,15 @@ def test_a_percentage_is_a_share_of_the_memory_limit(monkeypatch):
     monkeypatch.setattr(limits, "memory_limit", lambda: 1000)
     assert config.options({"capacity": "25%"}).capacity_here() == 250
     assert config.options({"capacity": "1 kB"}).capacity_here() == 1000
+
+
+@pytest.mark.parametrize(("capacity", "is_share"), [("50%", True), ("1 GiB", False), (1 << 30, False)])
+def test_a_percentage_of_the_machine_is_a_share(
+    monkeypatch: pytest.MonkeyPatch, capacity: str | int, is_share: bool
+) -> None:
+    """Several arenas of a cluster on one machine divide it; a number of bytes, or a part of a container, is each one's own."""
+    options = config.options({"capacity": capacity})
+    monkeypatch.setattr(limits, "tightest", lambda: limits.Limit(limits.PHYSICAL, 1 << 34))
+    assert options.is_share is is_share
+    monkeypatch.setattr(limits, "tightest", lambda: limits.Limit("control group /sys/fs/cgroup/x", 1 << 30))
+    assert not options.is_share

@@ -73,7 +73,17 @@ class Namespaces:
 
 @functools.cache
 def why_no_nodes() -> str:
-    """Return the reason why this machine does not permit nodes, or an empty string."""
+    """Return the reason why this machine does not permit nodes, or an empty string.
+
+    With ``DASK_SHM_TEST_NODES=required``, as in ``.ci/run`` as root, a reason is an error.
+    """
+    reason = _why_no_nodes()
+    if reason and os.environ.get("DASK_SHM_TEST_NODES") == "required":
+        raise RuntimeError(f"tests of several nodes are required, and {reason}")
+    return reason
+
+
+def _why_no_nodes() -> str:
     missing = [name for name in ("ip", "unshare", "nsenter") if not shutil.which(name)]
     if missing:
         return f"needs {', '.join(missing)} (packages iproute2 and util-linux)"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 
 from dask_shm_plugin.seams import requests
@@ -14,11 +11,6 @@ from dask_shm_plugin.transfer.between_nodes import NodeRequest
 from dask_shm_plugin.transfer.flights import Flights
 
 VERSION = b"v" * 16
-#: An arena without other workers.
-ALONE: Any = SimpleNamespace(
-    directory=SimpleNamespace(add=lambda *_: True, remove=lambda _: None),
-    roster=SimpleNamespace(workers=dict),
-)
 FIRST, SECOND = Member(1, 10), Member(2, 11)
 
 
@@ -42,7 +34,7 @@ def test_a_request_of_another_form_is_none(asker: str) -> None:
 
 def test_neighbours_wait_for_the_first_one_and_other_nodes_do_not() -> None:
     """While a value is on its way to a node, later askers of that node are sent to its receiver."""
-    all_flights = Flights(ALONE)
+    all_flights = Flights()
     assert all_flights.receiver_of(request(FIRST), VERSION) is None
     all_flights.begin(request(FIRST), VERSION, 1)
     assert all_flights.receiver_of(request(SECOND), VERSION) == FIRST
@@ -52,7 +44,7 @@ def test_neighbours_wait_for_the_first_one_and_other_nodes_do_not() -> None:
 
 def test_nobody_waits_for_a_receiver_that_is_lost() -> None:
     """A worker that has waited in vain receives the value itself, and the others wait for it then."""
-    all_flights = Flights(ALONE)
+    all_flights = Flights()
     all_flights.begin(request(FIRST), VERSION, 1)
     assert all_flights.receiver_of(request(SECOND, FIRST), VERSION) is None
     all_flights.begin(request(SECOND, FIRST), VERSION, 1)
@@ -65,7 +57,7 @@ def test_a_failed_flight_is_forgotten_at_once_and_an_arrived_one_when_it_has_lan
     """After the bytes have arrived, the receiver needs some time to put them into its arena."""
     now = [0.0]
     monkeypatch.setattr(flights.time, "monotonic", lambda: now[0])
-    all_flights = Flights(ALONE)
+    all_flights = Flights()
     all_flights.end(*all_flights.begin(request(FIRST), VERSION, 1), has_arrived=False)
     assert all_flights.receiver_of(request(SECOND), VERSION) is None
     all_flights.end(*all_flights.begin(request(FIRST), VERSION, 10**9), has_arrived=True)
@@ -77,7 +69,7 @@ def test_a_failed_flight_is_forgotten_at_once_and_an_arrived_one_when_it_has_lan
 
 def test_the_end_of_an_earlier_flight_does_not_end_a_later_one() -> None:
     """The sender may notice the death of a receiver only after another worker has taken its place."""
-    all_flights = Flights(ALONE)
+    all_flights = Flights()
     earlier = all_flights.begin(request(FIRST), VERSION, 1)
     all_flights.begin(request(SECOND, FIRST), VERSION, 1)
     all_flights.end(*earlier, has_arrived=False)

@@ -85,7 +85,7 @@ def test_a_member_that_answers_as_such_is_understood(two_arenas: tuple[Arena, Ar
         return {"status": "OK", "data": {key: data[key] for key in keys}}
 
     async def test(landing: Landing) -> None:
-        response = await landing.fetch(ask, ["x", "y", "z"], [], None)
+        response = await landing.fetch(ask, ["x", "y", "z"], [], "tcp://there", None)
         np.testing.assert_array_equal(response["data"].pop("x"), value)
         assert response["data"] == {"y": 2, "z": 1}
         assert asked == [(["x", "y", "z"], False), (["y"], True)]
@@ -105,7 +105,7 @@ def test_a_value_whose_handle_cannot_be_listed_is_not_waited_for(two_arenas: tup
         if listable:
             assert arena.directory.add(b"name", handle.to_bytes())
             arena.directory.remove(b"name")
-    flights = Flights(here)
+    flights = Flights()
     answer = AnswerToNode(flights, request(there), here)
     answer.message_for(sent)
     assert (flights.receiver_of(request(there), sent.handle.version) is None) is not listable

@@ -1,0 +1,140 @@
+"""Of the workers of a node that want one value from several senders, one asks, and the others wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dask_shm_plugin.table.members import Member
+from dask_shm_plugin.transfer import asking
+from dask_shm_plugin.transfer.asking import Turn
+
+KEYS = ["x"]
+
+
+class Node:
+    """The directories of the workers of a node."""
+
+    def __init__(self) -> None:
+        self.listed: dict[Member, dict[bytes, bytes]] = {}
+        self.step: Callable[[], None] = lambda: None
+        """Called before each access to a directory."""
+
+    def arena(self, slot: int) -> Any:
+        """Return the arena from the point of view of a worker."""
+        member = Member(slot, 1)
+        own = self.listed.setdefault(member, {})
+
+        def add(name: bytes, data: bytes) -> None:
+            self.step()
+            own[name] = data
+
+        def find(other: Member, name: bytes) -> bytes | None:
+            self.step()
+            return self.listed[other].get(name)
+
+        directory = SimpleNamespace(add=add, find=find, remove=lambda name: own.pop(name, None))
+        roster = SimpleNamespace(workers=lambda: {f"tcp://{one.slot}": [one] for one in self.listed})
+        return SimpleNamespace(member=member, directory=directory, roster=roster)
+
+
+def may_ask(turn: Turn) -> bool:
+    """Return whether it is the turn of a worker."""
+    return turn._take("x")
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1)])
+def test_a_worker_waits_while_a_neighbour_asks_another_sender(first: int, second: int) -> None:
+    """It goes on when the neighbour ends, and so does one that the neighbour's death has set free."""
+    node = Node()
+    one, other = Turn(node.arena(first), KEYS, "tcp://a"), Turn(node.arena(3), KEYS, "tcp://b")
+    assert may_ask(one)
+    late = Turn(node.arena(second), KEYS, "tcp://b")
+    assert [may_ask(late), may_ask(other), may_ask(one)] == [False, False, True]
+    one.end()
+    assert may_ask(late)
+    assert may_ask(other)  # the same sender decides for these two
+    late.end()
+    other.end()
+    assert not any(node.listed.values())
+
+
+def test_a_worker_waits_for_one_neighbour_at_most() -> None:
+    """A value that does not land would otherwise reach the workers of a node one after the other."""
+    node = Node()
+    all_turns = [Turn(node.arena(slot), KEYS, f"tcp://{slot}") for slot in (1, 2, 3)]
+    assert [may_ask(turn) for turn in all_turns] == [True, False, False]
+    all_turns[0].end()
+    assert [may_ask(turn) for turn in all_turns[1:]] == [True, True]
+
+
+def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped neighbour keeps nobody waiting for ever, and other keys of the request do not wait for it."""
+    node = Node()
+    assert may_ask(Turn(node.arena(1), KEYS, "tcp://a"))
+    turn = Turn(node.arena(2), ["x", "y"], "tcp://b")
+    assert asyncio.run(turn.of(["x", "y"])) == ["y"]
+    turn.end(["y"])
+    monkeypatch.setattr(asking.time, "monotonic", lambda: float("inf"))
+    assert asyncio.run(turn.of(["x"])) == ["x"]
+    assert asyncio.run(turn.of([])) == []
+
+
+def orders(lengths: tuple[int, int]) -> Iterator[list[int]]:
+    """Return all orders of the steps of two workers, as the numbers of the workers."""
+    count = sum(lengths)
+    for places in itertools.combinations(range(count), lengths[0]):
+        yield [0 if place in places else 1 for place in range(count)]
+
+
+@pytest.mark.parametrize("slots", [(1, 2), (2, 1)])
+def test_two_workers_never_ask_both(slots: tuple[int, int]) -> None:
+    """Whatever the order of their steps, and one of them asks in the end."""
+    for order in orders((6, 6)):
+        asked = run_in(order, slots)
+        assert sum(asked) <= 1, order
+
+
+def run_in(order: list[int], slots: tuple[int, int]) -> list[bool]:
+    """Let two workers make their accesses to the directories in some order; return which of them ask then."""
+    node, asked = Node(), [False, False]
+    arenas = [node.arena(slot) for slot in slots]
+    turn_of, changed = iter([*order, None]), threading.Condition()
+    state: dict[str, Any] = {"next": next(turn_of), "done": set()}
+    numbers: dict[int, int] = {}
+
+    def advance() -> None:
+        state["next"] = next(turn_of, None)
+        while state["next"] in state["done"]:
+            state["next"] = next(turn_of, None)
+        changed.notify_all()
+
+    def step() -> None:
+        number = numbers[threading.get_ident()]
+        with changed:
+            changed.wait_for(lambda: state["next"] in (number, None))
+            if state["next"] == number:
+                advance()
+
+    def work(number: int) -> None:
+        numbers[threading.get_ident()] = number
+        turn = Turn(arenas[number], KEYS, f"tcp://{number}")
+        asked[number] = may_ask(turn)
+        with changed:
+            state["done"].add(number)
+            if state["next"] == number:
+                advance()
+
+    node.step = step
+    threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return asked
