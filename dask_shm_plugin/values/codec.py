@@ -21,7 +21,7 @@ from distributed.utils import ensure_memoryview
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.arena.block import Block, Descriptor
 from dask_shm_plugin.arena.references import Hold
-from dask_shm_plugin.born import switch as born
+from dask_shm_plugin.births import switch as births
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import SharedMemoryError, Unshareable
 from dask_shm_plugin.linux import pagemap
@@ -333,7 +333,7 @@ def _already_there(
         return None
     address = address_of(frame)
     place = atlas.ATLAS.locate(address, frame.nbytes)
-    if place is None and born.seal(address, frame.nbytes):
+    if place is None and births.seal(address, frame.nbytes):
         place = atlas.ATLAS.locate(address, frame.nbytes)
     if place is None or place.arena_id != arena.arena_id or pagemap.is_written(address, frame.nbytes):
         return None

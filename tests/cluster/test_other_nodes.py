@@ -254,7 +254,7 @@ def test_in_one_process_everything_works_and_nothing_is_copied() -> None:
         assert client.submit(address_of, made, workers=[b], pure=False).result() == place
         assert address_of(client.gather(made)) == place
         wait(client.submit(see, made, workers=[b], pure=False))
-        assert (totals(client) - before).published == 0
+        assert (totals(client) - before).blocks_made == 0
 
 
 def address_of(value: np.ndarray) -> int:

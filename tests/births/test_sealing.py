@@ -14,8 +14,8 @@ from other_processes import wait_until
 
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.arena.block import Descriptor
-from dask_shm_plugin.born import switch
-from dask_shm_plugin.born.nursery import Nursery
+from dask_shm_plugin.births import switch
+from dask_shm_plugin.births.nursery import Nursery
 from dask_shm_plugin.exceptions import ArenaBusy
 from dask_shm_plugin.linux import pagemap
 from dask_shm_plugin.mapping.atlas import ATLAS
