@@ -47,7 +47,7 @@ class Allocator:
         self._free_space = FreeSpace()
         self.is_closing = False
 
-    def reserve(self, hold: Hold, length: int, size: int) -> Extent | None:
+    def reserve(self, hold: Hold, length: int, size: int, *, stays_warm: bool = True) -> Extent | None:
         """Enter a draft in the table and return its extent, or return None if the arena has no room for it.
 
         Parameters
@@ -58,6 +58,8 @@ class Allocator:
             Bytes of the draft, a multiple of the page size.
         size
             Bytes of the draft that will be used.
+        stays_warm
+            Whether its pages count among those that stay resident for a while after it is released.
 
         Raises
         ------
@@ -75,7 +77,8 @@ class Allocator:
             if offset is None:
                 return None
             extent = Extent(offset, length)
-            table.note_use(table.capacity - room.left + length, time.monotonic(), self._warm)
+            if stays_warm:
+                table.note_use(table.capacity - room.left + length, time.monotonic(), self._warm)
             self._take(table, hold, extent, size)
             return extent
 

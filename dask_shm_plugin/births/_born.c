@@ -65,7 +65,7 @@ typedef struct {
 } Chunk;
 
 enum { CHUNKS = 4096, CLASSES = 16 * 48, GRANULE_BITS = 16, SMALLEST = 128 << 10, ZERO_MOST = 4 << 20 };
-enum { LARGE = 2 << 20, STANDBY_SMALLEST = 1 << 20, STEP = 64 << 20, FAIR_US = 500 };
+enum { LARGE = 2 << 20, STANDBY_SMALLEST = 1 << 20, STEP = 64 << 20, FAIR_US = 8000 };
 
 static Chunk chunks[CHUNKS];
 static int high, living;         /* chunks[high] and later were never in use; `living` chunks are in use now */
@@ -224,7 +224,7 @@ static int make_pages(uintptr_t start, size_t length) {
             for (uintptr_t page = first; page < last; page += LARGE)
                 if (!reserve_pages(page, setup.page)) return 0;
             int is_made = !madvise((void *)first, last - first, MADV_COLLAPSE);
-            if (!is_made || now_us() - began > (last - first) / LARGE * FAIR_US + 2000) makes_large = 0;
+            if (!is_made || now_us() - began > (last - first) / LARGE * FAIR_US) makes_large = 0;
         }
         if (!reserve_pages(at, next - at)) return 0;
         madvise((void *)at, next - at, MADV_POPULATE_WRITE);

@@ -17,6 +17,7 @@ _HANDLER_CAPSULE = b"mem_handler"
 _FEATURE_VERSION, _SET_HANDLER, _DEFAULT_HANDLER = 211, 304, 306
 _OLDEST_FEATURES = 15
 _NUMPYS_OWN = b"default_allocator"
+_WAS_PRIVATE = 2
 
 
 class Setup(ctypes.Structure):
@@ -92,9 +93,11 @@ class Library(NamedTuple):
             if outcome:
                 yield start.value, length.value
 
-    def make_private(self, address: int, length: int) -> tuple[int, int] | None:
-        """Make the chunk around some bytes copy-on-write; return its address and length if it is now."""
-        return self._found(lambda *found: self.functions.born_make_private(address, length, *found) > 0)
+    def make_private(self, address: int, length: int) -> tuple[int, int, bool] | None:
+        """Make the chunk around some bytes copy-on-write; return its address and length if it is, and whether it was before."""
+        start, whole = ctypes.c_uint64(), ctypes.c_uint64()
+        outcome = self.functions.born_make_private(address, length, ctypes.byref(start), ctypes.byref(whole))
+        return (start.value, whole.value, outcome == _WAS_PRIVATE) if outcome else None
 
     def stands_by(self, *, ends: bool = False) -> bool:
         """Tell whether a chunk is on standby; if ``ends``, it is gone now."""
@@ -105,10 +108,6 @@ class Library(NamedTuple):
         words = (ctypes.c_uint64 * len(Figures._fields))()
         self.functions.born_figures(words)
         return Figures(*words)
-
-    def _found(self, call: Callable[..., bool]) -> tuple[int, int] | None:
-        start, length = ctypes.c_uint64(), ctypes.c_uint64()
-        return (start.value, length.value) if call(ctypes.byref(start), ctypes.byref(length)) else None
 
 
 @functools.cache

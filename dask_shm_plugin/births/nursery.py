@@ -10,6 +10,7 @@ An allocation takes a chunk only if there is one. A thread adds chunks of those 
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
 import os
 import threading
@@ -44,6 +45,12 @@ _FORK_WAIT_S = 2.0
 
 _given: list[object] = []
 """What the library has pointers to, also in forked children: kept until it is given others."""
+
+
+class Sealed(enum.IntEnum):
+    """Whether a chunk is sealed: from this moment on, so that it has the owner's present bytes, or from an earlier one."""
+
+    NOT, EARLIER, NOW = range(3)
 
 
 class _Chunk:
@@ -170,7 +177,8 @@ class Nursery:
             There is no room, or no memory.
         """
         bounds.insist_on_room(self._arena, length)
-        hold, extent = self._arena.reserve(length)
+        # Stock Dask frees temporary arrays at once, so their pages must not add up over the phases of a computation.
+        hold, extent = self._arena.reserve(length, stays_warm=False)
         if not is_standby:
             self._arena.pages.make(extent)
         address = self._area + extent.offset
@@ -203,25 +211,25 @@ class Nursery:
 
     # -- called by whoever publishes
 
-    def seal(self, address: int, length: int) -> bool:
+    def seal(self, address: int, length: int) -> Sealed:
         """Seal the chunk in which some bytes lie, unless they are a small part of it; return whether it is sealed.
 
         The caller keeps the owner of these bytes alive.
         """
         if not 0 <= address - self._area < self._span or os.getpid() != self._pid:
-            return False
+            return Sealed.NOT
         with self._sealing:
-            return not self.is_over and self._seal(address, length)
+            return Sealed.NOT if self.is_over else self._seal(address, length)
 
     @step("seal chunk")
-    def _seal(self, address: int, length: int) -> bool:
+    def _seal(self, address: int, length: int) -> Sealed:
         found = self._make_private(address, length)
         if found is None:
-            return False
-        start, whole = found
+            return Sealed.NOT
+        start, whole, was_private = found
         chunk = self._chunks.get(start)
         if chunk is None or chunk.is_sealed:
-            return chunk is not None
+            return Sealed.NOT if chunk is None else Sealed.EARLIER
         try:
             self._fit(start)
             self._arena.pages.make_later(chunk.extent)
@@ -229,12 +237,12 @@ class Nursery:
         except (SharedMemoryError, OSError):
             # It stays a draft that nobody writes; this time, the value is copied.
             logger.debug("a chunk was not sealed", exc_info=True)
-            return False
+            return Sealed.NOT
         # Last what ends this: after an interruption before it, all is done again.
         ATLAS.add(start, Place(self._arena.arena_id, chunk.hold.row, 0, whole))
         chunk.is_sealed = True
         COUNTERS.count("born", whole)
-        return True
+        return Sealed.EARLIER if was_private else Sealed.NOW
 
     def _seal_row(self, chunk: _Chunk) -> None:
         try:
@@ -245,7 +253,7 @@ class Nursery:
                 raise
 
     @step("remap")
-    def _make_private(self, address: int, length: int) -> tuple[int, int] | None:
+    def _make_private(self, address: int, length: int) -> tuple[int, int, bool] | None:
         return self._library.make_private(address, length)
 
     def before_fork(self) -> None:

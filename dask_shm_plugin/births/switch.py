@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.births.library import Figures, Library, load
-from dask_shm_plugin.births.nursery import Nursery
+from dask_shm_plugin.births.nursery import Nursery, Sealed
 
 _lock = threading.Lock()
 _nursery: Nursery | None = None
@@ -95,10 +95,10 @@ def _set_handler(library: Library, capsule: object) -> object:
     return before
 
 
-def seal(address: int, length: int) -> bool:
+def seal(address: int, length: int) -> Sealed:
     """Seal the chunk that contains some bytes; see :meth:`Nursery.seal`."""
     nursery = _nursery
-    return nursery is not None and nursery.seal(address, length)
+    return Sealed.NOT if nursery is None else nursery.seal(address, length)
 
 
 def figures() -> Figures | None:

@@ -15,6 +15,7 @@ from observing import MIB, addresses, settle, totals, wait_until
 
 import dask_shm_plugin
 from dask_shm_plugin import born, unregister
+from dask_shm_plugin.births import switch
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +36,44 @@ def read(value: np.ndarray) -> tuple[int, bool]:
 def read_on_all(client: Client, future: Future) -> set[tuple[int, bool]]:
     tasks = [client.submit(read, future, workers=[worker], pure=False) for worker in addresses(client)]
     return set(client.gather(tasks))
+
+
+# The first tests run before the fixture has made a default client.
+
+
+@pytest.mark.parametrize("without", ["client", "plugin", "capacity"])
+def test_without_an_arena_a_block_does_nothing(without: str) -> None:
+    """There is no error, and arrays lie in ordinary memory."""
+    with contextlib.ExitStack() as stack:
+        if without != "client":
+            options = None if without == "plugin" else OPTIONS | {"capacity": 0}
+            stack.enter_context(local_cluster(1, options, processes=False))
+        with born(), born():
+            array = np.full(SIZE, 3, np.uint8)
+        assert not is_born(array)
+        with pytest.raises(ZeroDivisionError), born():
+            1 / 0  # noqa: B018 - raises
+
+
+def test_arrays_outlive_the_client_and_its_arena() -> None:
+    """And no new ones are born after that."""
+    with local_cluster(2) as client:
+        array, dropped = made(1), made(2)
+        with born():
+            unregister(client)
+            late = np.full(SIZE, 3, np.uint8)
+        future = client.scatter(array, hash=False)
+        assert client.submit(np.sum, future).result() == SIZE
+        del dropped
+    assert not is_born(late)
+    array[:5] = 9
+    assert int(array.sum()) == SIZE + 40
+    with born():
+        assert not is_born(np.full(SIZE, 3, np.uint8))
+    del array
+    nursery = switch._nursery
+    assert nursery is not None
+    wait_until(lambda: nursery.is_over, "the memory of the last array is given back")
 
 
 def test_a_broadcast_copies_nothing(four: Client) -> None:
@@ -106,34 +145,3 @@ def test_threads_have_blocks_of_their_own(four: Client) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-def test_arrays_outlive_the_client_and_its_arena() -> None:
-    """And no new ones are born after that."""
-    with local_cluster(2) as client:
-        array, dropped = made(1), made(2)
-        with born():
-            unregister(client)
-            late = np.full(SIZE, 3, np.uint8)
-        future = client.scatter(array, hash=False)
-        assert client.submit(np.sum, future).result() == SIZE
-        del dropped
-    assert not is_born(late)
-    array[:5] = 9
-    assert int(array.sum()) == SIZE + 40
-    with born():
-        assert not is_born(np.full(SIZE, 3, np.uint8))
-
-
-@pytest.mark.parametrize("without", ["client", "plugin", "capacity"])
-def test_without_an_arena_a_block_does_nothing(without: str) -> None:
-    """There is no error, and arrays lie in ordinary memory."""
-    with contextlib.ExitStack() as stack:
-        if without != "client":
-            options = None if without == "plugin" else OPTIONS | {"capacity": 0}
-            stack.enter_context(local_cluster(1, options, processes=False))
-        with born(), born():
-            array = np.full(SIZE, 3, np.uint8)
-        assert not is_born(array)
-        with pytest.raises(ZeroDivisionError), born():
-            1 / 0  # noqa: B018 - raises
