@@ -147,7 +147,8 @@ class Nursery:
 
         In a process with a worker, only as many arrays are born as in its tasks: a task may make one that it hardly touches.
         """
-        return self._standby.block() if self._memory_limit is None else contextlib.nullcontext()
+        is_kept = self._memory_limit is None and not self._is_stopped
+        return self._standby.block() if is_kept else contextlib.nullcontext()
 
     # -- adding, in the nursery's own thread
 

@@ -14,8 +14,8 @@ from dask_shm_plugin.exceptions import SharedMemoryError
 
 logger = logging.getLogger("dask_shm_plugin")
 
-_WAIT_S = 1.0
-"""How long a block waits at most for the chunk."""
+_WAIT_S = 10.0
+"""How long a block waits at most for the chunk, or to hear that there is none: 2 ms unless the machine is very busy."""
 
 
 class Standby:
