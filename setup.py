@@ -1,4 +1,4 @@
-"""Build the C library of ``dask_shm_plugin.born``, if there is a C compiler. All metadata stand in ``setup.cfg``."""
+"""Build the C library of ``dask_shm_plugin.births``, if there is a C compiler. All metadata stand in ``setup.cfg``."""
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -28,8 +28,8 @@ class WheelForAnyPython(bdist_wheel):
 setup(
     ext_modules=[
         Extension(
-            "dask_shm_plugin.born._born",
-            ["dask_shm_plugin/born/_born.c"],
+            "dask_shm_plugin.births._born",
+            ["dask_shm_plugin/births/_born.c"],
             extra_compile_args=["-O2", "-pthread"],
             extra_link_args=["-pthread", "-s"],
             optional=True,  # without it, arrays are allocated as usual

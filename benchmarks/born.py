@@ -44,7 +44,7 @@ Used = tuple[float, float, float]
 def lonely() -> Iterator[None]:
     """Be the only member of an arena, in a process with the environment of a worker."""
     from dask_shm_plugin.arena.arena import Arena
-    from dask_shm_plugin.born import switch
+    from dask_shm_plugin.births import switch
 
     arena = Arena.create(4 << 30, warm=4)
     reason = switch.switch_on(arena, None, 4)
@@ -56,7 +56,7 @@ def lonely() -> Iterator[None]:
 
 def expression(_: None, is_born: bool, size: int, seconds: float) -> tuple[float, float]:
     """Return the processor's seconds and the page faults of one ``sqrt(a * a + c)``."""
-    from dask_shm_plugin.born import switch
+    from dask_shm_plugin.births import switch
 
     a, c = np.ones(size // 8), np.ones(size // 8)
 

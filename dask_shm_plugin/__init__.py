@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dask_shm_plugin.plugin import SharedMemoryPlugin, explain, is_shared, stats, unregister
+    from dask_shm_plugin.plugin import SharedMemoryPlugin, born, explain, is_shared, stats, unregister
     from dask_shm_plugin.preload import dask_setup
     from dask_shm_plugin.roles.nanny import SharedMemoryNanny
     from dask_shm_plugin.roles.scheduler import SharedMemoryScheduler
@@ -21,6 +21,7 @@ __all__ = [
     "SharedMemoryPlugin",
     "SharedMemoryScheduler",
     "SharedMemoryWorker",
+    "born",
     "dask_setup",
     "explain",
     "is_shared",
@@ -33,6 +34,7 @@ _HOMES = {
     "SharedMemoryPlugin": "plugin",
     "SharedMemoryScheduler": "roles.scheduler",
     "SharedMemoryWorker": "roles.worker",
+    "born": "plugin",
     "dask_setup": "preload",
     "explain": "plugin",
     "is_shared": "plugin",

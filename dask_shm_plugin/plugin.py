@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import pickle
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
-from distributed import Client
+from distributed import Client, default_client
 
 from dask_shm_plugin import __version__, config, metrics, stub
 from dask_shm_plugin.monitor.notebook import ArenaFigures, Explanations
@@ -117,6 +118,43 @@ def is_shared(value: object) -> bool:
     from dask_shm_plugin.values import codec
 
     return codec.is_shared(value)
+
+
+@contextlib.contextmanager
+def born(client: Client | None = None) -> Iterator[None]:
+    """Allocate the NumPy arrays that are made in this block in shared memory, so that ``scatter`` need not copy them.
+
+    Parameters
+    ----------
+    client
+        The client that will scatter them; by default, the default client of this process.
+
+    Notes
+    -----
+    Arrays of 1 MiB or more are born, the first one included, in the thread that runs the block, and in asynchronous code
+    in the task that does. They are as other arrays: they may be written, outlive the block and the client, and are freed
+    as usual. Blocks may be nested. Without an arena on this machine, without room in it, and wherever
+    :doc:`arrays of tasks are not born </concepts/born>`, the arrays lie in ordinary memory.
+
+    While the block runs, up to half of the room that is left for such arrays is set aside in the arena. So the block
+    should make the arrays, and no more.
+
+    Examples
+    --------
+    >>> with dask_shm_plugin.born():  # doctest: +SKIP
+    ...     table = np.random.random((100_000, 1_000))
+    >>> future = client.scatter(table, broadcast=True)  # doctest: +SKIP
+    """
+    if client is None:
+        with contextlib.suppress(ValueError):
+            client = default_client()
+    half = None
+    if client is not None and not why_not():
+        from dask_shm_plugin.roles.client import half_of
+
+        half = half_of(client)
+    with contextlib.nullcontext() if half is None else half.born():
+        yield
 
 
 async def _register(client: Client, plugin: SharedMemoryPlugin, name: str) -> None:

@@ -50,7 +50,7 @@ class Allocator:
         self.is_closing = False
         self.parts = 1
 
-    def reserve(self, hold: Hold, length: int, size: int) -> Extent | None:
+    def reserve(self, hold: Hold, length: int, size: int, *, stays_warm: bool = True) -> Extent | None:
         """Enter a draft in the table and return its extent, or return None if the arena has no room for it.
 
         Parameters
@@ -61,6 +61,8 @@ class Allocator:
             Bytes of the draft, a multiple of the page size.
         size
             Bytes of the draft that will be used.
+        stays_warm
+            Whether its pages count among those that stay resident for a while after it is released.
 
         Raises
         ------
@@ -79,11 +81,34 @@ class Allocator:
             if offset is None:
                 return None
             extent = Extent(offset, length)
-            table.note_use(use, time.monotonic(), self._warm)
+            if stays_warm:
+                table.note_use(use, time.monotonic(), self._warm)
             self._take(table, hold, extent, size)
             return extent
 
         return self._access.run(reserve)
+
+    @step("shorten")
+    def shorten(self, hold: Hold, extent: Extent, length: int) -> tuple[Hold, Extent]:
+        """Give the end of a draft of this process back; return a reference to a draft of the rest, and its place.
+
+        The caller makes sure that this process does not write to the end any more.
+
+        Raises
+        ------
+        TableFull
+            All rows of the table are taken: the draft is as before.
+        """
+        rest, left = Hold(), Extent(extent.offset, length)
+
+        def shorten(table: Table) -> None:
+            # The drafts overlap for a moment. If this process is killed then, both are reclaimed.
+            self._take(table, rest, left, length)
+            if self._holdings.references.remove(hold.note):
+                table.release(hold.row, self._member)
+
+        self._access.run(shorten)
+        return rest, left
 
     def take_if_free(self, extent: Extent) -> Hold | None:
         """Reserve an extent as a draft that is never written, so that its pages can be given back; None if not free."""

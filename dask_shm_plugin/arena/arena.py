@@ -190,8 +190,15 @@ class Arena:
         size = max(size, 1)
         return Draft(self._home, *self.reserve(size), size)
 
-    def reserve(self, size: int) -> tuple[Hold, Extent]:
+    def reserve(self, size: int, *, stays_warm: bool = True) -> tuple[Hold, Extent]:
         """Reserve space for a block of ``size`` bytes; return a reference to it and the place.
+
+        Parameters
+        ----------
+        size
+            Bytes of the block.
+        stays_warm
+            As of :meth:`Allocator.reserve`.
 
         Raises
         ------
@@ -213,7 +220,7 @@ class Arena:
             # Try again even if this step has freed nothing: another thread may have freed space or a row meanwhile.
             find_more()
             try:
-                extent = self.allocator.reserve(hold, extent_length, size)
+                extent = self.allocator.reserve(hold, extent_length, size, stays_warm=stays_warm)
             except TableFull as full:
                 # The error itself would keep this frame and its callers', and so the value, until garbage is collected.
                 refusal = TableFull, str(full)

@@ -18,8 +18,8 @@ import dask_shm_plugin
 from dask_shm_plugin import config
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.arena.block import Block
-from dask_shm_plugin.born.bounds import why_not_here
-from dask_shm_plugin.born.library import load
+from dask_shm_plugin.births.bounds import why_not_here
+from dask_shm_plugin.births.library import load
 from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.linux import limits, locks, pagemap, syscalls
 from dask_shm_plugin.linux.segment import SHM_DIRECTORY, nameless_file

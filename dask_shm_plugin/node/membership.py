@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from dask_shm_plugin.arena.arena import Arena
-from dask_shm_plugin.born import switch as born
+from dask_shm_plugin.births import switch as births
 from dask_shm_plugin.exceptions import ArenaUnavailable, SharedMemoryError, TableCorrupt
 from dask_shm_plugin.linux import processes
 from dask_shm_plugin.mapping.atlas import ATLAS
@@ -340,7 +340,7 @@ def _before_fork() -> None:
     # Reset this first: if a call below fails, the holds for an earlier child must not be given back twice.
     _forking.holds = []
     try:
-        born.before_fork()  # what it seals is held for the child, too
+        births.before_fork()  # what it seals is held for the child, too
     finally:
         for arena in [*all_arenas(), *_lingering]:
             fork_hold = arena.holdings.hold_for_child()
@@ -364,7 +364,7 @@ def _forget_parent() -> None:
     _by_cluster.clear()
     _lingering.clear()
     ATLAS.forget()
-    born.in_child()
+    births.in_child()
 
 
 if hasattr(os, "register_at_fork"):

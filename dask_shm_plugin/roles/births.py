@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dask_shm_plugin.arena.arena import Arena
-from dask_shm_plugin.born import switch as born
+from dask_shm_plugin.births import switch as births
 from dask_shm_plugin.config import Options
 from dask_shm_plugin.notices import warn_once
 from dask_shm_plugin.seams import tasks
@@ -35,7 +35,7 @@ class Births:
         self._replaced: Replacement | None = None
         if options.born == "off":
             return
-        reason = tasks.why_not() or born.switch_on(arena, worker.memory_manager.memory_limit, options.warm)
+        reason = tasks.why_not() or births.switch_on(arena, worker.memory_manager.memory_limit, options.warm)
         if reason is None:
             self._replaced = Replacement(worker, "execute", _allocating(worker.execute))
         elif options.born == "on":
@@ -46,12 +46,12 @@ class Births:
         replaced, self._replaced = self._replaced, None
         if replaced is not None:
             replaced.undo()
-            born.switch_off(self._arena)
+            births.switch_off(self._arena)
 
 
 def _allocating(execute: Any) -> Any:
     async def allocating(key: Any, *, stimulus_id: str) -> Any:
-        born.allocate_here()
+        births.allocate_here()
         return await execute(key, stimulus_id=stimulus_id)
 
     return allocating

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from distributed import Client
 
 from dask_shm_plugin import metrics
 from dask_shm_plugin.arena.arena import Arena
+from dask_shm_plugin.births import switch as births
 from dask_shm_plugin.config import Options
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.monitor.clients import ClientCounters
@@ -48,6 +50,8 @@ class SharedMemoryClient:
         self._scheduler: Any = client.scheduler
         self._role = Role("client", client.scheduler, client.id, options)
         self._arena: Arena | None = None
+        self._births_lock = threading.Lock()
+        self._has_births = False
         self._counted_before = COUNTERS.snapshot()
         self._counters = ClientCounters(client.scheduler)
 
@@ -73,7 +77,10 @@ class SharedMemoryClient:
             replacement.undo()
         self._sender.close()
         self._counters.stop()
-        self._arena = None
+        with self._births_lock:
+            if self._has_births and self._arena is not None:
+                births.switch_off(self._arena)
+            self._has_births, self._arena = False, None
         await self._role.leave()
 
     async def settled(self) -> None:
@@ -95,6 +102,19 @@ class SharedMemoryClient:
         if self._arena is None:
             return None
         return self._role.report(self._arena, metrics.since(self._counted_before))
+
+    @contextlib.contextmanager
+    def born(self) -> Iterator[None]:
+        """Let the arrays that are made in this block be born in the arena, if there is one; for the user's threads."""
+        if self._arena is None and not self.client.asynchronous:
+            self.client.sync(self._find_arena)
+        with self._births_lock:
+            if self._arena is not None and not self._has_births:
+                reason = births.switch_on(self._arena, None, self._options.warm, has_worker=False)
+                self._has_births = reason is None
+                logger.debug("arrays of a client are born in the arena: %s", reason or "yes")
+        with births.block() if self._has_births else contextlib.nullcontext():
+            yield
 
     async def _find_arena(self) -> Arena | None:
         if self._arena is None and self.is_remote and self in _HALVES:

@@ -21,7 +21,8 @@ from distributed.utils import ensure_memoryview
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.arena.block import Block, Descriptor
 from dask_shm_plugin.arena.references import Hold
-from dask_shm_plugin.born import switch as born
+from dask_shm_plugin.births import switch as births
+from dask_shm_plugin.births.nursery import Sealed
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import SharedMemoryError, Unshareable
 from dask_shm_plugin.linux import pagemap
@@ -333,9 +334,13 @@ def _already_there(
         return None
     address = address_of(frame)
     place = atlas.ATLAS.locate(address, frame.nbytes)
-    if place is None and born.seal(address, frame.nbytes):
-        place = atlas.ATLAS.locate(address, frame.nbytes)
-    if place is None or place.arena_id != arena.arena_id or pagemap.is_written(address, frame.nbytes):
+    is_new = False
+    if place is None and (sealed := births.seal(address, frame.nbytes)):
+        place, is_new = atlas.ATLAS.locate(address, frame.nbytes), sealed is Sealed.NOW
+    if place is None or place.arena_id != arena.arena_id:
+        return None
+    # To ask the kernel takes milliseconds for 1 GiB. What was sealed just now need not be asked for.
+    if not is_new and pagemap.is_written(address, frame.nbytes):
         return None
     if place.row not in blocks:
         blocks[place.row] = undo.enter_context(arena.attach_block(Descriptor(arena.arena_id, place.row)))

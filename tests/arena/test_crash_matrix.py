@@ -91,6 +91,17 @@ ROLES = {
         0,
         f"{JOIN}; from births import *; switch.switch_on(arena, None, 3600)",
     ),
+    "bears arrays in a block": Role(
+        """
+        with switch.block():
+            array = np.ones(1 << 20, np.uint8)
+            switch.seal(array.ctypes.data, array.nbytes)
+        """,
+        "add chunk, shorten, remap, seal chunk",
+        0,
+        f"{JOIN}; from births import *; switch.switch_on(arena, None, 3600, has_worker=False)".replace("1 <<", "64 <<"),
+        is_alone=True,
+    ),
     "cleans up behind the dead": Role("arena.roster.reclaim_dead()", "reclaim, release", 1, JOIN),
     "cleans up the drafts of the dead": Role("arena.roster.reclaim_dead()", "reclaim drafts", 0, JOIN),
     "restores the rendezvous": Role("membership._restore(cluster)", "enter, list, attend", 0, JOIN),

@@ -22,7 +22,7 @@ from observing import MIB, addresses, drop_replica, pids, settle, totals, wait_u
 from scipy import sparse
 
 from dask_shm_plugin import is_shared, stats, unregister
-from dask_shm_plugin.born import switch
+from dask_shm_plugin.births import switch
 
 pytestmark = pytest.mark.slow
 

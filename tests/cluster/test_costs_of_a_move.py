@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 from distributed import Client
-from observing import BIG, LITTLE, addresses, array, fresh, is_shared, loopback, totals, undisturbed, wait_until
+from observing import (
+    BIG,
+    LITTLE,
+    addresses,
+    array,
+    fresh,
+    is_shared,
+    loopback,
+    outside,
+    totals,
+    undisturbed,
+    wait_until,
+)
 
 from dask_shm_plugin.linux import mutex, segment
 from dask_shm_plugin.mapping import shared
@@ -97,8 +109,8 @@ def counting(four: Client) -> Iterator[Callable[[Callable[[], Any]], Count]]:
 
 
 def moved(client: Client, size: int, source: str, reader: str) -> Any:
-    """Let one worker make a value and another one read it; return the value's future."""
-    made = client.submit(array, fresh(), size, workers=[source], pure=False)
+    """Let one worker make a value in private memory and another one read it; return the value's future."""
+    made = client.submit(outside, array, fresh(), size, workers=[source], pure=False)
     assert client.submit(is_shared, made, workers=[reader], pure=False).result() == (size > LITTLE)
     return made
 

@@ -21,6 +21,7 @@ from observing import (
     drop_replica,
     fresh,
     lies_in_arena,
+    outside,
     pids,
     see_on,
     settle,
@@ -173,7 +174,7 @@ def test_adoption_does_not_undo_a_change_in_place(three: Client) -> None:
     """A task changes a value in place and returns it while it is published: later readers get the changed bytes."""
     a, b, c = addresses(three)
     seed = fresh()
-    made = three.submit(array, seed, workers=[a], pure=False)
+    made = three.submit(outside, array, seed, workers=[a], pure=False)  # what is born is not adopted
     wait(made)
     with Gate(three, a) as gate:
         reading = three.submit(np.sum, made, workers=[b], pure=False)

@@ -255,7 +255,7 @@ def test_in_one_process_everything_works_and_nothing_is_copied() -> None:
         assert address_of(client.gather(made)) == place
         wait(client.submit(see, made, workers=[b], pure=False))
         counted = totals(client) - before
-        assert (counted.published, counted.sent) == (0, 0)
+        assert (counted.blocks_made, counted.sent) == (0, 0)
 
 
 def address_of(value: np.ndarray) -> int:

@@ -120,7 +120,7 @@ def test_tasks_that_share_a_private_value_are_spread_if_that_is_worth_a_copy(cli
     wait(made)
     ran = counts(client, made, 0.2, 40)
     assert ran[-1] <= 30, ran  # 37 with stock Dask
-    assert (totals(client) - before).published == 1
+    assert (totals(client) - before).blocks_made == 1
 
 
 def test_a_chain_of_tasks_stays_with_its_private_values(client: Client) -> None:
@@ -134,7 +134,7 @@ def test_a_chain_of_tasks_stays_with_its_private_values(client: Client) -> None:
         ends.append(end)
     wait(ends)
     assert sorted(next(iter(holders(client, end))) for end in ends) == sorted(addresses(client))
-    assert (totals(client) - before).published == 0
+    assert (totals(client) - before).blocks_made == 0
 
 
 def test_tasks_run_where_the_user_says(client: Client) -> None:

@@ -274,7 +274,7 @@ def test_the_reader_of_a_reused_place_sees_the_new_bytes(cramped: Client, touch:
         wait(cramped.submit(touch, future, workers=[b], pure=False))
         if touch is hold:
             assert cramped.submit(held, workers=[b], pure=False).result() == -7 * LARGE
-        assert (totals(cramped) - before).published == number, "otherwise no place was used again"
+        assert (totals(cramped) - before).blocks_made == number, "otherwise no place was used again"
         del future
         wait_until(lambda: totals(cramped).used == 0, "the value is released")
 

@@ -19,6 +19,7 @@ CASES = {
     "quickstart.py": ("16", r"1 block\(s\), 1[67] MiB, for 4 workers"),
     "flights.py": ("20000", r"(?s)without the plugin: .* ([\d,]+) seats .*with the plugin: .* \1 seats .*gain: "),
     "workflow_from_task.py": ("16", r"slope (1\.99|2\.00)\d ± 0\.00\d"),
+    "scatter_without_a_copy.py": ("16", r"1 array\(s\) shared in place, 0 copied"),
     "preload.sh": ("16", r"the array is shared on 4 of 4 workers"),
 }
 

@@ -13,9 +13,9 @@ import numpy as np
 from other_processes import wait_until
 
 from dask_shm_plugin.arena.arena import Arena
-from dask_shm_plugin.born import switch
-from dask_shm_plugin.born.library import Figures, Library, load
-from dask_shm_plugin.born.nursery import Nursery
+from dask_shm_plugin.births import switch
+from dask_shm_plugin.births.library import Figures, Library, load
+from dask_shm_plugin.births.nursery import Nursery
 
 T = TypeVar("T")
 
@@ -90,9 +90,11 @@ def _less_idle(count: Callable[[], int]) -> int:
 
 
 @contextmanager
-def births(arena: Arena, memory_limit: int | None = None, warm: float = 3600) -> Iterator[Nursery]:
+def births(
+    arena: Arena, memory_limit: int | None = None, warm: float = 3600, *, has_worker: bool = True
+) -> Iterator[Nursery]:
     """Let arrays be born in an arena, and wait at the end until all of them are given back."""
-    reason = switch.switch_on(arena, memory_limit, warm)
+    reason = switch.switch_on(arena, memory_limit, warm, has_worker=has_worker)
     assert reason is None, reason
     nursery = switch._nursery
     assert nursery is not None

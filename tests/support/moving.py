@@ -145,6 +145,13 @@ def used(client: Client) -> dict[str, int]:
     }
 
 
+def idle(client: Client) -> int:
+    """Return the bytes of all workers' chunks that wait for an array."""
+    from dask_shm_plugin.births import switch
+
+    return sum(figures.idle for figures in client.run(switch.figures).values() if figures is not None)
+
+
 KEPT: list[Any] = []
 
 
@@ -160,6 +167,7 @@ def move(client: Client, how: Callable[..., Any], make: Callable[[int], Any], se
     KEPT.append(how(client, make, seed))
     with suppress(AssertionError):
         wait_until(lambda: sum(private(client).values()) - sum(before.values()) < SIZE / 2, "owners adopt", seconds=1)
+    wait_until(lambda: idle(client) == 0, "no chunk waits for an array")
     after = private(client)
     return Copies(
         {node: round(count / SIZE, 1) for node, count in used(client).items()},

@@ -165,6 +165,16 @@ class Totals:
     sent: int = 0
     sent_bytes: int = 0
 
+    @property
+    def blocks_made(self) -> int:
+        """The number of values of which a block was made, by a copy or in place."""
+        return self.published + self.born
+
+    @property
+    def bytes_made(self) -> int:
+        """The bytes of their blocks."""
+        return self.published_bytes + self.born_bytes
+
     def __sub__(self, other: Totals) -> Totals:
         names = [field.name for field in fields(self)]
         return Totals(**{name: getattr(self, name) - getattr(other, name) for name in names})
@@ -207,7 +217,7 @@ def unshared(client: Any) -> int:
 
 
 def _unshared() -> int:
-    from dask_shm_plugin.born import switch
+    from dask_shm_plugin.births import switch
 
     figures = switch.figures()
     return 0 if figures is None else figures.used + figures.idle

@@ -9,6 +9,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <string.h>
@@ -19,6 +20,12 @@
 
 #ifndef MAP_FIXED_NOREPLACE
 #define MAP_FIXED_NOREPLACE 0x100000
+#endif
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
 #endif
 
 typedef struct {
@@ -45,8 +52,9 @@ typedef struct {
 } Setup;
 
 /* IDLE <-> USED are shared mappings. PRIVATE is a copy-on-write mapping of a draft or block that nobody writes. A chunk
- * that is freed while it is MOVING from the one to the other is DROPPED. GONE chunks wait for Python to unmap them. */
-enum { NONE, IDLE, USED, MOVING, DROPPED, PRIVATE, GONE };
+ * that is freed while it is MOVING from the one to the other is DROPPED. GONE chunks wait for Python to unmap them. A
+ * STANDBY chunk has no pages, and is longer than needed: see `from_standby`. */
+enum { NONE, IDLE, USED, MOVING, DROPPED, PRIVATE, GONE, STANDBY };
 
 typedef struct {
     uintptr_t start;
@@ -57,6 +65,7 @@ typedef struct {
 } Chunk;
 
 enum { CHUNKS = 4096, CLASSES = 16 * 48, GRANULE_BITS = 16, SMALLEST = 128 << 10, ZERO_MOST = 4 << 20 };
+enum { LARGE = 2 << 20, STANDBY_SMALLEST = 1 << 20, STEP = 64 << 20, FAIR_US = 8000 };
 
 static Chunk chunks[CHUNKS];
 static int high, living;         /* chunks[high] and later were never in use; `living` chunks are in use now */
@@ -113,6 +122,11 @@ static int class_of(size_t *length) {
 }
 
 static size_t length_of(int class) { return (size_t)(16 + class % 16) << (class / 16 + 12); }
+
+static int is_our_file(void) {
+    struct stat now;
+    return fstat(setup.fd, &now) == 0 && (uint64_t)now.st_dev == setup.device && (uint64_t)now.st_ino == setup.inode;
+}
 
 static Chunk *starting_at(const void *place) {
     size_t granule = ((uintptr_t)place - setup.area) >> GRANULE_BITS;
@@ -179,6 +193,66 @@ static void note_demand(int class, int is_missed) {
     else if (is_last && now >= demand[class].quiet + LATELY_MS) want(class, 1); /* ahead of need, unless that was in vain */
 }
 
+/* -- the chunk for the next array of any length, in a block of the client */
+
+static int standby;              /* 1 + the index of the chunk; 0: none */
+static volatile int makes_large;
+
+static uint64_t now_us(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
+}
+
+static int reserve_pages(uintptr_t at, size_t length) {
+    int tries = 0, outcome;
+    do outcome = fallocate(setup.fd, 0, (off_t)(setup.base_offset + (at - setup.area)), (off_t)length);
+    while (outcome && errno == EINTR && ++tries < 100);
+    return !outcome;
+}
+
+/* Make the pages of a shared mapping exist, large ones as long as the kernel makes them quickly. */
+static int make_pages(uintptr_t start, size_t length) {
+    uintptr_t end = start + length;
+    for (uintptr_t at = start, next; at < end; at = next) {
+        next = (at / STEP + 1) * STEP;
+        if (next > end) next = end;
+        uintptr_t first = (at + LARGE - 1) / LARGE * LARGE, last = next / LARGE * LARGE;
+        if (makes_large && first < last) {
+            uint64_t began = now_us();
+            /* The kernel needs one small page of each to begin with. */
+            for (uintptr_t page = first; page < last; page += LARGE)
+                if (!reserve_pages(page, setup.page)) return 0;
+            int is_made = !madvise((void *)first, last - first, MADV_COLLAPSE);
+            if (!is_made || now_us() - began > (last - first) / LARGE * FAIR_US) makes_large = 0;
+        }
+        if (!reserve_pages(at, next - at)) return 0;
+        madvise((void *)at, next - at, MADV_POPULATE_WRITE);
+    }
+    return 1;
+}
+
+static void *from_standby(size_t size) {
+    int class = class_of(&size), is_made;
+    pthread_mutex_lock(&lock);
+    Chunk *c = standby ? &chunks[standby - 1] : NULL;
+    if (!c || !is_on || class >= CLASSES || c->length <= size || !is_our_file()) c = NULL;
+    if (c) standby = 0, c->state = USED, c->length = size, used_bytes += size, reused++, missed--;
+    pthread_mutex_unlock(&lock);
+    if (!c) return NULL;
+    is_made = make_pages(c->start, size);
+    pthread_mutex_lock(&lock);
+    if (!is_made && c->state == MOVING) { /* a fork makes it private */
+        c->state = DROPPED;
+    } else if (!is_made) {
+        *(c->state == PRIVATE ? &private_bytes : &used_bytes) -= size;
+        c->state = GONE;
+    }
+    wake();
+    pthread_mutex_unlock(&lock);
+    return is_made ? (void *)c->start : NULL;
+}
+
 /* -- what NumPy calls */
 
 static void *chunk_for(size_t size, int is_demand) {
@@ -201,8 +275,9 @@ static void *chunk_for(size_t size, int is_demand) {
 }
 
 static void *born_malloc(void *ctx, size_t size) {
-    (void)ctx;
-    void *place = chunk_for(size, 1);
+    int is_block = ctx != NULL && size >= STANDBY_SMALLEST;
+    void *place = chunk_for(size, !is_block || !standby);
+    if (!place && is_block) place = from_standby(size);
     return place ? place : base.malloc(base.ctx, size);
 }
 
@@ -261,13 +336,9 @@ static void *born_realloc(void *ctx, void *place, size_t size) {
 }
 
 Handler born_handler = {"dask_shm", 1, {NULL, born_malloc, born_calloc, born_realloc, born_free}};
+Handler born_block_handler = {"dask_shm", 1, {&standby, born_malloc, born_calloc, born_realloc, born_free}};
 
 /* -- replacing a mapping; the caller holds `moving` */
-
-static int is_our_file(void) {
-    struct stat now;
-    return fstat(setup.fd, &now) == 0 && (uint64_t)now.st_dev == setup.device && (uint64_t)now.st_ino == setup.inode;
-}
 
 static int make_private(const Chunk *c) {
     int flags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE;
@@ -341,7 +412,7 @@ int born_begin(const Setup *given, uint16_t *granules, const Handler *numpys) {
     setup = *given, index_of = granules, base = numpys->allocator, high = 0;
     memset(demand, 0, sizeof demand);
     idle_most = drafts_most = largest = all_wanted = top = has_work = is_heard = 0;
-    reused = added = missed = top_used = 0;
+    reused = added = missed = top_used = 0, standby = 0;
     pthread_mutex_unlock(&lock);
     is_on = 1;
     return 1;
@@ -356,6 +427,13 @@ void born_limit(size_t drafts, size_t idle, size_t one) {
 void born_stop(void) {
     pthread_mutex_lock(&lock);
     is_on = 0, idle_most = 0;
+    wake();
+    pthread_mutex_unlock(&lock);
+}
+
+/* Let the nursery's thread take a turn now. */
+void born_wake(void) {
+    pthread_mutex_lock(&lock);
     wake();
     pthread_mutex_unlock(&lock);
 }
@@ -401,30 +479,41 @@ int born_end(void) {
     return is_empty;
 }
 
-/* Add a mapped chunk, which is idle. Returns 0 if there are too many. */
-int born_add(uintptr_t start, size_t length) {
+/* Add a mapped chunk, which is idle or, if it has no pages, the one on standby. Returns 0 if there are too many. */
+int born_add(uintptr_t start, size_t length, int is_standby, int is_large) {
     int i = 0;
     pthread_mutex_lock(&lock);
     if (living == high) i = high;
     while (i < high && chunks[i].state != NONE) i++;
-    int fits = i < CHUNKS && is_on;
+    int fits = i < CHUNKS && is_on && !(is_standby && standby);
     if (fits) {
         if (i == high) high++;
         chunks[i] = (Chunk){start, length, IDLE, 0, 0, 0};
         index_of[(start - setup.area) >> GRANULE_BITS] = (uint16_t)(i + 1);
         living++, added++;
-        put_idle(&chunks[i]);
+        if (is_standby) chunks[i].state = STANDBY, standby = i + 1, makes_large = is_large;
+        else put_idle(&chunks[i]);
     }
     pthread_mutex_unlock(&lock);
     return fits;
 }
 
-/* Whether a chunk starts here. */
-int born_knows(uintptr_t start) {
+/* The length of the chunk that starts here; 0 if there is none. */
+size_t born_length(uintptr_t start) {
     pthread_mutex_lock(&lock);
-    int is_known = is_in_area((void *)start) && starting_at((void *)start);
+    Chunk *c = is_in_area((void *)start) ? starting_at((void *)start) : NULL;
+    size_t length = c ? c->length : 0;
     pthread_mutex_unlock(&lock);
-    return is_known;
+    return length;
+}
+
+/* Whether a chunk is on standby; if `ends`, it is gone now. */
+int born_stands_by(int ends) {
+    pthread_mutex_lock(&lock);
+    int is_there = standby != 0;
+    if (is_there && ends) chunks[standby - 1].state = GONE, standby = 0, wake();
+    pthread_mutex_unlock(&lock);
+    return is_there;
 }
 
 /* Make the chunk around some bytes private. Returns 1 if it is now, 2 if it was before; 0 if there is none, it cannot
@@ -452,9 +541,10 @@ int born_make_private(uintptr_t address, size_t length, uint64_t *start, uint64_
 }
 
 /* Take out a chunk that is gone, or an idle one: any if `all`, else one that is older than `most_ms`, or the oldest while
- * they are too much. Of a class that is in use, one chunk is kept at any age. */
-int born_take_gone(uint64_t most_ms, int all, uint64_t *start, uint64_t *whole) {
+ * they are too much. Of a class that is in use, one chunk is kept at any age. Returns its address, or 0. */
+uintptr_t born_take_gone(uint64_t most_ms, int all) {
     Chunk *found = NULL;
+    uintptr_t start = 0;
     pthread_mutex_lock(&lock);
     uint64_t now = now_ms();
     int too_much = is_too_much(now);
@@ -473,12 +563,12 @@ int born_take_gone(uint64_t most_ms, int all, uint64_t *start, uint64_t *whole) 
         demand[class_of_chunk(found)].quiet = now + (found->length >> QUIET_BITS);
     if (found) {
         if (found->state == IDLE) take_idle(found);
-        *start = found->start, *whole = found->length;
+        start = found->start;
         found->state = NONE, found->is_kept = 0, living--;
-        index_of[(found->start - setup.area) >> GRANULE_BITS] = 0;
+        index_of[(start - setup.area) >> GRANULE_BITS] = 0;
     }
     pthread_mutex_unlock(&lock);
-    return found != NULL;
+    return start;
 }
 
 /* The chunk number `n` if it is in use and shared. */

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import threading
+from collections.abc import Iterator
 
 from dask_shm_plugin.arena.arena import Arena
-from dask_shm_plugin.born.library import Figures, load
-from dask_shm_plugin.born.nursery import Nursery
+from dask_shm_plugin.births.library import Figures, Library, load
+from dask_shm_plugin.births.nursery import Nursery, Sealed
 
 _lock = threading.Lock()
 _nursery: Nursery | None = None
@@ -15,8 +17,8 @@ _arena: Arena | None = None
 _users = 0
 
 
-def switch_on(arena: Arena, memory_limit: int | None, warm: float) -> str | None:
-    """Let the tasks of one more worker allocate their arrays in an arena; return the reason if that is not possible.
+def switch_on(arena: Arena, memory_limit: int | None, warm: float, *, has_worker: bool = True) -> str | None:
+    """Let the tasks of one more worker, or the blocks of one more client, allocate their arrays in an arena.
 
     Parameters
     ----------
@@ -26,16 +28,27 @@ def switch_on(arena: Arena, memory_limit: int | None, warm: float) -> str | None
         The memory limit of the worker in bytes, or None.
     warm
         Seconds for which memory that is not used is kept.
+    has_worker
+        Whether it is a worker.
+
+    Returns
+    -------
+    str or None
+        The reason if that is not possible.
     """
     global _nursery, _arena, _users
     with _lock:
-        if _users and _arena is arena:
+        if _users and _arena is arena and _nursery is not None:
             _users += 1
+            if has_worker:
+                _nursery.add_worker(memory_limit)
             return None
         library = load()
         if isinstance(library, str):
             return library
-        nursery = Nursery(library, arena, memory_limit, warm)
+        nursery = Nursery(library, arena, warm)
+        if has_worker:
+            nursery.add_worker(memory_limit)
         reason = nursery.start()
         if reason is None:
             _nursery, _arena, _users = nursery, arena, 1
@@ -55,17 +68,37 @@ def switch_off(arena: Arena) -> None:
 def allocate_here() -> None:
     """Let NumPy allocate in the arena in the present context, unless a user's own handler is set there."""
     library = load()
-    if isinstance(library, str):
+    if not isinstance(library, str):
+        _set_handler(library, library.capsule)
+
+
+@contextlib.contextmanager
+def block() -> Iterator[None]:
+    """Let NumPy allocate in the arena in the present context, from the first array on, until the end of the block."""
+    library, nursery = load(), _nursery
+    if isinstance(library, str) or nursery is None:
+        yield
         return
-    before = library.set_handler(library.capsule)
-    if before is not library.numpys_capsule and before is not library.capsule:
+    before = _set_handler(library, library.block_capsule)
+    try:
+        with nursery.block():
+            yield
+    finally:
         library.set_handler(before)
 
 
-def seal(address: int, length: int) -> bool:
+def _set_handler(library: Library, capsule: object) -> object:
+    """Set a handler, unless a user's own is set; return the one before."""
+    before = library.set_handler(capsule)
+    if not any(before is one for one in (library.numpys_capsule, library.capsule, library.block_capsule)):
+        library.set_handler(before)
+    return before
+
+
+def seal(address: int, length: int) -> Sealed:
     """Seal the chunk that contains some bytes; see :meth:`Nursery.seal`."""
     nursery = _nursery
-    return nursery is not None and nursery.seal(address, length)
+    return Sealed.NOT if nursery is None else nursery.seal(address, length)
 
 
 def figures() -> Figures | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from dask_shm_plugin.arena.arena import Arena
+from dask_shm_plugin.arena.budget import NEAR
 from dask_shm_plugin.exceptions import MemoryExhausted, SharedMemoryError
 from dask_shm_plugin.linux import limits, syscalls
 from dask_shm_plugin.table.layout import BLOCKS
+from dask_shm_plugin.units import LARGE
 
 _MAX_IDLE_BYTES = 32 << 20
 _MAX_CHUNK_BYTES = 1 << 30
@@ -51,6 +53,32 @@ def insist_on_room(arena: Arena, length: int) -> None:
     now = arena.glance()
     if now.used + length > now.capacity * _FULL or now.blocks >= _MAX_ROWS:
         raise MemoryExhausted("the rest of the arena is for publishing")
+
+
+def limits_in_blocks(arena: Arena) -> Limits:
+    """Return the present limits for a process without a worker, whose arrays are born in blocks of the client only."""
+    try:
+        now = arena.glance()
+        room = max(0, int(now.capacity * _FULL) - now.used + arena.budget.drafts())
+    except (SharedMemoryError, OSError):
+        return NOTHING
+    return Limits(room, min(room, _MAX_IDLE_BYTES), room)
+
+
+def room_on_standby(arena: Arena) -> int:
+    """Return the bytes that a chunk without pages may have now: half of what is left for chunks, and of the machine's memory.
+
+    Raises
+    ------
+    OSError, SharedMemoryError
+        The figures cannot be read.
+    """
+    now = arena.glance()
+    room = min(int(now.capacity * _FULL) - now.used, limits.head_room()) // 2
+    # The table counts it in full, and so do the workers whose memory is nearly used up.
+    while room >= LARGE and arena.budget.use(now.used + room) > NEAR:
+        room //= 2
+    return max(0, room // LARGE * LARGE)
 
 
 def limits_of(arena: Arena, memory_limit: int) -> Limits:

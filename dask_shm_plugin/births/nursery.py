@@ -10,6 +10,7 @@ An allocation takes a chunk only if there is one. A thread adds chunks of those 
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
 import os
 import threading
@@ -19,11 +20,13 @@ import numpy as np
 
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.arena.references import Hold
-from dask_shm_plugin.born import bounds
-from dask_shm_plugin.born.library import Figures, Library, Setup
+from dask_shm_plugin.births import bounds
+from dask_shm_plugin.births.library import Figures, Library, Setup
+from dask_shm_plugin.births.standby import Standby
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import MappingRefused, SharedMemoryError, StaleBlock
 from dask_shm_plugin.linux import syscalls
+from dask_shm_plugin.mapping import large_pages
 from dask_shm_plugin.mapping.atlas import ATLAS, Place
 from dask_shm_plugin.metrics import COUNTERS
 from dask_shm_plugin.table.layout import BLOCKS_FROM, Extent
@@ -40,18 +43,23 @@ _IDLE_S = 1.0
 _FORK_WAIT_S = 2.0
 """How long a fork waits for a chunk that is being added."""
 
-
 _given: list[object] = []
 """What the library has pointers to, also in forked children: kept until it is given others."""
 
 
+class Sealed(enum.IntEnum):
+    """Whether a chunk is sealed: from this moment on, so that it has the owner's present bytes, or from an earlier one."""
+
+    NOT, EARLIER, NOW = range(3)
+
+
 class _Chunk:
-    """A chunk: the reference to its draft or block, its place in the arena, and whether it is sealed."""
+    """A chunk: the reference to its draft or block, its place in the arena, whether it has pages, and whether it is sealed."""
 
-    __slots__ = ("extent", "hold", "is_sealed")
+    __slots__ = ("extent", "has_pages", "hold", "is_sealed")
 
-    def __init__(self, hold: Hold, extent: Extent) -> None:
-        self.hold, self.extent, self.is_sealed = hold, extent, False
+    def __init__(self, hold: Hold, extent: Extent, *, has_pages: bool) -> None:
+        self.hold, self.extent, self.has_pages, self.is_sealed = hold, extent, has_pages, False
 
 
 class Nursery:
@@ -63,8 +71,6 @@ class Nursery:
         The C library.
     arena
         The arena.
-    memory_limit
-        The memory limit of the worker in bytes, or None.
     warm
         Seconds for which free memory stays resident. A chunk is not kept idle for longer.
 
@@ -79,15 +85,16 @@ class Nursery:
     must never be a moment when two processes can write to a chunk, or one of them to a sealed one.
     """
 
-    def __init__(self, library: Library, arena: Arena, memory_limit: int | None, warm: float) -> None:
+    def __init__(self, library: Library, arena: Arena, warm: float) -> None:
         self._library, self._arena, self._idle_s = library, arena, min(warm, _IDLE_S)
-        self._memory_limit = memory_limit or 1 << 62
+        self._memory_limit: int | None = None
         self._pid = os.getpid()
         self._chunks: dict[int, _Chunk] = {}
         # Taken in this order. A finalizer may fork while this thread adds or seals.
         self._adding, self._sealing = threading.RLock(), threading.RLock()
         self._is_stopped = self.is_over = False
         self._next_look = self._quiet_until = 0.0
+        self._standby = Standby(library, arena, self._add_standby)
 
     def start(self) -> str | None:
         """Begin to hand out chunks; return the reason if that is not possible."""
@@ -115,19 +122,33 @@ class Nursery:
             return str(error)
         return None
 
+    def add_worker(self, memory_limit: int | None) -> None:
+        """Let the tasks of a worker allocate here, within its memory limit; without a worker, only blocks of the client do."""
+        self._memory_limit = memory_limit or 1 << 62
+
     def stop(self) -> None:
         """Hand out no more chunks; those in use stay until they are freed."""
         self._is_stopped = True
         self._library.functions.born_stop()
+        self._library.stands_by(ends=True)
         self._give_back()
 
     def bytes_in_drafts(self) -> int:
         """Return the bytes of all chunks that are not sealed."""
-        return sum(chunk.extent.length for chunk in list(self._chunks.values()) if not chunk.is_sealed)
+        drafts = [one for one in list(self._chunks.values()) if one.has_pages and not one.is_sealed]
+        return sum(chunk.extent.length for chunk in drafts)
 
     def figures(self) -> Figures:
         """Return the figures of the library."""
         return self._library.figures()
+
+    def block(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context of a block of the client, in which large arrays are born even if they are the first.
+
+        In a process with a worker, only as many arrays are born as in its tasks: a task may make one that it hardly touches.
+        """
+        is_kept = self._memory_limit is None and not self._is_stopped
+        return self._standby.block() if is_kept else contextlib.nullcontext()
 
     # -- adding, in the nursery's own thread
 
@@ -148,8 +169,8 @@ class Nursery:
                 self._give_back()
 
     @step("add chunk")
-    def _add(self, length: int) -> None:
-        """Add an idle chunk.
+    def _add(self, length: int, *, is_standby: bool = False) -> None:
+        """Add an idle chunk, or one without pages on standby.
 
         Raises
         ------
@@ -157,49 +178,72 @@ class Nursery:
             There is no room, or no memory.
         """
         bounds.insist_on_room(self._arena, length)
-        hold, extent = self._arena.reserve(length)
-        self._arena.pages.make(extent)
+        # Stock Dask frees temporary arrays at once, so their pages must not add up over the phases of a computation.
+        hold, extent = self._arena.reserve(length, stays_warm=False)
+        if not is_standby:
+            self._arena.pages.make(extent)
         address = self._area + extent.offset
-        self._chunks[address] = _Chunk(hold, extent)
+        self._chunks[address] = _Chunk(hold, extent, has_pages=not is_standby)
         self._arena.segment.map_shared_at(address, BLOCKS_FROM + extent.offset, length)
-        # Pages exist, so a failure costs faults, not a crash.
-        syscalls.populate_for_writing(address, length)
-        if not self._library.functions.born_add(address, length):
+        if not is_standby:
+            # Pages exist, so a failure costs faults, not a crash.
+            syscalls.populate_for_writing(address, length)
+        if not self._library.functions.born_add(address, length, is_standby, large_pages.are_served()):
             raise MappingRefused("there are too many chunks")
+
+    def _add_standby(self, length: int) -> None:
+        with self._adding:
+            self._add(length, is_standby=True)
+
+    def _fit_all(self) -> None:
+        with self._sealing:
+            for address in [address for address, chunk in list(self._chunks.items()) if not chunk.has_pages]:
+                self._fit(address)
+
+    def _fit(self, address: int) -> None:
+        """Give back what is left of a chunk that was on standby, if it is not any more; the caller holds the lock."""
+        chunk = self._chunks[address]
+        length = self._library.functions.born_length(address)
+        if not chunk.has_pages and 0 < length < chunk.extent.length:
+            # First the mapping goes, then the claim.
+            syscalls.close_off(address + length, chunk.extent.length - length)
+            chunk.hold, chunk.extent = self._arena.allocator.shorten(chunk.hold, chunk.extent, length)
+            chunk.has_pages = True
 
     # -- called by whoever publishes
 
-    def seal(self, address: int, length: int) -> bool:
+    def seal(self, address: int, length: int) -> Sealed:
         """Seal the chunk in which some bytes lie, unless they are a small part of it; return whether it is sealed.
 
         The caller keeps the owner of these bytes alive.
         """
         if not 0 <= address - self._area < self._span or os.getpid() != self._pid:
-            return False
+            return Sealed.NOT
         with self._sealing:
-            return not self.is_over and self._seal(address, length)
+            return Sealed.NOT if self.is_over else self._seal(address, length)
 
     @step("seal chunk")
-    def _seal(self, address: int, length: int) -> bool:
+    def _seal(self, address: int, length: int) -> Sealed:
         found = self._make_private(address, length)
         if found is None:
-            return False
-        start, whole = found
+            return Sealed.NOT
+        start, whole, was_private = found
         chunk = self._chunks.get(start)
         if chunk is None or chunk.is_sealed:
-            return chunk is not None
+            return Sealed.NOT if chunk is None else Sealed.EARLIER
         try:
+            self._fit(start)
             self._arena.pages.make_later(chunk.extent)
             self._seal_row(chunk)
         except (SharedMemoryError, OSError):
             # It stays a draft that nobody writes; this time, the value is copied.
             logger.debug("a chunk was not sealed", exc_info=True)
-            return False
+            return Sealed.NOT
         # Last what ends this: after an interruption before it, all is done again.
         ATLAS.add(start, Place(self._arena.arena_id, chunk.hold.row, 0, whole))
         chunk.is_sealed = True
         COUNTERS.count("born", whole)
-        return True
+        return Sealed.EARLIER if was_private else Sealed.NOW
 
     def _seal_row(self, chunk: _Chunk) -> None:
         try:
@@ -210,7 +254,7 @@ class Nursery:
                 raise
 
     @step("remap")
-    def _make_private(self, address: int, length: int) -> tuple[int, int] | None:
+    def _make_private(self, address: int, length: int) -> tuple[int, int, bool] | None:
         return self._library.make_private(address, length)
 
     def before_fork(self) -> None:
@@ -224,6 +268,7 @@ class Nursery:
         with contextlib.ExitStack() as stack:
             if self._adding.acquire(timeout=_FORK_WAIT_S):
                 stack.callback(self._adding.release)
+            self._library.stands_by(ends=True)
             with contextlib.suppress(SharedMemoryError, OSError):
                 self._give_back(every=True)
             stack.enter_context(self._sealing)
@@ -255,6 +300,10 @@ class Nursery:
             self._set_limits()
             self._drop_strays()
         self._give_back()
+        self._fit_all()
+        if self._standby.is_due:
+            self._standby.keep(is_allowed=self._memory_limit is None and not self._is_stopped)
+            self._give_back()
         if now >= self._quiet_until:
             self._fill()
         if not self._is_stopped:
@@ -285,23 +334,28 @@ class Nursery:
         with self._sealing:
             gone = self._library.take_gone(self._idle_s, every=every or self._is_stopped)
             if gone is not None:
-                self._drop(*gone)
+                self._drop(gone)
             return gone is not None
 
     def _drop_strays(self) -> None:
         """Drop the chunks that the library does not know: adding or dropping them was interrupted, or has failed."""
         with self._sealing:
-            for address, chunk in list(self._chunks.items()):
-                if not self._library.functions.born_knows(address):
-                    self._drop(address, chunk.extent.length)
+            for address in list(self._chunks):
+                if not self._library.functions.born_length(address):
+                    self._drop(address)
 
     @step("drop chunk")
-    def _drop(self, address: int, length: int) -> None:
+    def _drop(self, address: int) -> None:
         ATLAS.remove(address)
         # A draft that stays mapped could be written by two processes, so it is kept if it cannot be closed off.
-        syscalls.close_off(address, length)
+        syscalls.close_off(address, self._chunks[address].extent.length)
         self._chunks.pop(address, None)
 
     def _set_limits(self) -> None:
-        limits = bounds.NOTHING if self._is_stopped else bounds.limits_of(self._arena, self._memory_limit)
+        if self._is_stopped:
+            limits = bounds.NOTHING
+        elif self._memory_limit is not None:
+            limits = bounds.limits_of(self._arena, self._memory_limit)
+        else:
+            limits = bounds.limits_in_blocks(self._arena)
         self._library.functions.born_limit(*limits)

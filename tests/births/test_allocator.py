@@ -17,8 +17,8 @@ from births import KIB, MIB, births, drafts, figures, in_arena, in_thread, is_bo
 from other_processes import wait_until
 
 from dask_shm_plugin.arena.arena import Arena
-from dask_shm_plugin.born import bounds, switch
-from dask_shm_plugin.born.nursery import Nursery
+from dask_shm_plugin.births import bounds, switch
+from dask_shm_plugin.births.nursery import Nursery
 from dask_shm_plugin.exceptions import NoHeadRoom
 from dask_shm_plugin.linux import limits
 

@@ -17,6 +17,7 @@ _HANDLER_CAPSULE = b"mem_handler"
 _FEATURE_VERSION, _SET_HANDLER, _DEFAULT_HANDLER = 211, 304, 306
 _OLDEST_FEATURES = 15
 _NUMPYS_OWN = b"default_allocator"
+_WAS_PRIVATE = 2
 
 
 class Setup(ctypes.Structure):
@@ -56,8 +57,9 @@ class Library(NamedTuple):
         The address of NumPy's own handler.
     set_handler
         ``PyDataMem_SetHandler``: sets the handler of the current context, and returns the one before.
-    numpys_capsule, capsule
-        NumPy's own handler and that of the library, as ``set_handler`` takes them.
+    numpys_capsule, capsule, block_capsule
+        NumPy's own handler, that of the library, and that of the library for blocks of the client, as ``set_handler`` takes
+        them.
     """
 
     functions: Any
@@ -65,20 +67,21 @@ class Library(NamedTuple):
     set_handler: Callable[[object], object]
     numpys_capsule: object
     capsule: object
+    block_capsule: object
 
     def begin(self, setup: Setup, granules: int) -> bool:
         """Begin with an empty area; return whether that is possible."""
         return bool(self.functions.born_begin(ctypes.byref(setup), granules, self.numpys_handler))
 
-    def take_gone(self, seconds: float, *, every: bool = False) -> tuple[int, int] | None:
+    def take_gone(self, seconds: float, *, every: bool = False) -> int | None:
         """Take out a chunk that is gone, or idle for longer than ``seconds``, beyond the limit, or at all.
 
         Returns
         -------
-        tuple of two int, or None
-            Address and length.
+        int or None
+            Its address.
         """
-        return self._found(lambda *found: self.functions.born_take_gone(int(seconds * 1000), every, *found) == 1)
+        return self.functions.born_take_gone(int(seconds * 1000), every) or None
 
     def used(self) -> Iterator[tuple[int, int]]:
         """Yield address and length of each chunk that is in use and shared; each is looked up when it is its turn."""
@@ -90,19 +93,21 @@ class Library(NamedTuple):
             if outcome:
                 yield start.value, length.value
 
-    def make_private(self, address: int, length: int) -> tuple[int, int] | None:
-        """Make the chunk around some bytes copy-on-write; return its address and length if it is now."""
-        return self._found(lambda *found: self.functions.born_make_private(address, length, *found) > 0)
+    def make_private(self, address: int, length: int) -> tuple[int, int, bool] | None:
+        """Make the chunk around some bytes copy-on-write; return its address and length if it is, and whether it was before."""
+        start, whole = ctypes.c_uint64(), ctypes.c_uint64()
+        outcome = self.functions.born_make_private(address, length, ctypes.byref(start), ctypes.byref(whole))
+        return (start.value, whole.value, outcome == _WAS_PRIVATE) if outcome else None
+
+    def stands_by(self, *, ends: bool = False) -> bool:
+        """Tell whether a chunk is on standby; if ``ends``, it is gone now."""
+        return bool(self.functions.born_stands_by(ends))
 
     def figures(self) -> Figures:
         """Return the present figures."""
         words = (ctypes.c_uint64 * len(Figures._fields))()
         self.functions.born_figures(words)
         return Figures(*words)
-
-    def _found(self, call: Callable[..., bool]) -> tuple[int, int] | None:
-        start, length = ctypes.c_uint64(), ctypes.c_uint64()
-        return (start.value, length.value) if call(ctypes.byref(start), ctypes.byref(length)) else None
 
 
 @functools.cache
@@ -123,11 +128,14 @@ def load() -> Library | str:
             return "NumPy's own allocator was replaced"
         new = ctypes.pythonapi.PyCapsule_New
         new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-        capsule = new(ctypes.addressof(ctypes.c_char.in_dll(functions, "born_handler")), _HANDLER_CAPSULE, None)
+        capsule, block_capsule = (
+            new(ctypes.addressof(ctypes.c_char.in_dll(functions, name)), _HANDLER_CAPSULE, None)
+            for name in ("born_handler", "born_block_handler")
+        )
         set_handler = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.py_object)(table[_SET_HANDLER])
     except Exception as error:
         return f"the C library does not fit this Python or NumPy ({error})"
-    return Library(functions, handler, set_handler, numpys_capsule, capsule)
+    return Library(functions, handler, set_handler, numpys_capsule, capsule, block_capsule)
 
 
 def _declare(functions: Any) -> None:
@@ -139,10 +147,12 @@ def _declare(functions: Any) -> None:
         ("born_wait", None, [ctypes.c_uint64, ctypes.c_int]),
         ("born_wanted", size, []),
         ("born_end", ctypes.c_int, []),
-        ("born_add", ctypes.c_int, [size, size]),
-        ("born_knows", ctypes.c_int, [size]),
+        ("born_wake", None, []),
+        ("born_add", ctypes.c_int, [size, size, ctypes.c_int, ctypes.c_int]),
+        ("born_length", size, [size]),
+        ("born_stands_by", ctypes.c_int, [ctypes.c_int]),
         ("born_make_private", ctypes.c_int, [size, size, pointer, pointer]),
-        ("born_take_gone", ctypes.c_int, [ctypes.c_uint64, ctypes.c_int, pointer, pointer]),
+        ("born_take_gone", size, [ctypes.c_uint64, ctypes.c_int]),
         ("born_is_used", ctypes.c_int, [ctypes.c_int, pointer, pointer]),
         ("born_figures", None, [pointer]),
     ):

@@ -10,7 +10,7 @@ from arena_fixtures import *  # noqa: F403 - pytest looks for fixtures here
 from births import MIB, births
 
 from dask_shm_plugin.arena.arena import Arena
-from dask_shm_plugin.born.nursery import Nursery
+from dask_shm_plugin.births.nursery import Nursery
 
 
 @pytest.fixture

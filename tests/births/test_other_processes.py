@@ -105,6 +105,7 @@ def test_a_fork_from_c_keeps_writes_apart(parent: Process) -> None:
         os.write(back, b"x")
         seen = list(os.read(yes, 2))
         for fd in (there, back, yes, no): os.close(fd)
+        os.waitpid(pid, 0)  # while it lives, it has the parent's place in the rendezvous
     """)
     assert parent("seen") == [1, 2]
     assert parent("one[:6].tolist(), two[:6].tolist()") == ([21] * 5 + [1], [22] * 5 + [2])

@@ -14,8 +14,8 @@ from other_processes import wait_until
 
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.arena.block import Descriptor
-from dask_shm_plugin.born import switch
-from dask_shm_plugin.born.nursery import Nursery
+from dask_shm_plugin.births import switch
+from dask_shm_plugin.births.nursery import Nursery, Sealed
 from dask_shm_plugin.exceptions import ArenaBusy
 from dask_shm_plugin.linux import pagemap
 from dask_shm_plugin.mapping.atlas import ATLAS
@@ -143,6 +143,18 @@ def test_a_seal_that_fails_leaves_the_array_as_it_is(
     wait_until(lambda: figures().living == figures().idle // SIZE, "the chunk is given back")
 
 
+def test_what_is_written_between_a_seal_and_its_publication_is_published(nursery: Nursery, arena: Arena) -> None:
+    """A block that was not sealed by the publication itself is compared with the owner's pages."""
+    sealed_before, private_before = full(1), full(1)
+    assert switch.seal(sealed_before.ctypes.data, SIZE) is Sealed.NOW
+    assert nursery._make_private(private_before.ctypes.data, SIZE)
+    for array in (sealed_before, private_before):
+        array[:5] = 2
+        published = publish(array, arena)
+        assert published.copied == SIZE
+        assert (read(published, arena) == array).all()
+
+
 def test_two_threads_seal_one_array_once(nursery: Nursery, arena: Arena) -> None:
     """Both find it sealed."""
     before = COUNTERS.snapshot()["born"]["count"]
@@ -150,7 +162,9 @@ def test_two_threads_seal_one_array_once(nursery: Nursery, arena: Arena) -> None
         array, outcomes = full(1), []
         start = threading.Barrier(2)
 
-        def seal(array: np.ndarray = array, outcomes: list[bool] = outcomes, start: threading.Barrier = start) -> None:
+        def seal(
+            array: np.ndarray = array, outcomes: list[Sealed] = outcomes, start: threading.Barrier = start
+        ) -> None:
             start.wait()
             outcomes.append(switch.seal(array.ctypes.data, array.nbytes))
 
@@ -159,7 +173,7 @@ def test_two_threads_seal_one_array_once(nursery: Nursery, arena: Arena) -> None
             thread.start()
         for thread in threads:
             thread.join()
-        assert outcomes == [True, True]
+        assert sorted(outcomes) == [Sealed.EARLIER, Sealed.NOW]
     assert COUNTERS.snapshot()["born"]["count"] == before + 20
 
 

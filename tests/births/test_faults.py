@@ -16,8 +16,8 @@ from births import MIB, births, drafts, figures, newborn, own_drafts
 from other_processes import Process, join, publish, wait_until
 
 from dask_shm_plugin.arena.arena import Arena
-from dask_shm_plugin.born import switch
-from dask_shm_plugin.born.nursery import Nursery
+from dask_shm_plugin.births import switch
+from dask_shm_plugin.births.nursery import Nursery
 from dask_shm_plugin.linux import syscalls
 from dask_shm_plugin.mapping.atlas import ATLAS
 from dask_shm_plugin.node import membership
@@ -264,7 +264,7 @@ def test_blocks_are_held_for_a_child_whatever_fails(cluster: str, monkeypatch: p
     def fail() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(membership.born, "before_fork", fail)
+    monkeypatch.setattr(membership.births, "before_fork", fail)
     with pytest.raises(KeyboardInterrupt):
         membership._before_fork()
     assert membership._forking.holds
