@@ -347,7 +347,15 @@ def drop_a_first_output_at_once() -> Callable[[], None]:
     return lambda: setattr(KeptShards, "read", original)
 
 
-WAYS = [refuse_now_and_then, lose_now_and_then, miss_the_module_now_and_then]
+def leave_few_rows() -> Callable[[], None]:
+    """Let the arena's table have as few rows as a run of very many workers would leave."""
+    from dask_shm_plugin.shuffling import sending
+
+    rows, sending.BLOCKS = sending.BLOCKS, 8
+    return lambda: setattr(sending, "BLOCKS", rows)
+
+
+WAYS = [leave_few_rows, refuse_now_and_then, lose_now_and_then, miss_the_module_now_and_then]
 
 
 @pytest.mark.parametrize("patch", WAYS, ids=lambda patch: patch.__name__)
