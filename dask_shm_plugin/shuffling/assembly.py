@@ -108,7 +108,8 @@ class Assembly:
             if output is not None and not output.missing:
                 del self._outputs[name]
                 self._given.add(name)
-                self._run._loop.add_callback(self._forget, output)
+                # The callback does not get the output: nothing but its task must refer to it, so that it can be shared.
+                self._run._loop.add_callback(self._give_back, output.array.nbytes)
                 return output.array
             is_given = name in self._given
         if is_given and self._restart is not None:
@@ -135,11 +136,11 @@ class Assembly:
                 left, self._outputs = list(self._outputs.values()), {}
             for output in left:
                 if output is not None:
-                    await self._forget(output)
+                    await self._give_back(output.array.nbytes)
 
-    async def _forget(self, output: Output) -> None:
+    async def _give_back(self, size: int) -> None:
         if self._allowance is not None:
-            await self._allowance.give_back(output.array.nbytes)
+            await self._allowance.give_back(size)
 
 
 class Output:
