@@ -63,12 +63,13 @@ SEAMS = (
         ),
     ),
     Seam(
-        "ShuffleRun._comm_buffer.send, .close, ShuffleRun.inputs_done",
+        "ShuffleRun._comm_buffer.write, .send, .close, ShuffleRun.inputs_done",
         "sends the shards of several input partitions to one worker; nothing is sent after its end, or after the inputs",
         lambda: (
             names(ShuffleRun.__init__, "_comm_buffer", "_disk_buffer", "send", "local_address", "_loop")
             and names(CommShardsBuffer._process, "send", "status", "clean_exception")
             and takes(ShuffleRun.send, "address", "shards")
+            and names(ShuffleRun._write_to_comm, "_comm_buffer", "write")
             and names(ShuffleRun.close, "_comm_buffer", "close")
             and names(ShuffleRun.inputs_done, "transferred", "_flush_comm")
         ),
@@ -93,12 +94,15 @@ SEAMS = (
         ),
     ),
     Seam(
-        "ArrayRechunkRun._shard_partition, .split_axes, .worker_for",
-        "splits a chunk of an array; its shards are copied to the arena instead",
+        "ArrayRechunkRun._shard_partition, ._get_output_partition, .split_axes, .new, .worker_for",
+        "splits a chunk of an array, and joins shards; they are copied to the arena, and from there to their outputs",
         lambda: (
             takes(ArrayRechunkRun._shard_partition, "data", "partition_id")
             and names(ArrayRechunkRun._shard_partition, "split_axes", "worker_for", "product", "p2p-shards")
             and names(ArrayRechunkRun._receive, "received", "_write_to_disk")
+            and takes(ArrayRechunkRun._get_output_partition, "partition_id", "key")
+            and names(ArrayRechunkRun._get_output_partition, "_read_from_disk", "convert_chunk")
+            and names(ArrayRechunkRun.__init__, "new", "split_axes")
         ),
     ),
     Seam(

@@ -27,6 +27,20 @@ def forget_tables(run: Any) -> None:
     replacement = Replacement(run, "_repartition_buffers", repartition)
 
 
+def forget_unwritten(buffer: Any) -> None:
+    """Let Dask's buffer drop shards that it cannot write to a file: the worker's log keeps the error."""
+
+    async def process(name: str, shards: list[Any]) -> None:
+        try:
+            await replacement.old(name, shards)
+        except Exception as error:
+            forget_values(error)  # it is new, and all its frames have ended, except those that have the list
+            shards.clear()
+            raise
+
+    replacement = Replacement(buffer, "_process", process)
+
+
 def forget_shards(error: BaseException | None) -> None:
     """Clear the frames that have received shards, in the tracebacks of an error and of its causes.
 

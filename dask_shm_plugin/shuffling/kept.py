@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from dask.context import thread_state
 from dask.sizeof import sizeof
-from distributed import Reschedule
-from distributed.utils import sync
 
 from dask_shm_plugin.crashpoints import step
-from dask_shm_plugin.exceptions import forget_values
 from dask_shm_plugin.seams import shuffle as seams
 from dask_shm_plugin.seams.replacement import Replacement
 from dask_shm_plugin.shuffling.parcels import is_plain
@@ -72,8 +69,8 @@ class KeptShards:
         Called with the key of a task, this object and the name of the output whose kept shards the task has read.
     note_closed
         Called with this object when the run was closed.
-    note_restart
-        Called with the id of the shuffle, in the thread of a task, before it is started again.
+    restart
+        Starts the shuffle again, see :class:`Restart`.
 
     Notes
     -----
@@ -90,19 +87,17 @@ class KeptShards:
         is_on: Callable[[], bool],
         note_reader: Callable[[Any, KeptShards, str], None],
         note_closed: Callable[[KeptShards], None],
-        note_restart: Callable[[Any], None],
+        restart: Callable[[], NoReturn],
     ) -> None:
         self._run, self._allowance, self._is_on = run, allowance, is_on
-        self._note_reader, self._note_closed, self._note_restart = note_reader, note_closed, note_restart
+        self._note_reader, self._note_closed, self._restart = note_reader, note_closed, restart
         self._shards: defaultdict[str, list[Any]] = defaultdict(list)
         self._sizes: defaultdict[str, int] = defaultdict(int)
         self._dropped: set[str] = set()
-        self._rescheduled: set[Any] = set()
         buffer = run._disk_buffer
         self._write = Replacement(buffer, "write", self.write).old
         self._read = Replacement(buffer, "read", self.read).old
         self._close = Replacement(buffer, "close", self.close).old
-        self._process = Replacement(buffer, "_process", self.process).old
 
     @step("keep shards")
     async def write(self, data: dict[str, Any]) -> None:
@@ -112,19 +107,9 @@ class KeptShards:
         await self._write(others)
         await self._allowance.limiter.wait_for_available()
 
-    async def process(self, name: str, shards: list[Any]) -> None:
-        """Write shards of an output to Dask's file."""
-        try:
-            await self._process(name, shards)
-        except Exception as error:
-            # The worker's log keeps this error. It is new, and all its frames have ended, except those that have the list.
-            forget_values(error)
-            shards.clear()
-            raise
-
     def _keep(self, name: str, shards: Any) -> bool:
         size = sizeof(shards)
-        if not (self._is_on() and _is_keepable(shards) and self._allowance.has(size)):
+        if not (self._is_on() and self._allowance.has(size)):
             return False
         self._allowance.take(size)
         self._shards[name].append(shards)
@@ -149,24 +134,6 @@ class KeptShards:
             self._note_reader(getattr(thread_state, "key", None), self, name)
         return [*written, *map(self._run.deserialize, kept)]
 
-    def _restart(self) -> None:
-        """Start the shuffle again, and let Dask run this task later.
-
-        Raises
-        ------
-        Reschedule
-            The shuffle was started again, by this task or by another one.
-        RuntimeError
-            The scheduler did not start it again, because a task that needs it has failed.
-        """
-        key = getattr(thread_state, "key", None)
-        if key in self._rescheduled:
-            raise RuntimeError(f"{self._run} has dropped shards that are needed again, and cannot be started again")
-        self._rescheduled.add(key)
-        self._note_restart(self._run.id)
-        sync(self._run._loop, seams.ask_for_restart, self._run)
-        raise Reschedule
-
     async def drop(self, name: str) -> None:
         """Drop the shards of an output that is done."""
         if name in self._shards:
@@ -188,25 +155,6 @@ class KeptShards:
             await self._allowance.give_back(self._sizes.pop(name))
 
 
-def copy_from_arena(run: Any) -> None:
-    """Let a buffer that keeps all shards in memory keep private copies.
-
-    A block with shards for several outputs would stay until the last of these is read.
-    """
-
-    async def write(data: dict[str, Any]) -> None:
-        await replacement.old({name: in_private(shards) for name, shards in data.items()})
-
-    replacement = Replacement(run._disk_buffer, "write", write)
-
-
-def _is_keepable(shards: Any) -> bool:
-    """Return whether shards are those of a table; arrays are quicker in files, which take no private memory."""
-    return isinstance(shards, bytes)
-
-
-def in_private(shards: Any) -> Any:
+def in_private(shards: list[Any]) -> list[Any]:
     """Return shards of one output with each array in memory of its own."""
-    if isinstance(shards, bytes):
-        return shards
     return [(index, array.copy() if is_plain(array) and array.base is not None else array) for index, array in shards]

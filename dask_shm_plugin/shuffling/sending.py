@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import pickle
 import threading
@@ -30,6 +31,8 @@ _MIN_PARCEL_BYTES = 64 << 10
 """Shards of one input partition for one worker that take fewer bytes are sent as with stock Dask, many in a message."""
 _MAX_FULL = 0.5
 """Fraction of the arena's room, or of its table's rows, from which on nothing more of a shuffle goes there."""
+_MAX_WAITING_BYTES = 16 << 20
+"""Bytes of parcels that wait to be sent, from which on tasks that have split an input wait, too."""
 
 
 class Sender:
@@ -58,11 +61,14 @@ class Sender:
         if is_table:
             forget_tables(run)
         self._receive = Replacement(run, "receive", self.receive).old
+        self._write = Replacement(run._comm_buffer, "write", self.write).old
         Replacement(run._comm_buffer, "send", self.send)
         self._close = Replacement(run._comm_buffer, "close", self.close).old
         self._inputs_done = Replacement(run, "inputs_done", self.inputs_done).old
         self._strangers: set[str] = set()
         self._has_packed = False
+        self._waiting, self._few_wait = 0, asyncio.Event()
+        self._few_wait.set()
         self._lock = threading.Lock()
         self._parcels: weakref.WeakSet[Parcel] | None = weakref.WeakSet()
 
@@ -125,7 +131,7 @@ class Sender:
         if not self._is_on():
             return False
         try:
-            stats = self._arena.stats()
+            stats = self._arena.glance()
         except (SharedMemoryError, OSError):
             return False
         return max(stats.used / (stats.capacity or 1), stats.blocks / BLOCKS) < _MAX_FULL and stats.capacity > 0
@@ -138,9 +144,33 @@ class Sender:
 
     # -- sending
 
+    async def write(self, data: dict[str, Any]) -> None:
+        """Let shards be sent, in place of ``CommShardsBuffer.write``, and wait while too many parcels wait.
+
+        Dask's own limit is 100 MB per worker. Pages for so many blocks would be made, mapped, and given back. A few blocks
+        that are used again and again are warm.
+        """
+        self._count_waiting(sum(payload.size for _, payload in data.values() if type(payload) is Parcel))
+        await self._write(data)
+        await self._few_wait.wait()
+
+    def _count_waiting(self, size: int) -> None:
+        self._waiting += size
+        if self._waiting < _MAX_WAITING_BYTES or self._parcels is None:
+            self._few_wait.set()
+        else:
+            self._few_wait.clear()
+
     @step("send shards")
     async def send(self, address: str, shards: list[tuple[Any, Any]]) -> Any:
         """Send shards of some input partitions to a worker, in place of ``ShuffleRun.send``."""
+        size = sum(payload.size for _, payload in shards if type(payload) is Parcel)
+        try:
+            return await self._send(address, shards)
+        finally:
+            self._count_waiting(-size)
+
+    async def _send(self, address: str, shards: list[tuple[Any, Any]]) -> Any:
         if address == self._run.local_address and all(_may_be_handed_over(payload) for _, payload in shards):
             return await self._hand_over(shards)
         packed = [shard for shard in shards if type(shard[1]) is Parcel]
@@ -207,6 +237,7 @@ class Sender:
             left, self._parcels = list(self._parcels or ()), None
         for parcel in left:
             parcel.close()
+        self._few_wait.set()
         await self._close()
 
 

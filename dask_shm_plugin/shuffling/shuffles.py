@@ -8,7 +8,10 @@ from typing import Any
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.seams import shuffle as seams
 from dask_shm_plugin.seams.replacement import SharedReplacement
-from dask_shm_plugin.shuffling.kept import Allowance, KeptShards, copy_from_arena
+from dask_shm_plugin.shuffling.assembly import Assembly
+from dask_shm_plugin.shuffling.failures import forget_unwritten
+from dask_shm_plugin.shuffling.kept import Allowance, KeptShards
+from dask_shm_plugin.shuffling.restarts import Restart
 from dask_shm_plugin.shuffling.sending import Sender
 
 _ACTIVE: weakref.WeakKeyDictionary[Any, Shuffles] = weakref.WeakKeyDictionary()
@@ -52,13 +55,16 @@ class Shuffles:
         if type(run) not in (seams.ArrayRechunkRun, seams.DataFrameShuffleRun) or "_shard_partition" in vars(run):
             return
         Sender(run, plugin, self._arena, self.is_on)
-        if isinstance(run._disk_buffer, seams.DiskShardsBuffer):
+        buffer, allowance, restart = run._disk_buffer, None, None
+        if isinstance(buffer, seams.DiskShardsBuffer):
+            forget_unwritten(buffer)
             if run.id in self._restarted:
                 return  # its outputs are read more than once, which files allow
-            allowance = self._allowance(run._disk_buffer.memory_limiter)
-            KeptShards(run, allowance, self.is_on, self._note_reader, self._note_closed, self._restarted.add)
-        else:
-            copy_from_arena(run)
+            allowance, restart = self._allowance(buffer.memory_limiter), Restart(run, self._restarted.add)
+        if type(run) is seams.ArrayRechunkRun:
+            Assembly(run, allowance, self.is_on, restart)
+        elif allowance is not None and restart is not None:
+            KeptShards(run, allowance, self.is_on, self._note_reader, self._note_closed, restart)
 
     def is_on(self) -> bool:
         """Return whether runs may use the arena."""

@@ -164,8 +164,8 @@ def test_several_rechunks_and_a_shuffle_at_once_do_not_mix(client: Client) -> No
 
 
 def test_what_is_kept_and_what_is_in_files_is_read_together(client: Client) -> None:
-    """With a small limit, most shards are written to Dask's files."""
-    limits = client.run(lambda dask_worker: set_limit(dask_worker, 100_000))
+    """With a small limit, some outputs are put together in memory, and the others made from Dask's files."""
+    limits = client.run(lambda dask_worker: set_limit(dask_worker, 400_000))
     try:
         whole = np.random.default_rng(2).random((512, 512))
         y = da.from_array(whole, (32, 512), name="joined").rechunk((512, 32)).compute()
@@ -347,7 +347,15 @@ def drop_a_first_output_at_once() -> Callable[[], None]:
     return lambda: setattr(KeptShards, "read", original)
 
 
-WAYS = [refuse_now_and_then, lose_now_and_then, miss_the_module_now_and_then]
+def leave_few_rows() -> Callable[[], None]:
+    """Let the arena's table have as few rows as a run of very many workers would leave."""
+    from dask_shm_plugin.shuffling import sending
+
+    rows, sending.BLOCKS = sending.BLOCKS, 8
+    return lambda: setattr(sending, "BLOCKS", rows)
+
+
+WAYS = [leave_few_rows, refuse_now_and_then, lose_now_and_then, miss_the_module_now_and_then]
 
 
 @pytest.mark.parametrize("patch", WAYS, ids=lambda patch: patch.__name__)
@@ -363,14 +371,21 @@ def test_shards_that_find_no_way_through_the_arena_are_sent(client: Client, patc
     pd.testing.assert_frame_equal(got.sort_index(), rows)
 
 
-@pytest.mark.parametrize("patch", [fail_each_read_once, drop_a_first_output_at_once], ids=lambda patch: patch.__name__)
-def test_an_output_that_is_made_again_is_right(client: Client, patch: Any) -> None:
-    """Its shards are still there, or the shuffle starts again: it never looks like an empty one."""
-    whole = np.random.default_rng(4).random((1024, 1024))  # in shards that are large enough to be kept
-    x = da.from_array(whole, (128, 1024), name=f"again-{patch.__name__}")
-    with patched(client, patch):
+def test_an_output_of_a_rechunk_that_is_made_again_is_right(client: Client) -> None:
+    """Its task has got the output, and failed: the shuffle starts again."""
+    whole = np.random.default_rng(4).random((1024, 1024))
+    x = da.from_array(whole, (128, 1024), name="again")
+    with patched(client, fail_each_read_once):
         y = x.rechunk((1024, 128)).persist(retries=3)
         np.testing.assert_array_equal(y.compute(), whole)
+
+
+def test_an_output_of_a_shuffle_that_is_made_again_is_right(client: Client) -> None:
+    """Its shards were dropped, so the shuffle starts again: it never looks like an empty one."""
+    rows = pd.DataFrame({"k": np.arange(3000) % 41, "v": np.arange(3000)})
+    with patched(client, drop_a_first_output_at_once):
+        (persisted,) = dask.persist(dd.from_pandas(rows, npartitions=8).shuffle("k"), retries=3)
+        pd.testing.assert_frame_equal(persisted.compute().sort_index(), rows)
 
 
 def test_two_computations_that_share_a_rechunk_are_right(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +396,7 @@ def test_two_computations_that_share_a_rechunk_are_right(client: Client, monkeyp
         "_restart_shuffle",
         lambda self, id, *args, **kwargs: (restarts.append(id), restart(self, id, *args, **kwargs)),
     )
-    whole = np.random.default_rng(8).random((1024, 1024))  # in shards that are large enough to be kept
+    whole = np.random.default_rng(8).random((1024, 1024))
     y = da.from_array(whole, (128, 1024), name="shared").map_blocks(slow).rechunk((1024, 128))
     results = [client.compute(reduced) for reduced in (y.sum(), y.mean(), y.max())]
     expected = [whole.sum(), whole.mean(), whole.max()]

@@ -26,7 +26,7 @@ def test_an_error_of_a_workers_own_part_is_the_error() -> None:
 
 def run_of(**more: Any) -> Any:
     """Return a run with the methods that a sender replaces."""
-    buffer = SimpleNamespace(send=None, close=None)
+    buffer = SimpleNamespace(write=None, send=None, close=None)
     attributes = dict.fromkeys(("_shard_partition", "receive", "inputs_done", "id", "run_id"))
     return SimpleNamespace(**attributes, _comm_buffer=buffer, local_address="here", **more)
 

@@ -15,10 +15,10 @@ from distributed import Reschedule
 from distributed.shuffle._disk import DiskShardsBuffer
 from distributed.shuffle._exceptions import DataUnavailable
 from distributed.shuffle._limiter import ResourceLimiter
-from distributed.shuffle._memory import MemoryShardsBuffer
 
-from dask_shm_plugin.shuffling import kept
-from dask_shm_plugin.shuffling.kept import Allowance, KeptShards, copy_from_arena
+from dask_shm_plugin.shuffling import kept, restarts
+from dask_shm_plugin.shuffling.kept import Allowance, KeptShards
+from dask_shm_plugin.shuffling.restarts import Restart
 
 
 class Rig:
@@ -49,7 +49,7 @@ class Rig:
             lambda: self.is_on,
             lambda key, kept, name: self.readers.append((key, name)),
             self.closed.append,
-            self.restarted.add,
+            Restart(self.run, self.restarted.add),
         )
 
     def _raise_if_closed(self) -> None:
@@ -134,7 +134,7 @@ def test_a_dropped_output_starts_the_shuffle_again_once_and_is_never_empty(
 ) -> None:
     """Dask takes an output without shards for an empty one, so this must not look like one."""
     asked = []
-    monkeypatch.setattr(kept, "sync", lambda loop, call, run: asked.append(run))
+    monkeypatch.setattr(restarts, "sync", lambda loop, call, run: asked.append(run))
 
     async def use(rig: Rig) -> None:
         await rig.buffer.write({"a": b"1"})
@@ -221,20 +221,6 @@ def test_a_quarter_of_the_limit_is_left_beside_shards_of_an_earlier_plugin() -> 
     assert not second.has(501)
 
 
-def test_arrays_go_to_the_files(with_rig: Any) -> None:
-    """They are quicker there, and take no private memory."""
-
-    async def use(rig: Rig) -> None:
-        await rig.buffer.write(
-            {"a": [((0,), np.array([{}, []], object))], "b": [((0,), np.zeros(1 << 14))], "c": [((0,), np.zeros(2))]}
-        )
-        await rig.buffer.flush()
-        assert rig.in_files() == ["a", "b", "c"]
-        assert rig.readers == []
-
-    with_rig(use, limit=1 << 20)
-
-
 def test_an_array_is_copied_out_of_a_message_once() -> None:
     """An array that is part of a larger memory is copied; one with its own memory, or of objects, is not."""
     whole, objects = np.arange(10.0), np.array([[], {}], object)[:1]
@@ -243,20 +229,3 @@ def test_an_array_is_copied_out_of_a_message_once() -> None:
     np.testing.assert_array_equal(part[1], [2, 3])
     assert own[1] is whole
     assert other[1] is objects
-
-
-def test_a_buffer_in_memory_keeps_private_copies() -> None:
-    """A message with shards for several outputs goes when it was received."""
-
-    async def main() -> None:
-        run = SimpleNamespace(_disk_buffer=MemoryShardsBuffer(lambda shard: shard))
-        copy_from_arena(run)
-        whole = np.arange(6.0)
-        await run._disk_buffer.write({"a": [((0,), whole[:3])], "b": [((0,), whole[3:])]})
-        await run._disk_buffer.flush()
-        [[(_, array)]] = run._disk_buffer.read("a")
-        assert array.base is None
-        np.testing.assert_array_equal(array, [0, 1, 2])
-        await run._disk_buffer.close()
-
-    asyncio.run(main())
