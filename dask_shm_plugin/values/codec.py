@@ -20,6 +20,7 @@ from distributed.utils import ensure_memoryview
 
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.arena.block import Block, Descriptor
+from dask_shm_plugin.arena.receptions import Reception
 from dask_shm_plugin.arena.references import Hold
 from dask_shm_plugin.born import switch as born
 from dask_shm_plugin.crashpoints import step
@@ -332,6 +333,12 @@ def _already_there(
     if frame.nbytes <= _INLINE_FRAME_BYTES:
         return None
     address = address_of(frame)
+    received = Reception.of(frame)
+    if received is not None and received.arena_id == arena.arena_id:
+        row = received.hold.row
+        if row not in blocks:
+            blocks[row] = undo.enter_context(received.seal())
+        return Span(row, address - received.address, frame.nbytes)
     place = atlas.ATLAS.locate(address, frame.nbytes)
     if place is None and born.seal(address, frame.nbytes):
         place = atlas.ATLAS.locate(address, frame.nbytes)
