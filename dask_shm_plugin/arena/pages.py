@@ -150,15 +150,15 @@ class Pages:
             There is no memory for the pages.
         """
         begin = self._blocks_from + extent.offset + offset
-        for start, length in _steps(begin, length):
+        for start, step in _steps(begin, length):
             trims = self._access.table.trims  # read first, as in `_write_in_place`
-            if self._window.knows(start, length, trims):
+            if self._window.knows(start, step, trims):
                 continue
-            if not (self._window.sees(start, length) or self._has_pages(extent, start, length)):
-                self._make(extent, start, length, self._segment.reserve, length)
-                if not self._window.fill(start, length):
+            if not (self._window.sees(start, step) or self._has_pages(extent, start, step)):
+                self._make(extent, start, step, self._segment.reserve, step)
+                if not self._window.fill(start, step):
                     continue
-            self._window.learn(start, length, trims)
+            self._window.learn(start, step, trims)
 
     def look_at(self, extent: Extent, length: int) -> npt.NDArray[np.uint8]:
         """Return the first ``length`` bytes of a block in the write mapping; the caller holds the block, and only reads.

@@ -7,9 +7,6 @@ import threading
 import weakref
 from collections.abc import Callable
 
-import numpy as np
-import numpy.typing as npt
-
 from dask_shm_plugin.arena.block import Block, Home
 from dask_shm_plugin.arena.guard import GuardedTable
 from dask_shm_plugin.arena.references import Hold
@@ -32,11 +29,23 @@ class Reception(Exporter):
     never be a moment when other code has a view of it.
     """
 
-    __slots__ = ("_exists_up_to", "_extent", "_home", "_lock", "_pid", "hold", "is_sealed", "size")
+    __slots__ = (
+        "__weakref__",
+        "_address",
+        "_exists_up_to",
+        "_extent",
+        "_home",
+        "_lock",
+        "_pid",
+        "hold",
+        "is_sealed",
+        "size",
+    )
 
     def __init__(self, home: Home, hold: Hold, extent: Extent, size: int) -> None:
         part = home.pages.bytes_of(extent)
         super().__init__(part.ctypes.data, size, part)
+        self._address = part.ctypes.data
         self._home, self._extent, self._pid, self._lock = home, extent, os.getpid(), threading.Lock()
         self._exists_up_to = 0
         self.hold, self.size, self.is_sealed = hold, size, False
@@ -55,7 +64,7 @@ class Reception(Exporter):
     @property
     def address(self) -> int:
         """Where the bytes are mapped."""
-        return int(self.__array_interface__["data"][0])
+        return self._address
 
     @property
     def length(self) -> int:
@@ -121,10 +130,10 @@ class Receptions:
     def __init__(self, home: Home, access: GuardedTable, reserve: Callable[[int], tuple[Hold, Extent]]) -> None:
         self._home, self._access, self._reserve = home, access, reserve
         self._lock = threading.Lock()
-        self._open: list[weakref.ref[npt.NDArray[np.uint8]]] = []
+        self._open: list[weakref.ref[Reception]] = []
 
-    def open(self, size: int) -> npt.NDArray[np.uint8]:
-        """Reserve a draft and return its bytes, to be received into and then sealed; its pages are still to be made.
+    def open(self, size: int) -> Reception:
+        """Reserve a draft, to be received into and then sealed; its pages are still to be made.
 
         Raises
         ------
@@ -137,7 +146,7 @@ class Receptions:
         if table.blocks.bytes_held() + round_up(size) > table.capacity * _FULL:
             raise ArenaFull("the rest of the arena is for publishing")
         hold, extent = self._reserve(size)
-        received = np.asarray(Reception(self._home, hold, extent, size))
+        received = Reception(self._home, hold, extent, size)
         with self._lock:
             self._open = [*(one for one in self._open if one() is not None), weakref.ref(received)]
         return received
@@ -145,4 +154,4 @@ class Receptions:
     def bytes_in_drafts(self) -> int:
         """Return the bytes of all receptions that are not sealed; they are the process's own memory."""
         received = [one() for one in self._open]
-        return sum(one.base.length for one in received if one is not None and not one.base.is_sealed)
+        return sum(one.length for one in received if one is not None and not one.is_sealed)

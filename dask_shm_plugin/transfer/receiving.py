@@ -11,13 +11,15 @@ import itertools
 import logging
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import distributed.comm.tcp
 import numpy as np
 import numpy.typing as npt
+from distributed.protocol.utils import host_array
 
 from dask_shm_plugin.arena.arena import Arena
+from dask_shm_plugin.arena.receptions import Reception
 from dask_shm_plugin.crashpoints import step
 from dask_shm_plugin.exceptions import SharedMemoryError
 from dask_shm_plugin.notices import warn_once
@@ -95,17 +97,20 @@ class _Incoming:
 
     async def memory(self) -> npt.NDArray[np.uint8] | None:
         """Return the memory for all frames; None if there is no room for them."""
+        if self._has_failed:
+            return None
         if self._memory is not None:
-            return None if self._has_failed else self._memory()
+            return self._memory()
+        self._has_failed = True
         if self._size < _MIN_BYTES or len({id(one.arena) for one in _ACTIVE}) != 1:
             return None
         receiving = _ACTIVE[0]
         try:
-            memory = await call_in(receiving.threads, receiving.arena.receptions.open, self._size)
+            memory = np.asarray(await call_in(receiving.threads, receiving.arena.receptions.open, self._size))
         except _REFUSALS as error:
             _note_refusal(self._size, error)
             return None
-        self._memory, self._threads = weakref.ref(memory), receiving.threads
+        self._memory, self._threads, self._has_failed = weakref.ref(memory), receiving.threads, False
         return memory
 
     async def wait_for_pages(self, memory: npt.NDArray[np.uint8], at: int) -> int | None:
@@ -126,7 +131,7 @@ class _Incoming:
         end = min(self._ready + self._step, self._size)
         self._step = min(2 * self._step, _MAX_STEP_BYTES)
         try:
-            await call_in(self._threads, memory.base.make_pages, end)
+            await call_in(self._threads, cast("Reception", memory.base).make_pages, end)
         except _REFUSALS as error:
             _note_refusal(self._size, error)
             return None
@@ -156,15 +161,13 @@ async def _read_bytes_rw(stream: Any, n: int) -> memoryview:
 
 
 @step("receive")
-async def _receive(
-    stream: Any, incoming: _Incoming, memory: npt.NDArray[np.uint8], place: int, n: int
-) -> memoryview:
+async def _receive(stream: Any, incoming: _Incoming, memory: npt.NDArray[np.uint8], place: int, n: int) -> memoryview:
     """Receive ``n`` bytes into memory of the arena, or into private memory if pages cannot be made."""
     data, done = memory.data[place : place + n], 0
     while done < n:
         end = await incoming.wait_for_pages(memory, place + done)
         if end is None:
-            private: memoryview = distributed.comm.tcp.host_array(n)
+            private: memoryview = host_array(n)
             private[:done], data, end = data[:done], private, place + n
         part = data[done : min(end - place, done + _MAX_STEP_BYTES)]
         await stream.read_into(part)

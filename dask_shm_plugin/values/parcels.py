@@ -98,7 +98,9 @@ class Parcel:
 
 def _unpacked(header: bytes, in_band: int, version: bytes, announced: object, frames: list[Any]) -> Parcel:
     """Return the parcel that was sent. What it holds of an arena must not be written any more."""
-    return Parcel(header, in_band, version, [frame if isinstance(frame, bytes) else _sealable(frame) for frame in frames])
+    return Parcel(
+        header, in_band, version, [frame if isinstance(frame, bytes) else _sealable(frame) for frame in frames]
+    )
 
 
 def _sealable(frame: memoryview) -> memoryview:

@@ -83,9 +83,9 @@ ROLES = {
     "receives": Role(
         """
         received = arena.receptions.open(8192)
-        received.base.make_pages(8192)
-        received[:6] = list(b"victim")
-        block = received.base.seal()
+        received.make_pages(8192)
+        received.bytes()[:6] = b"victim"
+        block = received.seal()
         """,
         "reserve, make pages, seal",
         0,
