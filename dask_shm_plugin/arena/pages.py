@@ -150,15 +150,15 @@ class Pages:
             There is no memory for the pages.
         """
         begin = self._blocks_from + extent.offset + offset
-        for start, step in _steps(begin, length):
+        for start, part in _steps(begin, length):
             trims = self._access.table.trims  # read first, as in `_write_in_place`
-            if self._window.knows(start, step, trims):
+            if self._window.knows(start, part, trims):
                 continue
-            if not (self._window.sees(start, step) or self._has_pages(extent, start, step)):
-                self._make(extent, start, step, self._segment.reserve, step)
-                if not self._window.fill(start, step):
+            if not (self._window.sees(start, part) or self._has_pages(extent, start, part)):
+                self._make(extent, start, part, self._segment.reserve, part)
+                if not self._window.fill(start, part):
                     continue
-            self._window.learn(start, step, trims)
+            self._window.learn(start, part, trims)
 
     def look_at(self, extent: Extent, length: int) -> npt.NDArray[np.uint8]:
         """Return the first ``length`` bytes of a block in the write mapping; the caller holds the block, and only reads.

@@ -62,9 +62,9 @@ class Parcel:
         return sum(memoryview(frame).nbytes for frame in self.frames)
 
     def value(self) -> Any:
-        """Make the value from the frames as they were received, but never over memory of an arena that is not a view."""
-        frames = [memoryview(frame) for frame in self.frames]
-        return deserialize(unpacked(self.header), [_private(frame) for frame in frames])
+        """Make the value from the frames as they were received; those that may not be written are copied."""
+        flat = [memoryview(frame) for frame in self.frames]
+        return deserialize(unpacked(self.header), [memoryview(bytearray(f)) if f.readonly else f for f in flat])
 
     def landed(self, arena: Arena | None) -> tuple[Published | None, Any]:
         """Return the value, and that in the arena if possible; the value's own deserializer may raise."""
@@ -98,17 +98,10 @@ class Parcel:
 
 def _unpacked(header: bytes, in_band: int, version: bytes, announced: object, frames: list[Any]) -> Parcel:
     """Return the parcel that was sent. What it holds of an arena must not be written any more."""
+    flat = [memoryview(frame) for frame in frames]
     return Parcel(
-        header, in_band, version, [frame if isinstance(frame, bytes) else _sealable(frame) for frame in frames]
+        header, in_band, version, [frame if Reception.of(frame) is None else frame.toreadonly() for frame in flat]
     )
-
-
-def _sealable(frame: memoryview) -> memoryview:
-    return frame.toreadonly() if Reception.of(frame) is not None else frame
-
-
-def _private(frame: memoryview) -> memoryview:
-    return memoryview(bytearray(frame)) if Reception.of(frame) is not None else frame
 
 
 class _ScatterParcel(Parcel):
