@@ -21,6 +21,7 @@ SEAMS = (
             and takes(distributed.comm.tcp.read_bytes_rw, "stream", "n")
             and names(distributed.comm.tcp.read_bytes_rw, "host_array", "read_into")
             and names(distributed.comm.tcp.TCP.read, "read_bytes_rw", "from_frames")
+            and names(distributed.comm.tcp.TCP.write, "max_shard_size", "frame_split_size")
         ),
     ),
 )

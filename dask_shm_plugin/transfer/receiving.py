@@ -86,8 +86,12 @@ class _Incoming:
         self._ready, self._step, self._has_failed = 0, _FIRST_STEP_BYTES, False
 
     def next(self, n: int) -> int | None:
-        """Return where the next ``n`` bytes go: a frame, or a shard of one; None if they are none of the frames."""
-        if self._frame == len(self._lengths) or self._done + n > self._lengths[self._frame]:
+        """Return where the next ``n`` bytes go: a frame, or a shard of one; None if they cannot be that.
+
+        After a compressed frame nothing is placed any more: a user's array may follow, which must not lie here.
+        """
+        left = self._lengths[self._frame] - self._done if self._frame < len(self._lengths) else 0
+        if n != left and not n == distributed.comm.tcp.TCP.max_shard_size < left:
             return None
         place = self._places[self._frame] + self._done
         self._done += n

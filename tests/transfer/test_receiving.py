@@ -323,18 +323,20 @@ def test_compressed_frames_are_copied(
     async def run() -> Any:
         async def send(comm: Any) -> None:
             comm.handshake_options["compression"] = "zlib"  # which Dask does not do between processes of one machine
-            await comm.write(parcel_of(value, here))
+            await comm.write({"x": parcel_of(value, here), "y": parcels.to_serialize(array(9, MIB))})
 
         async with sender(send) as comm:
-            return landed(await comm.read(), there)
+            message = await comm.read()
+            return message["y"], *landed(message.pop("x"), there)
 
     with receiving_into(there):
-        published, arrived = asyncio.run(run())
+        beside, published, arrived = asyncio.run(run())
     assert_equal(arrived, value)
+    assert_equal(beside, array(9, MIB))
     assert published.copied >= 4 * MIB
     assert counted() == {"landed": 1, "received": 0}
     del published, arrived
-    assert_empty(there)
+    assert_empty(there)  # a value beside it in the message, which still lives, does not lie there
 
 
 def test_a_value_is_received_into_private_memory_where_the_arena_is_nearly_full(
