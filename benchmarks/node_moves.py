@@ -11,13 +11,21 @@ from distributed import Client, wait
 KEPT: list[Any] = []
 
 
-def begin(client: Client, plugin: bool) -> None:
-    """Switch sharing on, or not."""
-    if plugin:
+def begin(client: Client, arm: str) -> None:
+    """Switch sharing on, or not, or without receiving into the arena."""
+    if arm != "stock":
         from dask_shm_plugin import SharedMemoryPlugin
 
         client.register_plugin(SharedMemoryPlugin())
+    if arm == "copying":
+        client.run(_receive_into_private_memory)
     client.amm.stop()
+
+
+def _receive_into_private_memory() -> None:
+    from dask_shm_plugin.transfer import receiving
+
+    receiving._MIN_BYTES = 1 << 62
 
 
 def workers(client: Client) -> dict[str, list[str]]:

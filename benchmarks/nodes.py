@@ -1,7 +1,7 @@
 """What crosses the network between nodes, how many copies each node has, and how long it takes, stock and with the plugin.
 
     python benchmarks/nodes.py [--quick] [--only WAY ...] [--counts 2 3] [--size "256 MiB"] [--workers 3] [--pairs 3]
-                               [--slow] [--json PATH]
+                               [--copying] [--slow] [--json PATH]
 
 Needs root: each node is a network, mount, process and host name namespace on this machine with three workers, connected
 to a virtual switch (``tests/support/nodes.py``). The scheduler has a node of its own, without workers.
@@ -17,7 +17,8 @@ replicate
 
 Copies are the blocks in use in the arena of a node, and the growth of ``RssAnon`` of its workers, in multiples of the array.
 Processor time is that of all processes of all nodes; a virtual wire costs no other. ``--slow`` lets each node send
-1 Gbit/s with a delay of 10 ms, by ``tc netem``.
+1 Gbit/s with a delay of 10 ms, by ``tc netem``; if the kernel has no ``netem``, 1 Gbit/s without a delay, by ``tbf``. ``--copying`` adds an arm in which values are received into private
+memory and then copied into the arena, instead of being received there.
 """
 
 from __future__ import annotations
@@ -35,10 +36,20 @@ from dask.utils import parse_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
-from nodes import Driver, NodeCluster, node_cluster
+from nodes import Driver, Node, NodeCluster, node_cluster
 
 WAYS = ("broadcast", "broadcast-from-elsewhere", "fan", "replicate")
 SLOW = "netem", "delay", "10ms", "rate", "1gbit", "limit", "100000"
+SLOW_WITHOUT_DELAY = "tbf", "rate", "1gbit", "burst", "256kb", "latency", "50ms"
+
+
+def slow_down(node: Node) -> None:
+    """Let a node send slowly."""
+    try:
+        node.shape(*SLOW)
+    except AssertionError:
+        node.shape(*SLOW_WITHOUT_DELAY)
+        print("this kernel has no netem: 1 Gbit/s, without a delay")
 
 
 def processor_time(cluster: NodeCluster) -> float:
@@ -53,7 +64,7 @@ def processor_time(cluster: NodeCluster) -> float:
     return total
 
 
-def measure(cluster: NodeCluster, driver: Driver, way: str, size: int, seed: int, plugin: bool) -> dict[str, Any]:
+def measure(cluster: NodeCluster, driver: Driver, way: str, size: int, seed: int, arm: str) -> dict[str, Any]:
     """Run one round; return its time, and for each node the bytes that it has received and its copies."""
     driver(moves.prepare, way, size, seed)
     time.sleep(1)
@@ -63,7 +74,7 @@ def measure(cluster: NodeCluster, driver: Driver, way: str, size: int, seed: int
     processor = processor_time(cluster) - processor
     received = {node.address: node.carried()[0] - carried[node.address] for node in cluster.nodes.values()}
     time.sleep(1)
-    after, shared = driver(moves.private), driver(moves.blocks) if plugin else {}
+    after, shared = driver(moves.private), driver(moves.blocks) if arm != "stock" else {}
     made = {} if way.startswith("broadcast") else {next(iter(before)): size}
     driver(moves.forget)
     time.sleep(2)
@@ -79,35 +90,36 @@ def measure(cluster: NodeCluster, driver: Driver, way: str, size: int, seed: int
 
 
 def run(asked: Any, count: int) -> list[dict[str, Any]]:
-    """Measure all ways in a cluster of some nodes, stock and with the plugin in turn."""
+    """Measure all ways in clusters of some nodes, one for each arm, in turn."""
+    arms = ["stock", "copying", "plugin"] if asked.copying else ["stock", "plugin"]
     with ExitStack() as stack:
         clusters, drivers = {}, {}
-        for plugin in (False, True):
-            cluster = clusters[plugin] = stack.enter_context(node_cluster())
+        for arm in arms:
+            cluster = clusters[arm] = stack.enter_context(node_cluster())
             for number in range(count):
                 node = cluster.add("abcdefgh"[number], asked.workers, memory="4 GiB")
                 if asked.slow:
-                    node.shape(*SLOW)
+                    slow_down(node)
             for where, node in (("here", cluster.nodes["a"]), ("elsewhere", cluster.head)):
-                drivers[plugin, where] = cluster.driver(node)
-                drivers[plugin, where](moves.begin, plugin)
+                drivers[arm, where] = cluster.driver(node)
+                drivers[arm, where](moves.begin, arm)
         rounds = []
         for way in asked.only:
             where = "here" if way == "broadcast" else "elsewhere"
             for number in range(asked.pairs):
-                for plugin in (False, True) if number % 2 else (True, False):
-                    result = measure(clusters[plugin], drivers[plugin, where], way, asked.size, number, plugin)
-                    print(f"{count} nodes, {way}, {'plugin' if plugin else 'stock'}: {result}", flush=True)
-                    rounds.append({"nodes": count, "way": way, "plugin": plugin, **result})
+                for arm in arms if number % 2 else reversed(arms):
+                    result = measure(clusters[arm], drivers[arm, where], way, asked.size, number, arm)
+                    print(f"{count} nodes, {way}, {arm}: {result}", flush=True)
+                    rounds.append({"nodes": count, "way": way, "arm": arm, **result})
         return rounds
 
 
 def summary(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return one line for each number of nodes, way and arm."""
     lines = []
-    for group in sorted({(one["nodes"], one["way"], one["plugin"]) for one in rounds}):
-        same = [one for one in rounds if (one["nodes"], one["way"], one["plugin"]) == group]
-        line: dict[str, Any] = dict(zip(("nodes", "way", "plugin"), group, strict=True))
+    for group in sorted({(one["nodes"], one["way"], one["arm"]) for one in rounds}):
+        same = [one for one in rounds if (one["nodes"], one["way"], one["arm"]) == group]
+        line: dict[str, Any] = dict(zip(("nodes", "way", "arm"), group, strict=True))
         for name in ("seconds", "processor seconds"):
             line[name] = report.spread(one[name] for one in same)
         for name in ("received", "copies in the arena", "private copies"):
@@ -124,6 +136,7 @@ def main() -> None:
     parser.add_argument("--size", type=parse_bytes, default=parse_bytes("256 MiB"))
     parser.add_argument("--workers", type=int, default=3, help="workers of each node (default: 3)")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 3], help="numbers of nodes (default: 1 2 3)")
+    parser.add_argument("--copying", action="store_true", help="also without receiving into the arena")
     parser.add_argument("--slow", action="store_true", help="1 Gbit/s and 10 ms")
     asked = parser.parse_args()
     asked.pairs = asked.pairs or (1 if asked.quick else 3)
@@ -135,7 +148,7 @@ def main() -> None:
     lines = summary([one for count in asked.counts for one in run(asked, count)])
     for line in lines:
         print(
-            f"{line['nodes']} nodes  {line['way']:<25} {'plugin' if line['plugin'] else 'stock':<7}"
+            f"{line['nodes']} nodes  {line['way']:<25} {line['arm']:<7}"
             f"{line['seconds']['median']:7.2f} s  {line['processor seconds']['median']:6.2f} s of processor"
             + "".join(
                 f"  {name} {line[name]['first node']['median']:.2f} / {line[name]['other nodes']['median']:.2f}"

@@ -5,6 +5,7 @@
 ``attached``   values mapped from the arena instead of being received, and their bytes
 ``found``      attached values that were found in the arena without asking the worker that has them
 ``landed``     values that came from another node and were put into the arena, and their bytes
+``received``   landed values that were received straight into the arena, and their bytes
 ``adopted``    values of which the publisher replaced its private copy by the shared one, and their bytes
 ``shuffled``   messages of shuffles whose data were mapped instead of received, and their bytes
 ``sent``       values that were large enough to be shared but were sent as bytes, by reason
@@ -17,7 +18,7 @@ import threading
 from collections import defaultdict
 from typing import Any
 
-EVENTS = ("published", "born", "attached", "found", "landed", "adopted", "shuffled")
+EVENTS = ("published", "born", "attached", "found", "landed", "received", "adopted", "shuffled")
 
 
 class Counters:

@@ -22,6 +22,7 @@ from dask_shm_plugin.arena.holdings import Holdings
 from dask_shm_plugin.arena.labels import Labels
 from dask_shm_plugin.arena.members import Roster
 from dask_shm_plugin.arena.pages import Pages
+from dask_shm_plugin.arena.receptions import Receptions
 from dask_shm_plugin.arena.references import Hold
 from dask_shm_plugin.arena.shares import Shares
 from dask_shm_plugin.arena.trimming import Trimmer
@@ -126,6 +127,8 @@ class Arena:
         self.shares = Shares(self._access, self.member)
         self.labels = Labels(segment, self.member, self.holdings.references.knows)
         self._home = Home(self.arena_id, self.allocator, self.holdings, self.pages)
+        self.receptions = Receptions(self._home, self._access, self.reserve)
+        self.budget.received = self.receptions.bytes_in_drafts
         housekeeping.start(self._chores(), lambda: self.has_left)
 
     @classmethod

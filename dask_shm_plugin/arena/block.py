@@ -97,7 +97,8 @@ class Draft:
         """
         if self._hold is None:
             raise ValueError("the draft is sealed or given up")
-        part = self._home.pages.lay_open(self._extent)
+        part = self._home.pages.bytes_of(self._extent)
+        self._home.pages.lay_open(self._extent, 0, self._extent.length)
         self._exists_up_to, self._is_brief = self._extent.length, True
         return Exporter(part.ctypes.data, self._size, (part, self._hold)).bytes()
 

@@ -37,6 +37,8 @@ class Budget:
     ----------
     drafts
         Returns the bytes of this process's drafts that contain its arrays; they are its own memory.
+    received
+        Returns the bytes of its drafts into which it receives.
 
     Notes
     -----
@@ -48,6 +50,7 @@ class Budget:
         self._access, self._member = access, member
         self._limits: dict[object, int] = {}
         self.drafts: Callable[[], int] = int
+        self.received: Callable[[], int] = int
 
     def set_limit(self, worker: object, limit: int | None) -> None:
         """Count a worker of this process and its memory limit.
@@ -84,7 +87,7 @@ class Budget:
         """
         private = self.private_memory(os.getpid())
         limit = sum(self._limits.values())
-        drafts = self.drafts()
+        drafts = self.drafts() + self.received()
         self._access.table.members.note_memory(self._member, private, min(limit, UNLIMITED))
         self._access.table.members.note_drafts(self._member, drafts)
         return private + drafts

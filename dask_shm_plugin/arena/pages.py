@@ -124,28 +124,41 @@ class Pages:
             if self._segment.missing(start, length) and not self._make_large(extent, start, length):
                 self._make(extent, start, length, self._segment.reserve, length)
 
-    def lay_open(self, extent: Extent) -> npt.NDArray[np.uint8]:
-        """Make all pages of a draft exist, and return its bytes in the write mapping, to be written in place.
+    def bytes_of(self, extent: Extent) -> npt.NDArray[np.uint8]:
+        """Return the bytes of a draft in the write mapping; none may be touched before :meth:`lay_open`.
+
+        Raises
+        ------
+        MappingRefused
+            This process cannot map the arena.
+        """
+        return self._window.part(self._blocks_from + extent.offset, extent.length)
+
+    def lay_open(self, extent: Extent, offset: int, length: int) -> None:
+        """Make all pages of a part of a draft exist in the write mapping, so that it can be written in place.
+
+        Parameters
+        ----------
+        extent
+            The draft.
+        offset, length
+            The part of the draft, in bytes, aligned to pages.
 
         Raises
         ------
         NoHeadRoom, MemoryExhausted, LimitsReached
             There is no memory for the pages.
-        MappingRefused
-            This process cannot map the arena.
         """
-        begin = self._blocks_from + extent.offset
-        part = self._window.part(begin, extent.length)
-        for start, length in _steps(begin, extent.length):
+        begin = self._blocks_from + extent.offset + offset
+        for start, part in _steps(begin, length):
             trims = self._access.table.trims  # read first, as in `_write_in_place`
-            if self._window.knows(start, length, trims):
+            if self._window.knows(start, part, trims):
                 continue
-            if not (self._window.sees(start, length) or self._has_pages(extent, start, length)):
-                self._make(extent, start, length, self._segment.reserve, length)
-                if not self._window.fill(start, length):
+            if not (self._window.sees(start, part) or self._has_pages(extent, start, part)):
+                self._make(extent, start, part, self._segment.reserve, part)
+                if not self._window.fill(start, part):
                     continue
-            self._window.learn(start, length, trims)
-        return part
+            self._window.learn(start, part, trims)
 
     def look_at(self, extent: Extent, length: int) -> npt.NDArray[np.uint8]:
         """Return the first ``length`` bytes of a block in the write mapping; the caller holds the block, and only reads.

@@ -27,6 +27,7 @@ _COUNTERS = {
     "attached": "mapped from the arena instead of being received",
     "found": "mapped without asking the worker that has them",
     "landed": "that came from another node and were put into the arena",
+    "received": "that were received straight into the arena when they came from another node",
     "adopted": "of which the publisher gave up its private copy",
     "shuffled": "in messages of shuffles whose data were mapped instead of received",
 }

@@ -33,6 +33,7 @@ from dask_shm_plugin.transfer.answers import Answers
 from dask_shm_plugin.transfer.explaining import Explanation, explain
 from dask_shm_plugin.transfer.landing import Landing
 from dask_shm_plugin.transfer.publisher import Publisher
+from dask_shm_plugin.transfer.receiving import Receiving
 from dask_shm_plugin.transfer.scatter_guard import ScatterGuard
 from dask_shm_plugin.values import buffers
 from dask_shm_plugin.values.kept import KeptValues
@@ -142,6 +143,7 @@ class _ActiveWorker:
         self.publisher = Publisher(arena, role.options.threshold, self._data, role.address, self._kept, self._telling)
         self._answers = Answers(worker, arena, self.publisher, role.options.threshold)
         self._landing = Landing(arena, worker.address, functools.partial(_may_be_large, worker, self._answers))
+        self._receiving = Receiving(arena)
         self._meter = WorkerMeter(worker, arena)
         self._kept.placed = self._meter.placed
         self._transfers = Transfers(worker, arena)
@@ -161,6 +163,7 @@ class _ActiveWorker:
         self._births.stop()
         self._answers.stop()
         self._landing.stop()
+        self._receiving.stop()
         if self._shuffles is not None:
             self._shuffles.stop()
         self._scatter_guard.retire()

@@ -20,6 +20,7 @@ from distributed.utils import ensure_memoryview
 
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.arena.block import Block, Descriptor
+from dask_shm_plugin.arena.receptions import Reception
 from dask_shm_plugin.arena.references import Hold
 from dask_shm_plugin.births import switch as births
 from dask_shm_plugin.births.nursery import Sealed
@@ -333,6 +334,12 @@ def _already_there(
     if frame.nbytes <= _INLINE_FRAME_BYTES:
         return None
     address = address_of(frame)
+    received = Reception.of(frame)
+    if received is not None and received.arena_id == arena.arena_id:
+        row = received.hold.row
+        if row not in blocks:
+            blocks[row] = undo.enter_context(received.seal())
+        return Span(row, address - received.address, frame.nbytes)
     place = atlas.ATLAS.locate(address, frame.nbytes)
     is_new = False
     if place is None and (sealed := births.seal(address, frame.nbytes)):

@@ -80,6 +80,17 @@ ROLES = {
     "lists": Role(
         "arena.directory.add(b'name', b'data'); arena.directory.remove(b'name')", "list value, cross out", 0, JOIN
     ),
+    "receives": Role(
+        """
+        received = arena.receptions.open(8192)
+        received.make_pages(8192)
+        received.bytes()[:6] = b"victim"
+        block = received.seal()
+        """,
+        "reserve, make pages, seal",
+        0,
+        JOIN,
+    ),
     "bears arrays": Role(
         """
         array = newborn(np.ones, 1 << 17, np.uint8)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from typing import Any, cast
 
 import distributed.worker
 import pytest
 from distributed import Client, LocalCluster
+from distributed.comm import tcp
 
 from dask_shm_plugin import SharedMemoryPlugin, notices, stats
-from dask_shm_plugin.seams import checks, requests
+from dask_shm_plugin.seams import checks, receiving, requests
 from dask_shm_plugin.seams.replacement import Replacement, SharedReplacement
+from dask_shm_plugin.transfer import receiving as transfer_receiving
 
 
 @pytest.fixture(autouse=True)
@@ -126,3 +129,26 @@ def test_a_request_names_its_memberships_after_dasks_serializers():
 def test_serializers_without_a_tag_are_left_alone(serializers):
     """Serializers that a user has chosen are passed on."""
     assert requests.untag(serializers) == ([], serializers)
+
+
+@pytest.mark.parametrize("seam", receiving.SEAMS, ids=lambda seam: seam.name)
+def test_connections_receive_as_expected(seam: checks.Seam) -> None:
+    """The installed version of distributed receives large frames through the function that is replaced."""
+    assert seam.holds()
+
+
+def test_without_its_seam_nothing_is_received_into_the_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warning says so; everything else goes on."""
+    monkeypatch.setattr(receiving, "SEAMS", (checks.Seam("read_bytes_rw", "for the test", lambda: False),))
+    receiving.why_not.cache_clear()
+    warnings: list[str] = []
+    monkeypatch.setattr(transfer_receiving, "warn_once", warnings.append)
+    before = tcp.read_bytes_rw
+    try:
+        one = transfer_receiving.Receiving(cast("Any", None))
+        assert tcp.read_bytes_rw is before
+        one.stop()
+    finally:
+        receiving.why_not.cache_clear()
+    (warning,) = warnings
+    assert "read_bytes_rw" in warning
