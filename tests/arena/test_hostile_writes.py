@@ -245,7 +245,8 @@ class TestTable:
         """The trim counter starts again at zero, and a join beyond the last incarnation is refused."""
         overwrite(arena, layout.TRIMS_WORD, MANY)
         publish(arena, b"x").close()
-        assert arena.holdings.tidy()
+        arena.holdings.tidy()
+        assert arena.stats().blocks == 0  # whichever thread has released it
         arena.trimmer.trim_all()
         assert not arena.is_damaged
         assert table.trims < MANY
