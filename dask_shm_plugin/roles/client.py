@@ -110,7 +110,7 @@ class SharedMemoryClient:
             self.client.sync(self._find_arena)
         with self._births_lock:
             if self._arena is not None and not self._has_births:
-                reason = births.switch_on(self._arena, None, self._options.warm, has_worker=False)
+                reason = births.switch_on(self._arena, None, self.options.warm, has_worker=False)
                 self._has_births = reason is None
                 logger.debug("arrays of a client are born in the arena: %s", reason or "yes")
         with births.block() if self._has_births else contextlib.nullcontext():

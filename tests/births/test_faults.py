@@ -109,11 +109,11 @@ def test_an_allocation_lets_no_other_thread_run(bearer: Process) -> None:
 
 def test_births_need_no_descriptor(arena: Arena) -> None:
     """Code that closes all descriptors would close it, and its number would become another file's."""
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = set(os.listdir("/proc/self/fd"))
     with births(arena):
         newborn(np.ones, MIB, np.uint8)
-        # Threads open files for a moment.
-        wait_until(lambda: sorted(os.listdir("/proc/self/fd")) == before, "there are as many descriptors as before")
+        # Threads open files for a moment, perhaps also the one in which `before` was taken.
+        wait_until(lambda: set(os.listdir("/proc/self/fd")) <= before, "there are no more descriptors than before")
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

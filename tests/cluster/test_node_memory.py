@@ -103,12 +103,13 @@ def test_a_value_that_readers_copy_leaves_the_arena(two: Client, kind: str) -> N
     kept = two.submit(lambda value: value, made, workers=[b], pure=False)
     assert two.submit(len, kept).result() == two.submit(len, made, workers=[a]).result()
     assert (totals(two) - before).published == 1
-    wait_until(lambda: totals(two).used == 0, "only copies are left", seconds=4)
+    wait_until(lambda: totals(two).used == 0, "only copies are left")
     assert two.gather(made) == two.gather(kept)
 
 
 @pytest.fixture(scope="module")
 def two(nothing_leaks: None) -> Iterator[Client]:
-    """A client of two workers, for the whole module."""
+    """A client of two workers, for the whole module. Pruning is off, which would drop a block after some seconds."""
     with local_cluster(2) as client:
+        client.run(lambda dask_worker: dask_worker.plugins["dask-shm"].half._running._pruning.stop())
         yield client

@@ -166,6 +166,8 @@ def test_stats_describe_the_arena_of_the_node(four: Client) -> None:
     a, b, *_ = addresses(four)
     made = four.submit(outside, array, fresh(), workers=[a])
     see_on(four, made, [b])
+    # The owner adopts the value after it has answered, which may be later than the reader's result.
+    wait_until(lambda: lies_in_arena(four, made, a), "the publisher adopts the value")
     ((name, arena),) = stats(four).items()
     assert isinstance(name, str)
     assert sorted(arena["workers"]) == sorted(addresses(four))

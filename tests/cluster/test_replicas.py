@@ -132,7 +132,8 @@ def test_a_published_result_is_not_computed_again(client: Client) -> None:
     assert run_counts(client) == 1
     kill(client, next(iter(first)))
     assert client.submit(digest, future, pure=False).result(timeout=30)
-    assert wait_for_holders(client, future, 2)
+    # The reader may hold it, too, beside the worker to which the manager gives it.
+    wait_until(lambda: len(holders(client, future)) >= 2, "a second worker holds the value")
     assert run_counts(client) == 1
 
 

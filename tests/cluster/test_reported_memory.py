@@ -345,9 +345,14 @@ def test_meters_stats_and_unregister_leave_spilled_values_on_disk(two: Client) -
     a, _ = addresses(two)
     made = [two.submit(array, fresh(), PART, workers=[a], pure=False) for _ in range(24)]
     wait(made)
-    let_monitors_run(two)  # they may still have to spill some values
+
+    def is_done() -> bool:
+        before = where(two, a)
+        let_monitors_run(two)
+        return bool(before[1]) and where(two, a) == before
+
+    wait_until(is_done, "no more values are spilled", seconds=60)
     before = where(two, a)
-    assert before[1]
     totals(two)
     let_monitors_run(two)
     assert where(two, a) == before

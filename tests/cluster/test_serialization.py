@@ -37,6 +37,8 @@ def clusters(nothing_leaks: None) -> Iterator[dict[str, Client]]:
             contexts.append(context)
             client = self[name] = context.__enter__()
             client.run(counted.teach)
+            if CLUSTERS[name] is not None:
+                client.run(keep_handles_valid)
             return client
 
     counted.teach()
@@ -47,6 +49,13 @@ def clusters(nothing_leaks: None) -> Iterator[dict[str, Client]]:
         started.clear()
         for context in reversed(contexts):
             context.__exit__(None, None, None)
+
+
+def keep_handles_valid() -> None:
+    """Let a recipient take its time: one that is slower than a second asks again, and the value is pickled again."""
+    from dask_shm_plugin.transfer import publisher
+
+    publisher._DELIVERY_S = 60
 
 
 def made(client: Client, name: str, size: int, items: int, once: bool) -> Future:
@@ -237,9 +246,12 @@ def test_the_time_of_serializing_has_its_own_label_in_the_metrics(clusters: dict
     def labels(dask_worker: Any) -> set[str]:
         return {str(key) for key in dask_worker.digests_total}
 
-    seen = client.run(labels)
-    assert any("get-data" in label and "'serialize'" in label for label in seen[a]), seen[a]
-    assert any("gather-dep" in label and "'deserialize'" in label for label in seen[b]), seen[b]
+    def has(worker: str, *words: str) -> bool:
+        return any(all(word in label for word in words) for label in client.run(labels)[worker])
+
+    # A worker counts after it has answered, which may be later than the reader's result.
+    wait_until(lambda: has(a, "get-data", "'serialize'"), lambda: f"{client.run(labels)[a]}")
+    wait_until(lambda: has(b, "gather-dep", "'deserialize'"), lambda: f"{client.run(labels)[b]}")
 
 
 def test_the_clusters_did_share(clusters: dict[str, Client]) -> None:

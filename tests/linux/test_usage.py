@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from multiprocessing import shared_memory
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def test_the_users_own_shared_memory_is_counted(kind: str) -> None:
         memory = mmap.mmap(-1, size)
         memory[:] = b"x" * size
     else:
-        path = Path("/dev/shm/of a user of dask-shm-plugin")
+        # Another run of this test must not truncate the file while it is mapped here.
+        path = Path(f"/dev/shm/of a user of dask-shm-plugin, {os.getpid()}")
         path.write_bytes(b"x" * size)
         with path.open("r+b") as file:
             memory = mmap.mmap(file.fileno(), size)

@@ -19,7 +19,7 @@ from other_processes import JOIN, LEAVE, Process, wait_until
 
 from dask_shm_plugin.monitor import commands, doctor, top
 from dask_shm_plugin.monitor.doctor import Finding
-from dask_shm_plugin.node.rendezvous import name_for
+from dask_shm_plugin.node import rendezvous
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +100,19 @@ def test_the_order_and_the_number_of_blocks_can_be_chosen(member: Process) -> No
     member("[block.close() for block in more]; arena.holdings.tidy()")
 
 
-def test_purge_removes_only_what_the_dead_have_left(member: Process, tmp_path: Path) -> None:
+def test_purge_removes_only_what_the_dead_have_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trial removes nothing; the rendezvous of the living stays in any case."""
-    other = Process.start(tmp_path)
-    cluster = secrets.token_hex(8)
-    other(JOIN, cluster=cluster)
-    left, alive = f"/dev/shm{name_for(cluster)}", f"/dev/shm{name_for(member('cluster'))}"
-    other.kill_all()
+    # Under the usual names, any process of this user that creates an arena removes them first.
+    prefix = f"dask-shm-{os.getpid()}-test-purge-"
+    monkeypatch.setattr(rendezvous, "NAME_PREFIX", prefix)
+    living = Process.start(tmp_path)
+    living("segment.NAME_PREFIX = rendezvous.NAME_PREFIX = prefix", prefix=prefix)
+    dead = living.fork()
+    clusters = [secrets.token_hex(8) for _ in range(2)]
+    for process, cluster in zip((dead, living), clusters, strict=True):
+        process(JOIN, cluster=cluster)
+    left, alive = (f"/dev/shm{rendezvous.name_for(cluster)}" for cluster in clusters)
+    dead.kill()
     trial = run("purge", "--dry-run").output
     assert f"{left}: no process attends it; would be removed" in trial
     assert alive not in trial
@@ -114,14 +120,23 @@ def test_purge_removes_only_what_the_dead_have_left(member: Process, tmp_path: P
     assert f"{left}: no process attends it; removed" in run("purge").output
     assert not Path(left).exists()
     assert Path(alive).exists()
+    living(LEAVE)
+    living.kill_all()
 
 
 def test_top_shows_rates_between_two_looks(member: Process) -> None:
     """The counters come from the members, by way of the arena."""
-    before = top._look()
+    arena = member("arena.arena_id.hex()")
+
+    def look() -> top.Look:
+        # Other processes of this user may count at the same time.
+        seen = top._look()
+        return seen._replace(found=[one for one in seen.found if one.arena == arena])
+
+    before = look()
     member("from dask_shm_plugin.metrics import COUNTERS")
     member("COUNTERS.count('published', 5 << 20); COUNTERS.count_sent('arena-full', 7); arena.labels.write()")
-    now = top._look()
+    now = look()
     lines = "\n".join(top.rates(now._replace(at=before.at + 1), before))
     assert "published 5.00 MiB/s" in lines
     assert "sent (arena-full) 7 B/s" in lines
@@ -145,7 +160,7 @@ def test_top_follows_keys_in_a_terminal(member: Process) -> None:
             os.close(follower)
             read_until(leader, b"blocks by size")
             os.write(leader, b"aq")  # only the cells that differ are drawn anew, so no text can be waited for
-            wait_until(lambda: (read_some(leader), process.poll())[1] == 0, "it has ended")
+            wait_until(lambda: (read_some(leader), process.poll())[1] == 0, "it has ended", 60)
         finally:
             process.kill()
             os.close(leader)
