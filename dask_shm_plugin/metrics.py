@@ -78,9 +78,9 @@ def events(counts: dict[str, Any]) -> int:
 
 
 def add(total: dict[str, Any], more: dict[str, Any]) -> None:
-    """Add the snapshot ``more`` to the snapshot ``total``, in place."""
+    """Add the snapshot ``more`` to the snapshot ``total``, in place; another version may not count some of the events."""
     for event in EVENTS:
-        _add_pair(total.setdefault(event, {"count": 0, "bytes": 0}), more[event])
+        _add_pair(total.setdefault(event, _named([0, 0])), more.get(event, _named([0, 0])))
     sent = total.setdefault("sent", {})
     for reason, pair in more["sent"].items():
         _add_pair(sent.setdefault(reason, {"count": 0, "bytes": 0}), pair)

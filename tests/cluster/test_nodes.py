@@ -147,7 +147,7 @@ def lose_receiver(client: Client, moment: str, seed: int) -> list[tuple[int, boo
     return result
 
 
-@pytest.mark.parametrize("moment", ["before receive", "after receive", "before land", "after land"])
+@pytest.mark.parametrize("moment", ["before receive", "before land", "after land"])
 def test_neighbours_go_on_when_the_receiver_dies(two: Two, moment: str) -> None:
     """They ask the sender again: one of them receives the value, and the other one waits for that."""
 

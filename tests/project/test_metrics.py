@@ -88,6 +88,7 @@ def test_snapshots_are_added_up() -> None:
     second.count("published", 4)
     second.count_sent("arena-full", 2)
     one, other = first.snapshot(), second.snapshot()
+    del other["received"]  # it comes from a process with an earlier version
     for snapshot in (one, other, Counters().snapshot()):
         metrics.add(total, snapshot)
     assert total == {
@@ -101,7 +102,8 @@ def test_snapshots_are_added_up() -> None:
         "shuffled": {"count": 0, "bytes": 0},
         "sent": {"stale": {"count": 1, "bytes": 1}, "arena-full": {"count": 1, "bytes": 2}},
     }
-    assert (one, other) == (first.snapshot(), second.snapshot())
+    assert one == first.snapshot()
+    assert other | {"received": {"count": 0, "bytes": 0}} == second.snapshot()
 
 
 def test_counts_since_a_snapshot_are_differences(monkeypatch: pytest.MonkeyPatch) -> None:
