@@ -31,8 +31,11 @@ from observing import (
 
 @pytest.fixture(scope="module")
 def cramped_cluster(nothing_leaks: None) -> Iterator[Client]:
-    """A client of two workers whose arena has room for one array of 16 MiB, but not for two."""
-    with local_cluster(2, {"threshold": "64 KiB", "capacity": "24 MiB"}) as client:
+    """A client of two workers whose arena has room for one array of 16 MiB, but not for two.
+
+    Freed pages stay: space is not free while its pages are given back, and then a value is sent after a short wait.
+    """
+    with local_cluster(2, {"threshold": "64 KiB", "capacity": "24 MiB", "warm": "1h"}) as client:
         yield client
 
 
