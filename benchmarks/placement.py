@@ -29,10 +29,17 @@ COUNTS = ("count", "bytes")
 
 WORKS = (
     work("tensordot", tax.tensordot, tax.factors, side=(4096, 2048), chunk=(1024, 1024)),
-    work("map-overlap", workflows.overlap, workflows.chunks, side=(6144, 2048), rows=(1536, 1024), columns=(1536, 1024)),
+    work(
+        "map-overlap", workflows.overlap, workflows.chunks, side=(6144, 2048), rows=(1536, 1024), columns=(1536, 1024)
+    ),
     work("shuffle", tax.shuffle, tax.frame, rows=(500_000, 300_000), partitions=(8, 4)),
     work(
-        "merge", workflows.merge, workflows.frames, keys=(1_000_000, 300_000), count=(700_000, 500_000), partitions=(8, 4)
+        "merge",
+        workflows.merge,
+        workflows.frames,
+        keys=(1_000_000, 300_000),
+        count=(700_000, 500_000),
+        partitions=(8, 4),
     ),
 )
 
@@ -75,13 +82,17 @@ def main() -> None:
             name: {figure: report.spread(each[figure] for each in done[name]) for figure in ("seconds", *COUNTS)}
             for name in ARMS
         }
-        ratio = float(tax.geometric_mean([b["seconds"] / a["seconds"] for a, b in zip(done["off"], done["on"], strict=True)]))
+        ratio = float(
+            tax.geometric_mean([b["seconds"] / a["seconds"] for a, b in zip(done["off"], done["on"], strict=True)])
+        )
         summary[one.name] = {**figures, "ratio": ratio}
         counts = [f"{figures[name][count]['median']:.0f}" for count in COUNTS[:1] for name in ARMS]
         sizes = [report.mib(figures[name][COUNTS[1]]["median"]) for name in ARMS]
         rows.append([one.name, *counts, *sizes, f"{ratio:.2f}"])
     report.write(asked.json, report.head(asked, "distributed", pairs=asked.pairs, summary=summary))
-    report.table(["medians", *(f"{what}, {name}" for what in ("values", "MiB") for name in ARMS), "ratio of times"], rows)
+    report.table(
+        ["medians", *(f"{what}, {name}" for what in ("values", "MiB") for name in ARMS), "ratio of times"], rows
+    )
 
 
 if __name__ == "__main__":
