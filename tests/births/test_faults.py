@@ -112,7 +112,7 @@ def test_births_need_no_descriptor(arena: Arena) -> None:
     before = set(os.listdir("/proc/self/fd"))
     with births(arena):
         newborn(np.ones, MIB, np.uint8)
-        # Threads open files for a moment, perhaps also the one in which `before` was taken.
+        # A thread may have a file open for a moment, now or when `before` was read.
         wait_until(lambda: set(os.listdir("/proc/self/fd")) <= before, "there are no more descriptors than before")
 
 
