@@ -93,7 +93,8 @@ def test_a_fork_while_the_table_is_locked_copies(parent: Process, member: Callab
 def test_a_fork_from_c_keeps_writes_apart(parent: Process) -> None:
     """Python's hooks do not run then, so the library has its own."""
     parent("""
-        import ctypes
+        import ctypes, signal
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the child is waited for
         (there, back), (yes, no) = os.pipe(), os.pipe()
         if (pid := ctypes.PyDLL(None).fork()) == 0:
             os.read(there, 1)
