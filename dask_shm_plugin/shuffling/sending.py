@@ -164,11 +164,14 @@ class Sender:
     @step("send shards")
     async def send(self, address: str, shards: list[tuple[Any, Any]]) -> Any:
         """Send shards of some input partitions to a worker, in place of ``ShuffleRun.send``."""
-        size = sum(payload.size for _, payload in shards if type(payload) is Parcel)
+        packed = [payload for _, payload in shards if type(payload) is Parcel]
         try:
             return await self._send(address, shards)
         finally:
-            self._count_waiting(-size)
+            # Dask has ten tasks per run that send, and each refers to what it has sent until it sends again.
+            for parcel in packed:
+                parcel.close()
+            self._count_waiting(-sum(parcel.size for parcel in packed))
 
     async def _send(self, address: str, shards: list[tuple[Any, Any]]) -> Any:
         if address == self._run.local_address and all(_may_be_handed_over(payload) for _, payload in shards):
@@ -179,8 +182,6 @@ class Sender:
             response = await self._send_packed(address, packed)
             if response is None:
                 others += [(partition, parcel.as_sent()) for partition, parcel in packed]
-                for _, parcel in packed:
-                    parcel.close()
             elif not others or response["status"] != "OK":
                 return response
         return await self._run.send(address, others)
