@@ -89,17 +89,18 @@ class Allocator:
         return self._access.run(reserve)
 
     @step("shorten")
-    def shorten(self, hold: Hold, extent: Extent, length: int) -> tuple[Hold, Extent]:
-        """Give the end of a draft of this process back; return a reference to a draft of the rest, and its place.
+    def shorten(self, hold: Hold, extent: Extent, length: int, rest: Hold) -> Extent:
+        """Give the end of a draft of this process back; return the place of the rest, a draft to which ``rest`` refers.
 
-        The caller makes sure that this process does not write to the end any more.
+        The caller makes sure that this process does not write to the end any more, and keeps ``rest`` from before the
+        call: an interrupt may come after it.
 
         Raises
         ------
         TableFull
             All rows of the table are taken: the draft is as before.
         """
-        rest, left = Hold(), Extent(extent.offset, length)
+        left = Extent(extent.offset, length)
 
         def shorten(table: Table) -> None:
             # The drafts overlap for a moment. If this process is killed then, both are reclaimed.
@@ -108,7 +109,7 @@ class Allocator:
                 table.release(hold.row, self._member)
 
         self._access.run(shorten)
-        return rest, left
+        return left
 
     def take_if_free(self, extent: Extent) -> Hold | None:
         """Reserve an extent as a draft that is never written, so that its pages can be given back; None if not free."""

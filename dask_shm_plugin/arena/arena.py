@@ -438,6 +438,8 @@ class Arena:
         self.inspect()
         self.roster.reclaim_dead()
         with self.in_use:
+            drafts, self.roster.drafts_of_dead = self.roster.drafts_of_dead, []
+            self.trimmer.give_back(drafts)
             self.trimmer.trim()
         self.shares.note_other_shared()
         self.labels.write()

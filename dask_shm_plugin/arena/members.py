@@ -8,7 +8,7 @@ from dask_shm_plugin.arena.guard import GuardedTable
 from dask_shm_plugin.exceptions import ArenaUnavailable, TableCorrupt
 from dask_shm_plugin.linux import locks
 from dask_shm_plugin.linux.segment import Segment
-from dask_shm_plugin.table.layout import DIRECTORY_BYTES, BlockId, directory_offset
+from dask_shm_plugin.table.layout import DIRECTORY_BYTES, BlockId, Extent, directory_offset
 from dask_shm_plugin.table.members import Member
 from dask_shm_plugin.table.roles import RoleEntry
 from dask_shm_plugin.table.table import Table
@@ -26,12 +26,18 @@ class Roster:
     member
         This process.
 
+    Attributes
+    ----------
+    drafts_of_dead
+        Drafts that were reclaimed here, and whose pages are still to be given back.
+
     Notes
     -----
     Thread-safe.
     """
 
     def __init__(self, access: GuardedTable, segment: Segment, member: Member) -> None:
+        self.drafts_of_dead: list[Extent] = []
         self._access, self._segment, self._member = access, segment, member
         self._workers: tuple[bytes, dict[str, list[Member]]] = (b"", {})
 
@@ -95,7 +101,8 @@ class Roster:
             return False
 
         def reclaim(table: Table) -> bool:
-            freed = [extent for member in orphans for extent in table.reclaim_drafts(member)]
+            freed = [extent for member in dead + orphans for extent in table.reclaim_drafts(member)]
+            self.drafts_of_dead = [*self.drafts_of_dead, *freed]
             for member in dead:
                 with contextlib.suppress(OSError):  # some kernels take no pages back
                     self._segment.give_back(directory_offset(member.slot), DIRECTORY_BYTES)

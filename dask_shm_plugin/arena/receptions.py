@@ -27,6 +27,11 @@ class Reception(Exporter):
     The bytes lie in this process's one mapping of the whole segment, which stays writeable after :meth:`seal`, and which
     forked children do not have. So a view may be used by code of this package and of Dask's connections only. There must
     never be a moment when other code has a view of it.
+
+    Attributes
+    ----------
+    is_complete
+        Whether all bytes have been received. If not, it is not sealed: what has been received is copied.
     """
 
     __slots__ = (
@@ -38,6 +43,7 @@ class Reception(Exporter):
         "_lock",
         "_pid",
         "hold",
+        "is_complete",
         "is_sealed",
         "size",
     )
@@ -48,7 +54,7 @@ class Reception(Exporter):
         self._address = part.ctypes.data
         self._home, self._extent, self._pid, self._lock = home, extent, os.getpid(), threading.Lock()
         self._exists_up_to = 0
-        self.hold, self.size, self.is_sealed = hold, size, False
+        self.hold, self.size, self.is_complete, self.is_sealed = hold, size, False, False
 
     @staticmethod
     def of(view: memoryview) -> Reception | None:
@@ -143,7 +149,7 @@ class Receptions:
             There is no room, or this process cannot map the arena.
         """
         table = self._access.table
-        if table.blocks.bytes_held() + round_up(size) > table.capacity * _FULL:
+        if table.blocks.bytes_held() + round_up(size) > table.capacity // self._home.allocator.parts * _FULL:
             raise ArenaFull("the rest of the arena is for publishing")
         hold, extent = self._reserve(size)
         received = Reception(self._home, hold, extent, size)

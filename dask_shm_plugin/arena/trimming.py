@@ -7,8 +7,9 @@ has hardly more pages than it has used recently, and an idle arena has no free p
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import numpy as np
@@ -114,6 +115,19 @@ class Trimmer:
 
     def _used(self) -> int:
         return int(np.sum(self._access.table.blocks.taken_by_now()[:, 1]))
+
+    def give_back(self, extents: Iterable[Extent]) -> None:
+        """Give the pages of some extents back, as far as these are free; also pages that were reserved and never written.
+
+        To :meth:`trim`, which looks for data, such pages are holes. A writer that is killed leaves them.
+        """
+        for extent in extents:
+            hold = self._allocator.take_if_free(extent)
+            if hold is not None:
+                with contextlib.suppress(OSError):
+                    self._segment.give_back(self._blocks_from + extent.offset, extent.length)
+                del hold
+                self._allocator.abandon()
 
     def _trim_to(self, spare: int) -> None:
         stuck: dict[int, int] = {}

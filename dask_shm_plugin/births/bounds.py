@@ -14,6 +14,8 @@ from dask_shm_plugin.units import LARGE
 _MAX_IDLE_BYTES = 32 << 20
 _MAX_CHUNK_BYTES = 1 << 30
 """Larger arrays lie in ordinary memory: their pages exist only once they are touched."""
+_MAX_STANDBY_BYTES = 4 << 30
+"""The same for arrays that are made in blocks of a client: their pages are made while NumPy has the GIL."""
 _SHORT = 0.6
 """Fraction of the worker's memory limit beyond which no chunk is added or kept idle; by default, Dask then begins to spill."""
 _FULL = 0.75
@@ -74,7 +76,7 @@ def room_on_standby(arena: Arena) -> int:
         The figures cannot be read.
     """
     now = arena.glance()
-    room = min(int(now.capacity * _FULL) - now.used, limits.head_room()) // 2
+    room = min(int(now.capacity * _FULL) - now.used, limits.head_room(), 2 * _MAX_STANDBY_BYTES) // 2
     # The table counts it in full, and so do the workers whose memory is nearly used up.
     while room >= LARGE and arena.budget.use(now.used + room) > NEAR:
         room //= 2

@@ -54,12 +54,16 @@ class Sealed(enum.IntEnum):
 
 
 class _Chunk:
-    """A chunk: the reference to its draft or block, its place in the arena, whether it has pages, and whether it is sealed."""
+    """A chunk: the reference to its draft or block, its place in the arena, whether it has pages, and whether it is sealed.
 
-    __slots__ = ("extent", "has_pages", "hold", "is_sealed")
+    ``rest`` is the reference while that of a shorter draft takes its place, so that an interrupt does not drop it.
+    """
+
+    __slots__ = ("extent", "has_pages", "hold", "is_sealed", "rest")
 
     def __init__(self, hold: Hold, extent: Extent, *, has_pages: bool) -> None:
         self.hold, self.extent, self.has_pages, self.is_sealed = hold, extent, has_pages, False
+        self.rest: Hold | None = None
 
 
 class Nursery:
@@ -196,7 +200,7 @@ class Nursery:
             self._add(length, is_standby=True)
 
     def _fit_all(self) -> None:
-        with self._sealing:
+        with self._sealing, contextlib.suppress(SharedMemoryError, OSError):  # the table may be full
             for address in [address for address, chunk in list(self._chunks.items()) if not chunk.has_pages]:
                 self._fit(address)
 
@@ -207,7 +211,9 @@ class Nursery:
         if not chunk.has_pages and 0 < length < chunk.extent.length:
             # First the mapping goes, then the claim.
             syscalls.close_off(address + length, chunk.extent.length - length)
-            chunk.hold, chunk.extent = self._arena.allocator.shorten(chunk.hold, chunk.extent, length)
+            chunk.rest = Hold()
+            chunk.extent = self._arena.allocator.shorten(chunk.hold, chunk.extent, length, chunk.rest)
+            chunk.hold = chunk.rest
             chunk.has_pages = True
 
     # -- called by whoever publishes

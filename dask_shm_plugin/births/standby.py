@@ -11,6 +11,7 @@ from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.births import bounds
 from dask_shm_plugin.births.library import Library
 from dask_shm_plugin.exceptions import SharedMemoryError
+from dask_shm_plugin.linux import limits
 
 logger = logging.getLogger("dask_shm_plugin")
 
@@ -63,7 +64,8 @@ class Standby:
         try:
             length = bounds.room_on_standby(self._arena) if is_allowed and self._blocks else 0
             # It is replaced when its pages might not be had any more.
-            is_there = self._library.stands_by(ends=not length or length < self._length / 4)
+            ends = not length or length < self._length / 4 or limits.head_room() < self._length
+            is_there = self._library.stands_by(ends=ends)
             if length and not is_there:
                 self._add(length)
                 self._length = length

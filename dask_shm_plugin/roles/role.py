@@ -107,7 +107,7 @@ class Role:
         }
         with contextlib.suppress(SharedMemoryError, OSError):
             stats, left = arena.stats(), limits.least_left()
-            free = stats.capacity - stats.used
+            free = max(0, stats.capacity - stats.used)  # the capacity may have been divided
             room, bound_by = min((free, "shm.capacity"), (max(0, left.size), left.name))
             report.update(stats._asdict(), room=room, bound_by=bound_by)
         return report

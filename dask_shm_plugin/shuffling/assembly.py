@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dask_shm_plugin.crashpoints import step
-from dask_shm_plugin.seams import shuffle as seams
 from dask_shm_plugin.seams.replacement import Replacement
 from dask_shm_plugin.shuffling.kept import Allowance, in_private
 from dask_shm_plugin.shuffling.parcels import Index, is_plain
@@ -118,13 +117,7 @@ class Assembly:
 
     def read(self, name: str) -> list[list[Part]]:
         """Return the shards of an output that is not complete, because some of them did not fit."""
-        output = self._outputs.get(name)
-        try:
-            others = self._read(name)
-        except seams.DataUnavailable:
-            if output is None:
-                raise
-            others = []
+        output, others = self._outputs.get(name), self._read(name)
         return others if output is None else [*others, output.shards()]
 
     async def close(self) -> None:

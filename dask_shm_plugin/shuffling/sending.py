@@ -150,8 +150,13 @@ class Sender:
         Dask's own limit is 100 MB per worker. Pages for so many blocks would be made, mapped, and given back. A few blocks
         that are used again and again are warm.
         """
-        self._count_waiting(sum(payload.size for _, payload in data.values() if type(payload) is Parcel))
-        await self._write(data)
+        size = sum(payload.size for _, payload in data.values() if type(payload) is Parcel)
+        self._count_waiting(size)
+        try:
+            await self._write(data)
+        except Exception:  # raised before anything is queued, since the run has failed or is closed
+            self._count_waiting(-size)
+            raise
         await self._few_wait.wait()
 
     def _count_waiting(self, size: int) -> None:

@@ -48,6 +48,7 @@ class Turn:
         self._arena, self._sender = arena, sender.encode()
         self._names = {key: name for key in keys if (name := index.name_of("asking", key)) is not None}
         self._taken: set[Any] = set()
+        self._withdrawn: set[Any] = set()
         self._waited_for: dict[Any, Member] = {}
         self._patient_until = time.monotonic() + _PATIENCE_S
         for key in self._names:
@@ -56,9 +57,14 @@ class Turn:
     async def of(self, keys: Collection[Any]) -> list[Any]:
         """Return those of some keys that may be asked for now, all of them if patience has ended; wait while it is none."""
         pause, longest = _PAUSES_S
+        for key in self._withdrawn & self._names.keys():
+            self._list(key, _WANTS)
         while True:
             free = [key for key in keys if self._take(key)]
             if free or not keys:
+                self._withdrawn = {key for key in keys if key in self._names and key not in self._taken}
+                for key in self._withdrawn:  # no neighbour should wait for these meanwhile
+                    self._arena.directory.remove(self._names[key])
                 return free
             if time.monotonic() > self._patient_until:
                 return list(keys)

@@ -75,6 +75,11 @@ class _Incoming:
     -----
     Dask's connection keeps the frames until the message is complete, and drops them if it breaks off. So this refers to
     their memory only weakly.
+
+    Attributes
+    ----------
+    has_failed
+        Whether there was no memory for some bytes.
     """
 
     def __init__(self, lengths: list[int]) -> None:
@@ -83,14 +88,16 @@ class _Incoming:
         self._lengths, self._frame, self._done = lengths, 0, 0
         self._memory: weakref.ref[npt.NDArray[np.uint8]] | None = None
         self._ahead: asyncio.Future[int | None] | None = None
-        self._ready, self._step, self._has_failed = 0, _FIRST_STEP_BYTES, False
+        self._ready, self._step, self.has_failed = 0, _FIRST_STEP_BYTES, False
 
     def next(self, n: int) -> int | None:
         """Return where the next ``n`` bytes go: a frame, or a shard of one; None if they cannot be that.
 
         After a compressed frame nothing is placed any more: a user's array may follow, which must not lie here.
         """
-        left = self._lengths[self._frame] - self._done if self._frame < len(self._lengths) else 0
+        if self.is_over:
+            return None
+        left = self._lengths[self._frame] - self._done
         if n != left and not n == distributed.comm.tcp.TCP.max_shard_size < left:
             return None
         place = self._places[self._frame] + self._done
@@ -99,13 +106,18 @@ class _Incoming:
             self._frame, self._done = self._frame + 1, 0
         return place
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all frames have got a place."""
+        return self._frame == len(self._lengths)
+
     async def memory(self) -> npt.NDArray[np.uint8] | None:
         """Return the memory for all frames; None if there is no room for them."""
-        if self._has_failed:
+        if self.has_failed:
             return None
         if self._memory is not None:
             return self._memory()
-        self._has_failed = True
+        self.has_failed = True
         if self._size < _MIN_BYTES or len({id(one.arena) for one in _ACTIVE}) != 1:
             return None
         receiving = _ACTIVE[0]
@@ -114,7 +126,7 @@ class _Incoming:
         except _REFUSALS as error:
             _note_refusal(self._size, error)
             return None
-        self._memory, self._threads, self._has_failed = weakref.ref(memory), receiving.threads, False
+        self._memory, self._threads, self.has_failed = weakref.ref(memory), receiving.threads, False
         return memory
 
     async def wait_for_pages(self, memory: npt.NDArray[np.uint8], at: int) -> int | None:
@@ -122,14 +134,14 @@ class _Incoming:
 
         The next pages are made meanwhile, in a thread.
         """
-        while not self._has_failed and self._ready <= at:
+        while not self.has_failed and self._ready <= at:
             made = await (self._ahead or self._make_pages(memory))
             if made is None:
-                self._has_failed = True
+                self.has_failed = True
             else:
                 self._ready = made
                 self._ahead = asyncio.ensure_future(self._make_pages(memory)) if made < self._size else None
-        return None if self._has_failed else self._ready
+        return None if self.has_failed else self._ready
 
     async def _make_pages(self, memory: npt.NDArray[np.uint8]) -> int | None:
         end = min(self._ready + self._step, self._size)
@@ -156,7 +168,8 @@ async def _read_bytes_rw(stream: Any, n: int) -> memoryview:
     if incoming is not None and place is not None:
         memory = await incoming.memory()
         if memory is not None:
-            _INCOMING[stream] = incoming
+            if not incoming.is_over:
+                _INCOMING[stream] = incoming
             return await _receive(stream, incoming, memory, place, n)
     data: memoryview = await _READ.old(stream, n)
     if lengths := announced(data):
@@ -176,6 +189,8 @@ async def _receive(stream: Any, incoming: _Incoming, memory: npt.NDArray[np.uint
         part = data[done : min(end - place, done + _MAX_STEP_BYTES)]
         await stream.read_into(part)
         done += len(part)
+    if incoming.is_over and not incoming.has_failed:
+        cast("Reception", memory.base).is_complete = True
     return data
 
 

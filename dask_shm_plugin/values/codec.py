@@ -335,7 +335,7 @@ def _already_there(
         return None
     address = address_of(frame)
     received = Reception.of(frame)
-    if received is not None and received.arena_id == arena.arena_id:
+    if received is not None and received.is_complete and received.arena_id == arena.arena_id:
         row = received.hold.row
         if row not in blocks:
             blocks[row] = undo.enter_context(received.seal())

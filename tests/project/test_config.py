@@ -45,7 +45,7 @@ def test_arguments_override_the_configuration():
 
 def test_the_repr_tells_all_settings():
     """In a notebook it shows which settings hold, also those of the configuration."""
-    with dask.config.set({"shm.publish": "on-completion"}):
+    with dask.config.set({"shm.publish": "on-completion", "shm.born": "off"}):
         text = repr(SharedMemoryPlugin(capacity="2 GiB", warm=1))
     assert text == (
         "SharedMemoryPlugin(capacity='2 GiB', threshold=1048576, publish='on-completion', views='copy-on-write', warm=1.0, shuffle='auto', born='off')"

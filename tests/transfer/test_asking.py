@@ -80,6 +80,7 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert may_ask(Turn(node.arena(1), KEYS, "tcp://a"))
     turn = Turn(node.arena(2), ["x", "y"], "tcp://b")
     assert asyncio.run(turn.of(["x", "y"])) == ["y"]
+    assert len(node.listed[turn._arena.member]) == 1, "a neighbour need not wait for a key that is not asked for"
     turn.end(["y"])
     monkeypatch.setattr(asking.time, "monotonic", lambda: float("inf"))
     assert asyncio.run(turn.of(["x"])) == ["x"]
