@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import time
 from typing import Any
 
 import machine
-from distributed import Client, wait
+from distributed import Client, get_worker, wait
 
 KEPT: list[Any] = []
+TASKS, SLEEP_S = 40, 0.05
 
 
 def begin(client: Client, arm: str) -> None:
@@ -56,9 +58,23 @@ def move(client: Client, way: str) -> float:
         client.gather(
             [client.submit(machine.read_pages, KEPT[0], workers=[w], pure=False) for ws in others for w in ws]
         )
+    elif way == "tasks":
+        KEPT.append(client.gather([client.submit(score, KEPT[0], number, pure=False) for number in range(TASKS)]))
     else:
         client.replicate(KEPT)
     return time.perf_counter() - begun
+
+
+def score(array: Any, number: int) -> tuple[str, float]:
+    """Read a little of an array, sleep, and return the worker's address and what was read."""
+    time.sleep(SLEEP_S)
+    return get_worker().address, float(array[number])
+
+
+def ran(client: Client) -> dict[str, list[int]]:
+    """Return how many of the tasks each worker of each node ran."""
+    counts = collections.Counter(address for address, _ in KEPT[1])
+    return {node: [counts[worker] for worker in there] for node, there in workers(client).items()}
 
 
 def private(client: Client) -> dict[str, int]:

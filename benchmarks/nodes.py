@@ -14,11 +14,13 @@ fan
     A worker of the first node makes the array; all workers of all other nodes need it at once.
 replicate
     A worker of the first node makes the array; ``client.replicate`` to all workers.
+tasks
+    A worker of the first node makes the array; forty tasks of 50 ms read it, and may run on any worker.
 
 Copies are the blocks in use in the arena of a node, and the growth of ``RssAnon`` of its workers, in multiples of the array.
-Processor time is that of all processes of all nodes; a virtual wire costs no other. ``--slow`` lets each node send
-1 Gbit/s with a delay of 10 ms, by ``tc netem``; if the kernel has no ``netem``, 1 Gbit/s without a delay, by ``tbf``. ``--copying`` adds an arm in which values are received into private
-memory and then copied into the arena, instead of being received there.
+Processor time is that of all processes of all nodes; a virtual wire costs no other. ``--slow`` lets each node send 1 Gbit/s
+with a delay of 10 ms, by ``tc netem``; if the kernel has no ``netem``, 1 Gbit/s without a delay, by ``tbf``. ``--copying``
+adds an arm in which values are received into private memory and then copied into the arena, instead of being received there.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 from nodes import Driver, Node, NodeCluster, node_cluster
 
-WAYS = ("broadcast", "broadcast-from-elsewhere", "fan", "replicate")
+WAYS = ("broadcast", "broadcast-from-elsewhere", "fan", "replicate", "tasks")
 SLOW = "netem", "delay", "10ms", "rate", "1gbit", "limit", "100000"
 SLOW_WITHOUT_DELAY = "tbf", "rate", "1gbit", "burst", "256kb", "latency", "50ms"
 
@@ -76,9 +78,11 @@ def measure(cluster: NodeCluster, driver: Driver, way: str, size: int, seed: int
     time.sleep(1)
     after, shared = driver(moves.private), driver(moves.blocks) if arm != "stock" else {}
     made = {} if way.startswith("broadcast") else {next(iter(before)): size}
+    ran = {"tasks": driver(moves.ran)} if way == "tasks" else {}
     driver(moves.forget)
     time.sleep(2)
     return {
+        **ran,
         "seconds": seconds,
         "processor seconds": processor,
         "received": {node: round(count / size, 2) for node, count in received.items()},
