@@ -40,6 +40,7 @@ class Reception(Exporter):
         "_exists_up_to",
         "_extent",
         "_home",
+        "_is_given_up",
         "_lock",
         "_pid",
         "hold",
@@ -53,7 +54,7 @@ class Reception(Exporter):
         super().__init__(part.ctypes.data, size, part)
         self._address = part.ctypes.data
         self._home, self._extent, self._pid, self._lock = home, extent, os.getpid(), threading.Lock()
-        self._exists_up_to = 0
+        self._exists_up_to, self._is_given_up = 0, False
         self.hold, self.size, self.is_complete, self.is_sealed = hold, size, False, False
 
     @staticmethod
@@ -73,6 +74,11 @@ class Reception(Exporter):
         return self._address
 
     @property
+    def is_draft(self) -> bool:
+        """Whether it is neither sealed nor given up."""
+        return not self.is_sealed and not self._is_given_up
+
+    @property
     def length(self) -> int:
         """Bytes that it takes in the arena."""
         return self._extent.length
@@ -87,9 +93,18 @@ class Reception(Exporter):
         """
         with self._lock:
             end = min(round_up(end), self._extent.length)
+            if self._is_given_up:
+                raise MemoryExhausted("what was to be received here is not wanted any more")
             if end > self._exists_up_to:
                 self._home.pages.lay_open(self._extent, self._exists_up_to, end - self._exists_up_to)
                 self._exists_up_to = end
+
+    def give_up(self) -> None:
+        """Give the draft up, if it is not sealed. The caller makes sure that nothing is received there any more."""
+        with self._lock:
+            if not self.is_sealed and not self._is_given_up:
+                self._is_given_up, self.is_complete, self._exists_up_to = True, False, 0
+                self.hold = Hold()  # the reference to the draft is dropped
 
     def seal(self) -> Block:
         """Turn the draft into a block, which is never written again, and return a reference to it; may be repeated.
@@ -160,4 +175,4 @@ class Receptions:
     def bytes_in_drafts(self) -> int:
         """Return the bytes of all receptions that are not sealed; they are the process's own memory."""
         received = [one() for one in self._open]
-        return sum(one.length for one in received if one is not None and not one.is_sealed)
+        return sum(one.length for one in received if one is not None and one.is_draft)

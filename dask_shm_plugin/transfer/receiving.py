@@ -143,6 +143,17 @@ class _Incoming:
                 self._ahead = asyncio.ensure_future(self._make_pages(memory)) if made < self._size else None
         return None if self.has_failed else self._ready
 
+    def give_up(self, memory: npt.NDArray[np.uint8]) -> None:
+        """Give the draft up, for the message has broken off: the closed stream keeps the memory until Python finds a cycle.
+
+        That is done after the pages that are being made, and after Dask has closed the stream, so nothing is received
+        there any more.
+        """
+        try:
+            self._threads.submit(cast("Reception", memory.base).give_up)
+        except RuntimeError:  # the worker shares no more
+            logger.debug("a draft is given up later", exc_info=True)
+
     async def _make_pages(self, memory: npt.NDArray[np.uint8]) -> int | None:
         end = min(self._ready + self._step, self._size)
         self._step = min(2 * self._step, _MAX_STEP_BYTES)
@@ -181,14 +192,18 @@ async def _read_bytes_rw(stream: Any, n: int) -> memoryview:
 async def _receive(stream: Any, incoming: _Incoming, memory: npt.NDArray[np.uint8], place: int, n: int) -> memoryview:
     """Receive ``n`` bytes into memory of the arena, or into private memory if pages cannot be made."""
     data, done = memory.data[place : place + n], 0
-    while done < n:
-        end = await incoming.wait_for_pages(memory, place + done)
-        if end is None:
-            private: memoryview = host_array(n)
-            private[:done], data, end = data[:done], private, place + n
-        part = data[done : min(end - place, done + _MAX_STEP_BYTES)]
-        await stream.read_into(part)
-        done += len(part)
+    try:
+        while done < n:
+            end = await incoming.wait_for_pages(memory, place + done)
+            if end is None:
+                private: memoryview = host_array(n)
+                private[:done], data, end = data[:done], private, place + n
+            part = data[done : min(end - place, done + _MAX_STEP_BYTES)]
+            await stream.read_into(part)
+            done += len(part)
+    except BaseException:
+        incoming.give_up(memory)
+        raise
     if incoming.is_over and not incoming.has_failed:
         cast("Reception", memory.base).is_complete = True
     return data
