@@ -438,8 +438,7 @@ class Arena:
         self.inspect()
         self.roster.reclaim_dead()
         with self.in_use:
-            drafts, self.roster.drafts_of_dead = self.roster.drafts_of_dead, []
-            self.trimmer.give_back(drafts)
+            self.trimmer.give_back(self.roster.drafts_of_dead)
             self.trimmer.trim()
         self.shares.note_other_shared()
         self.labels.write()

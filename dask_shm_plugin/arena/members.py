@@ -102,7 +102,7 @@ class Roster:
 
         def reclaim(table: Table) -> bool:
             freed = [extent for member in dead + orphans for extent in table.reclaim_drafts(member)]
-            self.drafts_of_dead = [*self.drafts_of_dead, *freed]
+            self.drafts_of_dead.extend(freed)
             for member in dead:
                 with contextlib.suppress(OSError):  # some kernels take no pages back
                     self._segment.give_back(directory_offset(member.slot), DIRECTORY_BYTES)

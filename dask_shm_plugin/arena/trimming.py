@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import numpy as np
@@ -116,12 +116,14 @@ class Trimmer:
     def _used(self) -> int:
         return int(np.sum(self._access.table.blocks.taken_by_now()[:, 1]))
 
-    def give_back(self, extents: Iterable[Extent]) -> None:
+    def give_back(self, extents: list[Extent]) -> None:
         """Give the pages of some extents back, as far as these are free; also pages that were reserved and never written.
 
-        To :meth:`trim`, which looks for data, such pages are holes. A writer that is killed leaves them.
+        To :meth:`trim`, which looks for data, such pages are holes. A writer that is killed leaves them. The extents are
+        taken out of the list, to which another thread may add meanwhile.
         """
-        for extent in extents:
+        while extents:
+            extent = extents.pop()
             hold = self._allocator.take_if_free(extent)
             if hold is not None:
                 with contextlib.suppress(OSError):

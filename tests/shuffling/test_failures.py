@@ -11,8 +11,9 @@ from distributed.core import clean_exception, error_message
 from distributed.shuffle._exceptions import P2PConsistencyError
 
 from dask_shm_plugin.seams import shuffle as seams
-from dask_shm_plugin.shuffling import shuffles
+from dask_shm_plugin.shuffling import sending, shuffles
 from dask_shm_plugin.shuffling.failures import forget_tables
+from dask_shm_plugin.shuffling.parcels import Parcel
 from dask_shm_plugin.shuffling.sending import Sender
 
 
@@ -42,6 +43,25 @@ def test_a_run_that_has_ended_receives_nothing_of_its_own() -> None:
     Sender(run, SimpleNamespace(), arena, lambda: True)
     with pytest.raises(RuntimeError, match="closed"):
         asyncio.run(run._comm_buffer.send("here", [(0, b"shard")]))
+
+
+def test_parcels_that_a_failed_buffer_refuses_do_not_wait_to_be_sent() -> None:
+    """Tasks that wait until fewer bytes are waiting would do so until the run is closed."""
+
+    async def refuse(data: Any) -> None:
+        raise RuntimeError("failed")
+
+    async def use() -> None:
+        nothing: Any = None
+        run = run_of()
+        run._comm_buffer.write = refuse
+        sender = Sender(run, SimpleNamespace(), nothing, lambda: True)
+        parcel = Parcel(nothing, memoryview(bytes(sending._MAX_WAITING_BYTES)), lambda content: content)
+        with pytest.raises(RuntimeError, match="failed"):
+            await run._comm_buffer.write({"there": (0, parcel)})
+        assert sender._few_wait.is_set()
+
+    asyncio.run(use())
 
 
 def test_tables_that_cannot_be_split_are_dropped() -> None:
