@@ -178,7 +178,7 @@ if hasattr(vars(Client).get("_register_plugin"), "register"):
 
 
 def unregister(client: Client) -> Any:
-    """Switch sharing off in all nannies and workers of the cluster, and in this client.
+    """Switch sharing off in all nannies and workers of the cluster, and in all its clients in this process.
 
     Dask's own functions are put back in place. Values that are still in use stay valid.
 

@@ -39,6 +39,11 @@ class SharedMemoryClient:
     options
         The settings.
 
+    Attributes
+    ----------
+    is_leaving
+        Whether it is about to be stopped, so that no other client follows it any more.
+
     Notes
     -----
     To be used on the client's event loop. While there is no arena on this node, values are sent as with stock Dask.
@@ -46,7 +51,7 @@ class SharedMemoryClient:
     """
 
     def __init__(self, client: Client, options: Options) -> None:
-        self.client, self.options = client, options
+        self.client, self.options, self.is_leaving = client, options, False
         self._scheduler: Any = client.scheduler
         self._role = Role("client", client.scheduler, client.id, options)
         self._arena: Arena | None = None
@@ -198,7 +203,6 @@ class SharedMemoryClient:
 
 async def take_part(client: Client, options: Options) -> None:
     """Make a client take part in sharing; if it does already, replace its settings."""
-    _OUT.discard(client)
     half = half_of(client)
     if half is not None:
         await half.stop()
@@ -206,20 +210,32 @@ async def take_part(client: Client, options: Options) -> None:
 
 
 async def stop_taking_part(client: Client) -> None:
-    """Undo :func:`take_part`, and wait until no handle of the client is on its way to a worker."""
-    _OUT.add(client)
-    half = half_of(client)
-    if half is not None:
-        await half.stop()
-        await half.settled()
+    """Let no client of this process take part that uses the scheduler of a client.
+
+    Those on the same event loop have left when this returns, and none of their handles is on its way to a worker.
+    Those on others leave as soon as their event loops run: these may be waiting for this one.
+    """
+    halves = _at_scheduler_of(client)
+    for half in halves:
+        half.is_leaving = True
+    for half in halves:
+        if half.client.loop is client.loop:
+            await half.stop()
+            await half.settled()
+        else:
+            half.client.loop.add_callback(half.stop)
+
+
+def _at_scheduler_of(client: Client) -> list[SharedMemoryClient]:
+    scheduler: Any = client.scheduler
+    return [half for half in list(_HALVES) if half.address == scheduler.address]
 
 
 async def _follow(client: Client) -> None:
     """Let a client take part if another one of this process does, in the same cluster."""
-    if client not in _OUT and half_of(client) is None:
-        scheduler: Any = client.scheduler
-        halves = (half for half in list(_HALVES) if half.is_remote and half.address == scheduler.address)
-        half = next(halves, None)
+    if half_of(client) is None:
+        halves = _at_scheduler_of(client)
+        half = next((half for half in halves if half.is_remote and not half.is_leaving), None)
         if half is not None:
             await take_part(client, half.options)
 
@@ -253,9 +269,6 @@ async def _scatter_to_workers(workers: Any, data: Data, rpc: Any) -> Any:
 
 _HALVES: weakref.WeakSet[SharedMemoryClient] = weakref.WeakSet()
 """The active ones. The replaced calls of a client keep its object alive, so both are collected together."""
-
-_OUT: weakref.WeakSet[Client] = weakref.WeakSet()
-"""Clients that were told to take part no more."""
 
 DIRECT_SCATTERS = SharedReplacement(distributed.client, "scatter_to_workers", _scatter_to_workers)
 _OF_PROCESS = fetch.REQUESTS, DIRECT_SCATTERS, _followed_by("_gather"), _followed_by("_scatter")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 
 import dask
@@ -32,6 +34,7 @@ from processes import cluster, environment, run_script, scheduler, workers
 
 from dask_shm_plugin import SharedMemoryPlugin, stats, unregister
 from dask_shm_plugin.node import membership
+from dask_shm_plugin.roles.client import half_of
 
 pytestmark = pytest.mark.slow
 
@@ -212,8 +215,8 @@ def test_a_second_client_of_a_process_takes_part(remote: Client, is_earlier: boo
     script = f"""
 from distributed import Client
 from observing import array, see_on, addresses
-from dask_shm_plugin import SharedMemoryPlugin, is_shared, unregister
-from dask_shm_plugin.roles.client import half_of, stop_taking_part
+from dask_shm_plugin import SharedMemoryPlugin, is_shared
+from dask_shm_plugin.roles.client import half_of
 
 if __name__ == "__main__":
     first = Client("{remote.scheduler.address}")
@@ -223,14 +226,45 @@ if __name__ == "__main__":
     future = client.scatter(array(1), broadcast=True)
     print(*[seen.shared for seen in see_on(client, future, addresses(client))])
     print(is_shared(client.submit(array, 2).result()), half_of(client) is not None)
-    client.sync(stop_taking_part, client)
-    print(is_shared(client.submit(array, 3).result()), half_of(client) is not None)
     first.close()
-    print(hasattr(Client._gather, "__wrapped__"))
+    print(is_shared(client.submit(array, 3).result()), hasattr(Client._gather, "__wrapped__"))
     client.close()
+    print(hasattr(Client._gather, "__wrapped__"))
 """
     printed = run_script(script, env=environment(THRESHOLD))
-    assert printed.split() == ["True", "True", "True", "True", "False", "False", "False"]
+    assert printed.split() == ["True"] * 6 + ["False"]
+
+
+def test_all_clients_of_a_process_leave_together() -> None:
+    """Those that followed, also on another event loop; the arena is gone then, and a new registration brings all back."""
+
+    async def take_part_elsewhere(address: str, is_over: threading.Event) -> None:
+        async with Client(address, asynchronous=True, set_as_default=False) as other:
+            assert is_shared(await other.submit(array, fresh()))
+            assert half_of(other) is not None
+            has_followed.set()
+            while not is_over.is_set():
+                await asyncio.sleep(0.01)
+            assert half_of(other) is None
+
+    with local_cluster(1) as client, Client(client.scheduler.address) as second:
+        is_over, has_followed = threading.Event(), threading.Event()
+        with ThreadPoolExecutor(1) as threads:
+            elsewhere = threads.submit(asyncio.run, take_part_elsewhere(client.scheduler.address, is_over))
+            try:
+                assert is_shared(second.submit(array, fresh()).result())
+                wait_until(lambda: has_followed.is_set() or elsewhere.done(), "the other client follows")
+                arenas = membership.all_arenas()
+                unregister(client)
+                assert half_of(client) is half_of(second) is None
+                wait_until(lambda: not set(arenas) & set(membership.all_arenas()), "the process has left the arena")
+                second.submit(array, fresh()).result()
+                assert half_of(second) is None
+            finally:
+                is_over.set()
+            elsewhere.result()
+        register(second, **OPTIONS)
+        assert is_shared(client.submit(array, fresh()).result())
 
 
 def test_a_local_cluster_shares_with_workers_that_are_added(nothing_leaks: None) -> None:
