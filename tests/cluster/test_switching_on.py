@@ -247,6 +247,7 @@ def test_all_clients_of_a_process_leave_together() -> None:
                 await asyncio.sleep(0.01)
             assert half_of(other) is None
 
+    before = membership.all_arenas()
     with local_cluster(1) as client, Client(client.scheduler.address) as second:
         is_over, has_followed = threading.Event(), threading.Event()
         with ThreadPoolExecutor(1) as threads:
@@ -254,10 +255,9 @@ def test_all_clients_of_a_process_leave_together() -> None:
             try:
                 assert is_shared(second.submit(array, fresh()).result())
                 wait_until(lambda: has_followed.is_set() or elsewhere.done(), "the other client follows")
-                arenas = membership.all_arenas()
                 unregister(client)
                 assert half_of(client) is half_of(second) is None
-                wait_until(lambda: not set(arenas) & set(membership.all_arenas()), "the process has left the arena")
+                wait_until(lambda: membership.all_arenas() == before, "the process has left the arena")
                 second.submit(array, fresh()).result()
                 assert half_of(second) is None
             finally:
