@@ -243,16 +243,28 @@ def exists(name: str) -> bool:
     return os.path.exists(f"{SHM_DIRECTORY}{name}")
 
 
+def is_attended(name: str) -> bool:
+    """Tell whether a living process attends a rendezvous, in whichever namespace and of whichever version; takes no lock."""
+    with contextlib.suppress(ArenaUnavailable, OSError), _opened_as(name) as meeting:
+        return meeting is not None and meeting.is_attended
+    return False
+
+
 def look(name: str) -> Meeting | None:
-    """Return the content of a rendezvous that a living process attends, in whichever namespace; takes no lock."""
-    with contextlib.suppress(ArenaUnavailable, OSError):
-        fd = _open(name, create=False)
-        if fd is not None:
-            try:
-                return Rendezvous(name, fd).read() if locks.is_held(fd, _PRESENCE) else None
-            finally:
-                _close(fd)
+    """Return the content of a rendezvous of this version that a living process attends; takes no lock."""
+    with contextlib.suppress(ArenaUnavailable, OSError), _opened_as(name) as meeting:
+        return meeting.read() if meeting is not None and meeting.is_attended else None
     return None
+
+
+@contextlib.contextmanager
+def _opened_as(name: str) -> Iterator[Rendezvous | None]:
+    fd = _open(name, create=False)
+    try:
+        yield None if fd is None else Rendezvous(name, fd)
+    finally:
+        if fd is not None:
+            _close(fd)
 
 
 def purge(*, is_trial: bool = False) -> list[str]:

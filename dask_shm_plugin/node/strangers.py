@@ -44,7 +44,7 @@ class Strangers:
             if changed != self._changed:
                 self._others = [name for name in _names() if rendezvous.counterpart(name) == self._name != name]
                 self._changed = changed
-        return [_why_apart(self._name, name) for name in self._others if rendezvous.look(name)]
+        return [_why_apart(self._name, name) for name in self._others if rendezvous.is_attended(name)]
 
 
 def reasons() -> list[str]:
@@ -57,13 +57,12 @@ def reasons() -> list[str]:
     """
     found = set()
     for name in _names():
-        ours, said = rendezvous.counterpart(name), rendezvous.look(name)
-        if ours is None or said is None:
-            continue
-        if ours != name:
+        ours = rendezvous.counterpart(name)
+        if ours == name:
+            said = rendezvous.look(name)
+            found |= {why_refused(at.pid) for at in (said.whereabouts() if said else ()) if _is_refused(at)}
+        elif ours is not None and rendezvous.is_attended(name):
             found.add(_why_apart(ours, name))
-        else:
-            found |= {why_refused(at.pid) for at in said.whereabouts() if _is_refused(at)}
     return sorted(found)
 
 

@@ -16,6 +16,7 @@ from other_processes import join, wait_until
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.exceptions import ArenaFull
 from dask_shm_plugin.node import membership, strangers
+from dask_shm_plugin.notices import warn_once
 
 MIB = 1 << 20
 pytestmark = [root, pytest.mark.skipif(not can_unshare(), reason="needs namespaces")]
@@ -25,8 +26,10 @@ STRANGER = """
 import logging, sys
 from dask_shm_plugin.linux import segment
 from dask_shm_plugin.node import membership, rendezvous, strangers
+from dask_shm_plugin.table import layout
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
-prefix, cluster, capacity = sys.argv[1:]
+prefix, cluster, capacity, is_newer = sys.argv[1:]
+layout.VERSION += int(is_newer)
 segment.NAME_PREFIX = rendezvous.NAME_PREFIX = prefix
 try:
     arena = membership.join(cluster, "nanny", "tcp://there", capacity=lambda: int(capacity), is_share=True)
@@ -68,27 +71,30 @@ class Stranger:
 
 
 @contextmanager
-def stranger(prefix: str, cluster: str, wrapper: list[str]) -> Iterator[Stranger]:
-    """Start a member in other surroundings; skip the test if these cannot be made."""
+def stranger(prefix: str, cluster: str, wrapper: list[str], *, is_newer: bool = False) -> Iterator[Stranger]:
+    """Start a member in other surroundings, of this layout or a newer one; skip the test if these cannot be made."""
     if not shutil.which(wrapper[0]) or subprocess.run([*wrapper, "true"], capture_output=True).returncode:
         pytest.skip(f"not permitted here: {' '.join(wrapper)}")
-    line = [*wrapper, sys.executable, "-c", STRANGER, prefix, cluster, str(64 * MIB)]
+    line = [*wrapper, sys.executable, "-c", STRANGER, prefix, cluster, str(64 * MIB), str(int(is_newer))]
     with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=os.getcwd()) as process:
         yield Stranger(process)
         process.communicate()
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "why"), [(PID, "process (pid)"), (TIME, "time"), (USER_ID, "user")], ids=["pid", "time", "user"]
+    ("wrapper", "why", "is_newer"),
+    [(PID, "process (pid)", False), (PID, "process (pid)", True), (TIME, "time", False), (USER_ID, "user", False)],
+    ids=["pid", "pid, with another layout", "time", "user"],
 )
 def test_processes_in_other_namespaces_have_an_arena_of_their_own(
-    cluster: str, prefix: str, caplog: pytest.LogCaptureFixture, wrapper: list[str], why: str
+    cluster: str, prefix: str, caplog: pytest.LogCaptureFixture, wrapper: list[str], why: str, is_newer: bool
 ) -> None:
     """Both sides are told, once; the arenas divide a capacity that is a share of the machine's memory."""
+    warn_once.cache_clear()
     arena = membership.join(cluster, "nanny", "tcp://here", capacity=lambda: 64 * MIB, is_share=True)
     assert arena is not None
     reserve(arena, 40 * MIB)
-    with stranger(prefix, cluster, wrapper) as other:
+    with stranger(prefix, cluster, wrapper, is_newer=is_newer) as other:
         said = other.line()
         assert f"another {why} namespace; " in said
         assert other.line() == "joined"
