@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import os
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Collection
@@ -312,3 +313,7 @@ def landing_of(who: str | None) -> Landing | None:
         return _LANDINGS.get(who)
     landings = list(_LANDINGS.values())
     return landings[0] if len({id(landing.arena) for landing in landings}) == 1 else None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_LANDINGS.clear)  # the worker and its arena are the parent's

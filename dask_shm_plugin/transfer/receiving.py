@@ -7,8 +7,10 @@ The small part of a message ends with an announcement of the large frames that f
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
+import os
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
@@ -63,7 +65,8 @@ class Receiving:
         """Receive nothing more into the arena; messages that are under way still are."""
         if self._is_on:
             self._is_on = False
-            _ACTIVE.remove(self)
+            with contextlib.suppress(ValueError):  # in a forked child
+                _ACTIVE.remove(self)
             _READ.end()
         self.threads.shutdown(wait=False)
 
@@ -210,3 +213,13 @@ async def _receive(stream: Any, incoming: _Incoming, memory: npt.NDArray[np.uint
 
 
 _READ = SharedReplacement(distributed.comm.tcp, "read_bytes_rw", _read_bytes_rw)
+
+
+def _forget_parent() -> None:
+    """Let a forked child receive as with stock Dask: the arena and the thread are its parent's."""
+    _ACTIVE.clear()
+    _INCOMING.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_parent)

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -533,3 +534,26 @@ def test_what_is_being_received_is_the_process_s_own_memory(
     assert 4 * MIB <= own <= 5 * MIB
     assert published.copied == 0
     assert there.receptions.bytes_in_drafts() == 0
+
+
+def test_a_forked_child_receives_as_with_stock_dask(two_arenas: tuple[Arena, Arena]) -> None:
+    """Its parent's arena is not its own, and the thread that makes pages does not exist in it."""
+    _, there = two_arenas
+    value = array()
+    message = parcels.scatter_message_of(Serialized.of(value, {}))
+
+    async def run() -> Any:
+        async with sender(send_all(message)) as comm:
+            return await comm.read()
+
+    with receiving_into(there) as one:
+        one.threads.submit(int).result()
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(60)  # a call in that thread would never end
+            is_equal = False
+            with contextlib.suppress(Exception):
+                is_equal = np.array_equal(asyncio.run(run()), value)
+            os._exit(not is_equal)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
