@@ -37,8 +37,9 @@ class Heartbeat:
         self._arena, self._kept, self._counters = arena, kept, counters
 
     def __call__(self, worker: object) -> dict[str, Any]:
-        """Return the arena's id and the counters, and the state of the arena if it can be read."""
-        said = {"arena": self._arena.arena_id.hex(), **self._counters()}
+        """Return the arena's id, the package's version and the counters, and the state of the arena if it can be read."""
+        arena_id, version = self._arena.arena_id.hex(), dask_shm_plugin.__version__
+        said = {"arena": arena_id, "version": version, **self._counters()}
         with contextlib.suppress(SharedMemoryError, OSError):
             return {**said, **self._state()}
         return said
@@ -50,7 +51,6 @@ class Heartbeat:
     def _state(self) -> dict[str, Any]:
         member = self._arena.member
         return {
-            "version": dask_shm_plugin.__version__,
             "process": f"{member.slot}:{member.incarnation}",
             "private": usage.read().anonymous,
             "state": self._arena.glance()._asdict(),

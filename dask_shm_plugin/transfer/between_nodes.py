@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 from distributed.protocol.serialize import Serialized
 
+from dask_shm_plugin import __version__
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.table.members import Member
 
-_NODE = "node:"
+_NODE = f"node {__version__}:"
+"""Begins a request of a node. Workers of other versions do not know it, and send bytes: their parcels may differ."""
 
 
 class NodeRequest(NamedTuple):

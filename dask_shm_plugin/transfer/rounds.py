@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from dask_shm_plugin import __version__
 from dask_shm_plugin.scheduling.nodes import arena_in
 
 _BRANCHING = 2
 
 
 async def arenas_of(scheduler: Any, workers: Iterable[str]) -> dict[str, str | None]:
-    """Ask the scheduler for the arena of each worker: its id in hexadecimal digits, or None for one that has none."""
+    """Ask the scheduler for the arena of each worker: its id in hexadecimal digits, or None.
+
+    It is None for a worker that has none, and for one with another version of the package, which gets no parcels.
+    """
     known = (await scheduler.identity(n_workers=-1))["workers"]
-    return {worker: arena_in(known[worker]["metrics"]) if worker in known else None for worker in workers}
+    return {worker: _arena_in(known[worker]["metrics"]) if worker in known else None for worker in workers}
+
+
+def _arena_in(metrics: dict[str, Any]) -> str | None:
+    arena_id = arena_in(metrics)
+    return arena_id if arena_id is not None and metrics["shm"].get("version") == __version__ else None
 
 
 async def replicate(scheduler: Any, keys: list[Any], arenas: dict[str, str | None], served: Collection[str]) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import runpy
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+import dask_shm_plugin
 from dask_shm_plugin.seams import requests
 from dask_shm_plugin.table.members import Member
-from dask_shm_plugin.transfer import flights
+from dask_shm_plugin.transfer import between_nodes, flights, rounds
 from dask_shm_plugin.transfer.between_nodes import NodeRequest
 from dask_shm_plugin.transfer.flights import Flights
 
@@ -26,10 +32,34 @@ def test_a_request_is_read_as_it_was_written() -> None:
     assert NodeRequest.among(asked_by) == one
 
 
-@pytest.mark.parametrize("asker", ["node:", "node:[1]", 'node:["ab", 1, [], []]', "node:{", "bytes", "ab:1:2"])
-def test_a_request_of_another_form_is_none(asker: str) -> None:
-    """Another version may write it in another form; its process then gets bytes."""
-    assert NodeRequest.among([asker]) is None
+@pytest.mark.parametrize("said", ["", "[1]", '["ab", 1, [], []]', "{"])
+def test_a_damaged_request_is_none(said: str) -> None:
+    """The process gets bytes."""
+    assert NodeRequest.among([between_nodes._NODE + said, "bytes", "ab:1:2"]) is None
+
+
+def test_a_request_of_another_version_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parcels may have another form, so its process gets bytes, also if the form of the request is the same."""
+    theirs = []
+    for version in ("0.0.9", "0.1.0.dev1", "99.0"):
+        with monkeypatch.context() as patch:
+            patch.setattr(dask_shm_plugin, "__version__", version)
+            module = runpy.run_path(str(between_nodes.__file__))
+        theirs.append(module["NodeRequest"]("ab", FIRST, frozenset(), frozenset()).asker)
+    assert [NodeRequest.among([one]) for one in theirs] == [None] * 3
+    assert NodeRequest.among([theirs[0].replace("0.0.9", dask_shm_plugin.__version__)]) == request(FIRST, arena="ab")
+
+
+@pytest.mark.parametrize("version", ["99.0", None])
+def test_workers_of_another_version_get_no_parcels(version: str | None) -> None:
+    """A broadcast serves each of them as a worker without an arena."""
+
+    async def identity(n_workers: int) -> Any:
+        ours, theirs = {"arena": "ab", "version": dask_shm_plugin.__version__}, {"arena": "cd", "version": version}
+        return {"workers": {"a": {"metrics": {"shm": ours}}, "b": {"metrics": {"shm": theirs}}, "c": {"metrics": {}}}}
+
+    arenas = asyncio.run(rounds.arenas_of(SimpleNamespace(identity=identity), "abcd"))
+    assert arenas == {"a": "ab", "b": None, "c": None, "d": None}
 
 
 def test_neighbours_wait_for_the_first_one_and_other_nodes_do_not() -> None:
