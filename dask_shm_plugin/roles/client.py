@@ -219,11 +219,12 @@ async def stop_taking_part(client: Client) -> None:
     for half in halves:
         half.is_leaving = True
     for half in halves:
-        if half.client.loop is client.loop:
+        loop: Any = half.client.loop
+        if loop is client.loop:
             await half.stop()
             await half.settled()
         else:
-            half.client.loop.add_callback(half.stop)
+            loop.add_callback(half.stop)
 
 
 def _at_scheduler_of(client: Client) -> list[SharedMemoryClient]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from dask_shm_plugin.arena.arena import Arena
@@ -18,7 +18,9 @@ from dask_shm_plugin.values import index
 
 _WANTS, _ASKS = b"?", b"!"
 _PATIENCE_S = 10.0
-"""A worker waits for its neighbours for so long: one of them may have been stopped, or its sender."""
+"""A worker waits for its neighbours for so long: one of them may have been stopped."""
+_LOOK_S = 0.5
+"""A worker that waits for so long finds out whether the senders of its neighbours answer, and again after each such time."""
 _PAUSES_S = 0.002, 0.05
 """The first and the longest pause between two looks."""
 
@@ -34,18 +36,26 @@ class Turn:
         The keys of large values.
     sender
         The address of the sender.
+    answers
+        Tells whether a worker at some address answers, within some seconds.
 
     Notes
     -----
     Each worker lists in its directory which keys it wants or asks for. There must never be a moment when two ask
     different senders for one key, each without having seen the other. So a worker looks once more after it has listed
     that it asks. Of two that see each other there, the one with the lower slot goes on. A worker that asks does not
-    wait, so there is no cycle. The listing of a dead worker is not found. A worker waits for one neighbour at most: if
-    that has not received a value that can be found, the next one may not either.
+    wait, so there is no cycle. The listing of a dead worker is not found, and that of a neighbour whose sender does not
+    answer counts no more. A worker waits for one other neighbour at most: if that has not received a value that can be
+    found, the next one may not either.
     """
 
-    def __init__(self, arena: Arena, keys: Collection[Any], sender: str) -> None:
-        self._arena, self._sender = arena, sender.encode()
+    def __init__(
+        self, arena: Arena, keys: Collection[Any], sender: str, answers: Callable[[str], Awaitable[bool]]
+    ) -> None:
+        self._arena, self._sender, self._answers = arena, sender.encode(), answers
+        self._senders: set[bytes] = set()
+        """Those of neighbours that were seen."""
+        self._gone: set[bytes] = set()
         self._names = {key: name for key in keys if (name := index.name_of("asking", key)) is not None}
         self._taken: set[Any] = set()
         self._withdrawn: set[Any] = set()
@@ -56,20 +66,41 @@ class Turn:
 
     async def of(self, keys: Collection[Any]) -> list[Any]:
         """Return those of some keys that may be asked for now, all of them if patience has ended; wait while it is none."""
-        pause, longest = _PAUSES_S
         for key in self._withdrawn & self._names.keys():
             self._list(key, _WANTS)
+        looking: asyncio.Future[None] | None = None
+        pause, longest = _PAUSES_S
+        try:
+            while True:
+                free = [key for key in keys if self._take(key)]
+                if free or not keys:
+                    self._withdraw(keys)
+                    return free
+                if time.monotonic() > self._patient_until:
+                    return list(keys)
+                looking = looking or asyncio.ensure_future(self._look_for_gone())
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, longest)
+        finally:
+            if looking is not None:
+                looking.cancel()
+
+    def _withdraw(self, keys: Collection[Any]) -> None:
+        """List some keys no more for a while: no neighbour should wait for those that are not asked for now."""
+        self._withdrawn = {key for key in keys if key in self._names and key not in self._taken}
+        for key in self._withdrawn:
+            self._arena.directory.remove(self._names[key])
+
+    async def _look_for_gone(self) -> None:
+        """Note again and again which senders of neighbours do not answer: these neighbours may wait for long."""
         while True:
-            free = [key for key in keys if self._take(key)]
-            if free or not keys:
-                self._withdrawn = {key for key in keys if key in self._names and key not in self._taken}
-                for key in self._withdrawn:  # no neighbour should wait for these meanwhile
-                    self._arena.directory.remove(self._names[key])
-                return free
-            if time.monotonic() > self._patient_until:
-                return list(keys)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, longest)
+            await asyncio.sleep(_LOOK_S)
+            senders = self._senders - self._gone
+            answer = await asyncio.gather(*(self._answers(sender.decode()) for sender in senders))
+            gone = {sender for sender, does_answer in zip(senders, answer, strict=True) if not does_answer}
+            if gone:
+                self._gone |= gone
+                self._waited_for.clear()
 
     def end(self, keys: Collection[Any] | None = None) -> None:
         """Ask for some keys no more, by default for all: their values have arrived, or will not."""
@@ -104,7 +135,8 @@ class Turn:
         with contextlib.suppress(SharedMemoryError):
             for member in {one for members in self._arena.roster.workers().values() for one in members}:
                 data = None if member == self._arena.member else self._arena.directory.find(member, self._names[key])
-                if data is not None and data[1:] != self._sender:
+                if data is not None and data[1:] not in (self._sender, *self._gone):
+                    self._senders.add(data[1:])
                     found.append((member, data[:1]))
         return found
 

@@ -7,11 +7,14 @@ resolve every handle.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 import distributed.worker
+from distributed.comm.core import connect
 
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.exceptions import REASONS
@@ -26,6 +29,8 @@ from dask_shm_plugin.values import handles, index
 from dask_shm_plugin.values.handles import Unresolved
 
 _OUTSIDE = "outside:"
+_ANSWER_TIMEOUT_S = 2.0
+"""A worker that does not answer for so long is down or stopped, or too busy to send."""
 
 
 class Outsider:
@@ -119,6 +124,20 @@ async def ask_until_usable(
         raise
 
 
+async def _answers(rpc: Any, address: str) -> bool:
+    """Return whether a worker accepts a connection and answers on it, within two seconds."""
+    connecting = asyncio.ensure_future(connect(address, timeout=_ANSWER_TIMEOUT_S, **rpc.connection_args))
+    connecting.add_done_callback(_abort)
+    # Not cancelled: that would leave an open connection, because `connect` waits without a timeout for the answer.
+    await asyncio.wait([connecting], timeout=_ANSWER_TIMEOUT_S)
+    return connecting.done() and connecting.exception() is None
+
+
+def _abort(connecting: asyncio.Future[Any]) -> None:
+    if not connecting.cancelled() and connecting.exception() is None:
+        connecting.result().abort()
+
+
 async def _look_up(worker: str, keys: Collection[Any], who: str | None, landing: Landing | None) -> dict[Any, Any]:
     """Return the values of those keys that a worker has listed, so that it need not be asked for them."""
     listed = index.find(worker, keys)
@@ -160,7 +179,7 @@ async def _get_data_from_worker(
         if found and not rest:
             return {"status": "OK", "data": found}
         if landing is not None and landing.takes_from(worker):
-            response = await landing.fetch(ask_worker, rest, names, worker, who)
+            response = await landing.fetch(ask_worker, functools.partial(_answers, rpc), rest, names, worker, who)
         else:
             response = await ask_until_usable(ask_worker, rest, names)
         return {**response, "data": found | response["data"]} if response["status"] == "OK" else response

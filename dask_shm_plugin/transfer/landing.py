@@ -36,6 +36,8 @@ _PATIENCE_BYTES_PER_S = 50e6
 """All in all it waits 5 s, and as long as a network of 0.4 Gbit/s takes for the value; then it receives it itself."""
 _MAX_LOST = 2
 """Number of neighbours for which a worker waits in vain; after them it asks for bytes, which do not land."""
+_BUSY_S, _MAX_BUSY = 0.15, 20
+"""How often, and after which time, a sender is asked again that is too busy for the second part of an answer."""
 _PAUSES_S = 0.002, 0.05
 """The first and the longest pause between two looks for a value that the neighbour receives."""
 _MAX_KEYS = 64
@@ -127,13 +129,23 @@ class Landing:
         if key in self._landed:
             self._forget(key)
 
-    async def fetch(self, ask: Ask, keys: Collection[Any], names: list[str], worker: str, who: str | None) -> Any:
+    async def fetch(
+        self,
+        ask: Ask,
+        answers: Callable[[str], Awaitable[bool]],
+        keys: Collection[Any],
+        names: list[str],
+        worker: str,
+        who: str | None,
+    ) -> Any:
         """Request data of a worker on another node; return the response with the values.
 
         Parameters
         ----------
         ask, keys, names
             As for `fetch.ask_until_usable`.
+        answers
+            Tells whether a worker at some address answers.
         worker
             The worker on the other node.
         who
@@ -143,13 +155,18 @@ class Landing:
         data: dict[Any, Any] = {}
         arrived: dict[Any, Any] = {}
         missing = list(keys)
-        turn = Turn(self._arena, self._large_of(keys), worker)
+        turn = Turn(self._arena, self._large_of(keys), worker, answers)
+        busy = 0
         try:
             while True:
                 asked = await turn.of(missing)
                 response = await ask(asked, requests.tagged(fetch.names(asked, names)))
                 if response["status"] != "OK":
-                    return response
+                    busy += 1
+                    if not data or busy > _MAX_BUSY:
+                        return response
+                    await asyncio.sleep(_BUSY_S)  # Dask would drop what has arrived
+                    continue
                 arrived |= await fetch.finish(response["data"])
                 data |= {key: value for key, value in arrived.items() if value is not _NOT_HERE}
                 turn.end([key for key in asked if key in data])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from distributed.comm import CommClosedError, listen
 
 from dask_shm_plugin.table.members import Member
-from dask_shm_plugin.transfer import asking
+from dask_shm_plugin.transfer import asking, fetch
 from dask_shm_plugin.transfer.asking import Turn
 
 KEYS = ["x"]
@@ -44,6 +47,15 @@ class Node:
         return SimpleNamespace(member=member, directory=directory, roster=roster)
 
 
+def turn_of(arena: Any, keys: list[str], sender: str, *gone: str) -> Turn:
+    """Return the turn of a worker that gets answers from all senders but some."""
+
+    async def answers(address: str) -> bool:
+        return address not in gone
+
+    return Turn(arena, keys, sender, answers)
+
+
 def may_ask(turn: Turn) -> bool:
     """Return whether it is the turn of a worker."""
     return turn._take("x")
@@ -53,9 +65,9 @@ def may_ask(turn: Turn) -> bool:
 def test_a_worker_waits_while_a_neighbour_asks_another_sender(first: int, second: int) -> None:
     """It goes on when the neighbour ends, and so does one that the neighbour's death has set free."""
     node = Node()
-    one, other = Turn(node.arena(first), KEYS, "tcp://a"), Turn(node.arena(3), KEYS, "tcp://b")
+    one, other = turn_of(node.arena(first), KEYS, "tcp://a"), turn_of(node.arena(3), KEYS, "tcp://b")
     assert may_ask(one)
-    late = Turn(node.arena(second), KEYS, "tcp://b")
+    late = turn_of(node.arena(second), KEYS, "tcp://b")
     assert [may_ask(late), may_ask(other), may_ask(one)] == [False, False, True]
     one.end()
     assert may_ask(late)
@@ -68,7 +80,7 @@ def test_a_worker_waits_while_a_neighbour_asks_another_sender(first: int, second
 def test_a_worker_waits_for_one_neighbour_at_most() -> None:
     """A value that does not land would otherwise reach the workers of a node one after the other."""
     node = Node()
-    all_turns = [Turn(node.arena(slot), KEYS, f"tcp://{slot}") for slot in (1, 2, 3)]
+    all_turns = [turn_of(node.arena(slot), KEYS, f"tcp://{slot}") for slot in (1, 2, 3)]
     assert [may_ask(turn) for turn in all_turns] == [True, False, False]
     all_turns[0].end()
     assert [may_ask(turn) for turn in all_turns[1:]] == [True, True]
@@ -77,14 +89,86 @@ def test_a_worker_waits_for_one_neighbour_at_most() -> None:
 def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped neighbour keeps nobody waiting for ever, and other keys of the request do not wait for it."""
     node = Node()
-    assert may_ask(Turn(node.arena(1), KEYS, "tcp://a"))
-    turn = Turn(node.arena(2), ["x", "y"], "tcp://b")
+    assert may_ask(turn_of(node.arena(1), KEYS, "tcp://a"))
+    turn = turn_of(node.arena(2), ["x", "y"], "tcp://b")
     assert asyncio.run(turn.of(["x", "y"])) == ["y"]
     assert len(node.listed[turn._arena.member]) == 1, "a neighbour need not wait for a key that is not asked for"
     turn.end(["y"])
     monkeypatch.setattr(asking.time, "monotonic", lambda: float("inf"))
     assert asyncio.run(turn.of(["x"])) == ["x"]
     assert asyncio.run(turn.of([])) == []
+
+
+def test_a_neighbour_whose_sender_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker asks its own sender then, and another neighbour waits for that, and for no other one."""
+    monkeypatch.setattr(asking, "_LOOK_S", 0.01)
+    monkeypatch.setattr(asking, "_PATIENCE_S", float("inf"))
+    node = Node()
+    assert may_ask(turn_of(node.arena(1), KEYS, "tcp://down"))
+
+    async def run() -> None:
+        turn = turn_of(node.arena(2), KEYS, "tcp://b", "tcp://down")
+        late = turn_of(node.arena(3), KEYS, "tcp://c", "tcp://down")
+        assert await turn.of(KEYS) == KEYS
+        waiting = asyncio.ensure_future(late.of(KEYS))
+        while b"tcp://down" not in late._gone:
+            await asyncio.sleep(0.001)
+        assert not may_ask(late)
+        turn.end()
+        assert await waiting == KEYS
+
+    asyncio.run(run())
+
+
+def test_a_neighbour_is_waited_for_while_its_sender_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often that is asked; the looks end with the waiting."""
+    monkeypatch.setattr(asking, "_LOOK_S", 0.001)
+    node, looks = Node(), list[str]()
+
+    async def answers(address: str) -> bool:
+        looks.append(address)
+        if len(looks) == 5:
+            first.end()
+        return True
+
+    first = turn_of(node.arena(1), KEYS, "tcp://a")
+    assert may_ask(first)
+    turn = Turn(node.arena(2), KEYS, "tcp://b", answers)
+
+    async def run() -> None:
+        assert await turn.of(KEYS) == KEYS
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(run())
+    assert len(looks) >= 5
+    assert set(looks) == {"tcp://a"}
+
+
+@pytest.mark.parametrize("state", ["answers", "gone", "stopped"])
+def test_a_sender_answers_only_if_its_process_runs(monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    """The kernel accepts connections for a stopped process, too. No connection is left."""
+    rpc, closed = SimpleNamespace(connection_args={}), asyncio.Event()
+
+    async def handle(comm: Any) -> None:
+        with contextlib.suppress(CommClosedError):
+            await comm.read()
+        closed.set()
+
+    async def run() -> bool:
+        if state == "answers":
+            async with await listen("tcp://127.0.0.1:0", handle) as listener:
+                does_answer = await fetch._answers(rpc, listener.contact_address)
+                await closed.wait()
+                return does_answer
+        monkeypatch.setattr(fetch, "_ANSWER_TIMEOUT_S", 0.1)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+            if state == "stopped":
+                return await fetch._answers(rpc, address)
+        return await fetch._answers(rpc, address)
+
+    assert asyncio.run(run()) is (state == "answers")
 
 
 def orders(lengths: tuple[int, int]) -> Iterator[list[int]]:
@@ -106,14 +190,14 @@ def run_in(order: list[int], slots: tuple[int, int]) -> list[bool]:
     """Let two workers make their accesses to the directories in some order; return which of them ask then."""
     node, asked = Node(), [False, False]
     arenas = [node.arena(slot) for slot in slots]
-    turn_of, changed = iter([*order, None]), threading.Condition()
-    state: dict[str, Any] = {"next": next(turn_of), "done": set()}
+    following, changed = iter([*order, None]), threading.Condition()
+    state: dict[str, Any] = {"next": next(following), "done": set()}
     numbers: dict[int, int] = {}
 
     def advance() -> None:
-        state["next"] = next(turn_of, None)
+        state["next"] = next(following, None)
         while state["next"] in state["done"]:
-            state["next"] = next(turn_of, None)
+            state["next"] = next(following, None)
         changed.notify_all()
 
     def step() -> None:
@@ -125,7 +209,7 @@ def run_in(order: list[int], slots: tuple[int, int]) -> list[bool]:
 
     def work(number: int) -> None:
         numbers[threading.get_ident()] = number
-        turn = Turn(arenas[number], KEYS, f"tcp://{number}")
+        turn = turn_of(arenas[number], KEYS, f"tcp://{number}")
         asked[number] = may_ask(turn)
         with changed:
             state["done"].add(number)

@@ -13,6 +13,7 @@ from two_arenas import fill, published_in, received
 
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.seams import requests
+from dask_shm_plugin.transfer import landing as landing_module
 from dask_shm_plugin.transfer.between_nodes import NodeRequest
 from dask_shm_plugin.transfer.flights import AnswerToNode, Flights
 from dask_shm_plugin.transfer.landing import Landing
@@ -85,10 +86,41 @@ def test_a_member_that_answers_as_such_is_understood(two_arenas: tuple[Arena, Ar
         return {"status": "OK", "data": {key: data[key] for key in keys}}
 
     async def test(landing: Landing) -> None:
-        response = await landing.fetch(ask, ["x", "y", "z"], [], "tcp://there", None)
+        response = await landing.fetch(ask, answers, ["x", "y", "z"], [], "tcp://there", None)
         np.testing.assert_array_equal(response["data"].pop("x"), value)
         assert response["data"] == {"y": 2, "z": 1}
         assert asked == [(["x", "y", "z"], False), (["y"], True)]
+
+    with_landing(there, test)
+
+
+async def answers(address: str) -> bool:
+    """Say that a sender answers."""
+    return True
+
+
+@pytest.mark.parametrize("is_soon", [True, False])
+def test_a_sender_that_is_busy_in_between_is_asked_again(
+    two_arenas: tuple[Arena, Arena], monkeypatch: pytest.MonkeyPatch, is_soon: bool
+) -> None:
+    """Dask would drop what has arrived; a sender that stays busy is left to Dask, as one that is busy at first."""
+    monkeypatch.setattr(landing_module, "_BUSY_S", 0.001)
+    _, there = two_arenas
+    asked: list[Any] = []
+
+    async def ask(keys: Any, names: list[str]) -> Any:
+        asked.append(sorted(keys))
+        if len(asked) == 1:
+            return {"status": "OK", "data": {"x": 1, "y": Unresolved("stale", 1)}}
+        return {"status": "OK", "data": {"y": 2}} if is_soon and len(asked) == 4 else {"status": "busy"}
+
+    async def test(landing: Landing) -> None:
+        response = await landing.fetch(ask, answers, ["x", "y"], [], "tcp://there", None)
+        assert response == ({"status": "OK", "data": {"x": 1, "y": 2}} if is_soon else {"status": "busy"})
+        assert asked[1:] == [["y"]] * (len(asked) - 1)
+        count = len(asked)
+        assert (await landing.fetch(ask, answers, ["x"], [], "tcp://there", None))["status"] == "busy"
+        assert len(asked) == count + 1
 
     with_landing(there, test)
 
