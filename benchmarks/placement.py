@@ -5,17 +5,22 @@
 
 The inputs are larger than 8 MiB, so that the scheduler considers their place. A task that runs on a neighbour of its
 input's holder makes this input be published. Both arms are clusters with the plugin; in one, the scheduler's part is
-switched off. The work is done once unmeasured, then in turn. "ratio" is the geometric mean over the pairs, with the
-scheduler's part over without it.
+switched off. The work is done once unmeasured, then in turn. A difference is the mean over the pairs with its standard
+error; "ratio" is the geometric mean over the pairs, with the scheduler's part over without it, and "at most" its bound
+(95 %).
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+import statistics
 import time
 from typing import Any
 
 import clusters
+import machine
+import numpy as np
 import pairs
 import report
 import tax
@@ -26,6 +31,7 @@ from remote import remote
 
 ARMS = ("off", "on")
 COUNTS = ("count", "bytes")
+FIGURES = ("seconds", *COUNTS)
 
 WORKS = (
     work("tensordot", tax.tensordot, tax.factors, side=(4096, 2048), chunk=(1024, 1024)),
@@ -78,21 +84,38 @@ def main() -> None:
                 assert results["on"][1] == results["off"][1], "the results differ"
                 for name in ARMS:
                     done[name] += [results[name][0]] if number >= 0 else []
-        figures = {
-            name: {figure: report.spread(each[figure] for each in done[name]) for figure in ("seconds", *COUNTS)}
-            for name in ARMS
-        }
-        ratio = float(
-            tax.geometric_mean([b["seconds"] / a["seconds"] for a, b in zip(done["off"], done["on"], strict=True)])
+        ratios = np.array(
+            [with_it["seconds"] / without["seconds"] for without, with_it in zip(*done.values(), strict=True)]
         )
-        summary[one.name] = {**figures, "ratio": ratio}
-        counts = [f"{figures[name][count]['median']:.0f}" for count in COUNTS[:1] for name in ARMS]
-        sizes = [report.mib(figures[name][COUNTS[1]]["median"]) for name in ARMS]
-        rows.append([one.name, *counts, *sizes, f"{ratio:.2f}"])
+        summary[one.name] = {
+            **{
+                name: {figure: report.spread(each[figure] for each in runs) for figure in FIGURES}
+                for name, runs in done.items()
+            },
+            **{f"mean {count}": {name: mean(runs, count) for name, runs in done.items()} for count in COUNTS},
+            "ratio": float(tax.geometric_mean(ratios)),
+            "at_most": tax.upper_bound(ratios),
+        }
+        rows.append(row(one.name, summary[one.name], done))
     report.write(asked.json, report.head(asked, "distributed", pairs=asked.pairs, summary=summary))
-    report.table(
-        ["medians", *(f"{what}, {name}" for what in ("values", "MiB") for name in ARMS), "ratio of times"], rows
-    )
+    columns = (f"{what}, {name}" for what in ("values", "MiB") for name in (*ARMS, "difference"))
+    report.table(["means", *columns, "ratio of times", "at most"], rows)
+
+
+def mean(runs: list[dict[str, float]], figure: str) -> float:
+    """Return the mean of a figure of some runs."""
+    return statistics.fmean(each[figure] for each in runs)
+
+
+def row(name: str, found: dict[str, Any], done: dict[str, list[dict[str, float]]]) -> list[str]:
+    """Return a line of the table: counts, their mean differences with standard errors, and the ratio of times."""
+    cells = []
+    for count, unit in zip(COUNTS, (1, machine.MIB), strict=True):
+        grown = [(b[count] - a[count]) / unit for a, b in zip(*done.values(), strict=True)]
+        error = statistics.stdev(grown) / len(grown) ** 0.5 if len(grown) > 1 else math.nan
+        cells += [f"{found[f'mean {count}'][arm] / unit:.1f}" for arm in ARMS]
+        cells += [f"{statistics.fmean(grown):+.1f} ± {error:.1f}"]
+    return [name, *cells, f"{found['ratio']:.2f}", f"{found['at_most']:.2f}"]
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ def test_a_published_value_costs_a_mapping() -> None:
 
 
 @pytest.mark.parametrize(
-    ("waiters", "duration", "is_worth_it"), [(1, 0.05, False), (40, 0.01, False), (40, 0.05, True), (40, -1, False)]
+    ("waiters", "duration", "is_worth_it"),
+    [(1, 0.05, False), (1, 60, False), (2, 1, True), (40, 0.01, False), (40, 0.05, True), (40, -1, False)],
 )
 def test_a_private_value_costs_a_copy_if_enough_tasks_wait_for_it(
     waiters: int, duration: float, *, is_worth_it: bool

@@ -141,7 +141,7 @@ class Run:
         if kill.kind in ("everything", "scheduler"):
             pause = kill.seconds / 2 if kill.kind == "scheduler" else 0
             self._orphaned |= watching.names_used_by(deployment.all_processes())
-            self._counts[f"{kill.kind}, SIGKILL"] += 1
+            self._count(f"{kill.kind}, SIGKILL")
             deployment.kill_all(pause)
             self._restart_cluster(deployment)
             return
@@ -162,19 +162,25 @@ class Run:
             caught = kills.kill_in_lock(deployment, victim)
             if caught is not None:
                 role = next((r for r in kills.ROLES if caught[0] in deployment.running(r)), role)
-                self._counts[f"SIGKILL in the lock, {role}"] += 1
+                self._count(f"SIGKILL in the lock, {role}")
                 self._reclaiming.add(caught[1])
                 return
         if kill.kind == "SIGSTOP":
             if send(victim, signal.SIGSTOP):
-                self._counts[f"SIGSTOP, {role}"] += 1
+                self._count(f"SIGSTOP, {role}")
                 self._stopped.append((time.monotonic() + kill.seconds, victim))
             return
         death = DyingProcess.observe(victim)
         self._reclaiming.add(death)
         number = signal.SIGSEGV if kill.kind == "SIGSEGV" else signal.SIGKILL
         if send(victim, number):
-            self._counts[f"{number.name}, {role}"] += 1
+            self._count(f"{number.name}, {role}")
+
+    def _count(self, what: str) -> None:
+        """Count a kill, and write it with its time into the file ``kills``, for whoever reads the notes."""
+        self._counts[what] += 1
+        with open(self._folder / "kills", "a") as file:
+            print(f"{time.time():.3f}", what, file=file)
 
     def _exit_in_task(self, deployment: Deployment, kill: Kill) -> None:
         marker = self._folder / f"exit-{next(self._markers)}"
@@ -186,7 +192,7 @@ class Run:
         while not marker.exists() and time.monotonic() < until:
             self._watch_until(deployment, time.monotonic() + _POLL_INTERVAL_S)
         if marker.exists():
-            self._counts["os._exit, worker"] += 1
+            self._count("os._exit, worker")
 
     def _restart_cluster(self, deployment: Deployment) -> None:
         self._reclaiming.clear()

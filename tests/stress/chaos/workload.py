@@ -15,6 +15,7 @@ import random
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import tasks
@@ -244,10 +245,16 @@ def print_unfinished(client: Client, keys: list[str]) -> None:
 
 
 def story_of(client: Client, key: str) -> list[str]:
-    """Return the last things that the scheduler knows about a key, which it may have forgotten."""
+    """Return the last things that the scheduler knows about a key, which it may have forgotten, and about its sharing."""
 
     def ask(dask_scheduler: Any) -> list[str]:
-        return [str(event)[:300] for event in dask_scheduler.story(key)[-12:]]
+        def told() -> Iterator[str]:
+            for _, message in dask_scheduler.get_events("dask-shm"):
+                for what in ("published", "withdrawn"):
+                    if key in message[what]:
+                        yield f"{what} by {message['holder'] or 'a client'}"
+
+        return [*(str(event)[:300] for event in dask_scheduler.story(key)[-12:]), *told()]
 
     return client.run_on_scheduler(ask)
 
