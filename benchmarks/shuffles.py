@@ -21,9 +21,8 @@ merge
     The same without Dask's files (``distributed.p2p.storage.disk``).
 
 "cpu" is the processor time of all workers; an idle worker takes some, too, so a slow machine makes the ratios worse. "net" is
-that without "own". "peak"
-is the highest growth of ``Shmem`` of the machine and of the private memory of the client and all workers together, read every
-20 ms. The ratios are those with the plugin over those without it: medians of all pairs.
+that without "own". "peak" is the highest growth of ``Shmem`` of the machine and of the private memory of the client and all
+workers together, read every 20 ms. The ratios are those with the plugin over those without it: medians of all pairs.
 """
 
 from __future__ import annotations
