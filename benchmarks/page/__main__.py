@@ -2,8 +2,8 @@
 
     python benchmarks/page [--results FOLDER] [--page PATH] [--text-only]
 
-The folder of results has the files that `one_copy.py`, `targets`, `peers`, `tax.py`, `workflows.py`, `workloads.py` and
-`fanout.py` write with ``--json``; each may be missing. To draw the pictures beside the page needs matplotlib
+The folder of results has the files that `one_copy.py`, `targets`, `peers`, `tax.py`, `workflows.py`, `workloads.py`,
+`fanout.py` and `shuffles.py` write with ``--json``; each may be missing. To draw the pictures beside the page needs matplotlib
 (``pip install -e '.[benchmark]'``).
 """
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "workflows": "workflows.py",
     "workloads": "workloads.py",
     "fanout": "fanout.py",
+    "shuffles": "shuffles.py",
 }
 """The files, without their ending, and the scripts that write them."""
 

@@ -217,6 +217,26 @@ def fanout(results: Results) -> Lines:
     yield from table(["", "ideal", "stock Dask", "with the plugin", *ran], rows)
 
 
+def shuffles(results: Results) -> Lines:
+    """Show the processor time of shuffles and rechunks, and what of it is not the tasks' own."""
+    yield (
+        f"Ratios with the plugin over stock Dask, medians of {results['shuffles']['pairs']} pairs in fresh clusters. *Tasks alone* "
+        "is the processor time of the same tasks with hardly any data, and *net* the ratio without it."
+    )
+    yield ""
+    seconds = [("stock", "cpu"), ("plugin", "cpu"), ("stock", "own")]
+    rows = [
+        [
+            title,
+            *(f"{one[arm][figure]['median']:.2f}" for arm, figure in seconds),
+            *(f"{one[f'{figure}_over']['median']:.2f}" for figure in ("cpu", "net", "seconds", "together")),
+        ]
+        for title, one in summary(results, "shuffles").items()
+    ]
+    head = ["stock Dask, s", "with the plugin, s", "tasks alone, s", "processor time", "net", "time", "peak memory"]
+    yield from table(["", *head], rows)
+
+
 def memory(results: Results) -> Lines:
     """Point to the other page on memory."""
     yield "What workers report through a longer piece of work, and what is really there, is told in"
@@ -238,6 +258,7 @@ SECTIONS: dict[str, dict[str, Callable[[Results], Iterable[str]]]] = {
         "workloads": lambda results: works(results, "workloads"),
     },
     "Tasks that share one value": {"fanout": fanout},
+    "Shuffles and rechunks": {"shuffles": shuffles},
     "Event loops, start-up, hashing": {"targets": loops_and_start},
     "Memory over time": {"": memory},
 }

@@ -161,6 +161,10 @@ class _Session:
         ):
             if tests:
                 print(f"{title} ({len(tests)}): {', '.join(tests)}")
+        for one in self._comparisons:
+            for test in one.noisier():
+                quiet, noisy = one.stock[test].noise, one.shared[test].noise
+                print(f"  {test}: {len(quiet)} stock, {len(noisy)} with the plugin, the last one {noisy[-1][:200]}")
         print(f"tests that differ: {len(differing)} that may not, {len(expected)} that may")
         for test in differing:
             print(f"DIFFERS {test}")
