@@ -15,8 +15,17 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <time.h>
 #include <unistd.h>
+
+/* The only two functions that would ask for a C library newer than 2.17: the older version of the one, and no `fstat`. */
+#if defined(__GLIBC__) && defined(__x86_64__)
+__asm__(".symver pthread_condattr_setclock, pthread_condattr_setclock@GLIBC_2.3.3");
+#elif defined(__GLIBC__) && defined(__aarch64__)
+__asm__(".symver pthread_condattr_setclock, pthread_condattr_setclock@GLIBC_2.17");
+#endif
 
 #ifndef MAP_FIXED_NOREPLACE
 #define MAP_FIXED_NOREPLACE 0x100000
@@ -126,8 +135,9 @@ static int class_of(size_t *length) {
 static size_t length_of(int class) { return (size_t)(16 + class % 16) << (class / 16 + 12); }
 
 static int is_our_file(void) {
-    struct stat now;
-    return fstat(setup.fd, &now) == 0 && (uint64_t)now.st_dev == setup.device && (uint64_t)now.st_ino == setup.inode;
+    struct statx now;
+    return !syscall(SYS_statx, setup.fd, "", AT_EMPTY_PATH, STATX_INO, &now) && now.stx_ino == setup.inode &&
+           makedev(now.stx_dev_major, now.stx_dev_minor) == setup.device;
 }
 
 static Chunk *starting_at(const void *place) {
