@@ -124,6 +124,10 @@ class Allocator:
 
         return hold if self._access.run(take) else None
 
+    def count_trim(self) -> None:
+        """Let all members look again which pages exist: some that this process has in a draft are gone."""
+        self._access.run(lambda table: table.count_trim())
+
     def seal(self, row: BlockId) -> None:
         """Turn a draft of this process into a sealed block that this process refers to."""
         self._access.run(lambda table: table.seal(row, self._member))

@@ -101,6 +101,7 @@ class Roster:
             return False
 
         def reclaim(table: Table) -> bool:
+            table.count_trim()  # a draft may have lost pages that other processes remember
             freed = [extent for member in dead + orphans for extent in table.reclaim_drafts(member)]
             self.drafts_of_dead.extend(freed)
             for member in dead:

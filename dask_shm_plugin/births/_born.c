@@ -15,8 +15,17 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <time.h>
 #include <unistd.h>
+
+/* The only two functions that would ask for a C library newer than 2.17: the older version of the one, and no `fstat`. */
+#if defined(__GLIBC__) && defined(__x86_64__)
+__asm__(".symver pthread_condattr_setclock, pthread_condattr_setclock@GLIBC_2.3.3");
+#elif defined(__GLIBC__) && defined(__aarch64__)
+__asm__(".symver pthread_condattr_setclock, pthread_condattr_setclock@GLIBC_2.17");
+#endif
 
 #ifndef MAP_FIXED_NOREPLACE
 #define MAP_FIXED_NOREPLACE 0x100000
@@ -53,14 +62,15 @@ typedef struct {
 
 /* IDLE <-> USED are shared mappings. PRIVATE is a copy-on-write mapping of a draft or block that nobody writes. A chunk
  * that is freed while it is MOVING from the one to the other is DROPPED. GONE chunks wait for Python to unmap them. A
- * STANDBY chunk has no pages, and is longer than needed: see `from_standby`. */
-enum { NONE, IDLE, USED, MOVING, DROPPED, PRIVATE, GONE, STANDBY };
+ * chunk that is EMPTYING loses its pages, and is IDLE and bare then. A STANDBY chunk is bare, and longer than needed. */
+enum { NONE, IDLE, USED, MOVING, DROPPED, PRIVATE, GONE, STANDBY, EMPTYING };
 
 typedef struct {
     uintptr_t start;
     size_t length;
     int state, next;             /* next: of the idle chunks of the same class, the oldest last */
     int is_kept;                 /* a forked child does not get it */
+    int is_bare;                 /* it has no pages */
     uint64_t since;              /* when it became idle, in milliseconds */
 } Chunk;
 
@@ -69,7 +79,7 @@ enum { LARGE = 2 << 20, STANDBY_SMALLEST = 1 << 20, STEP = 64 << 20, FAIR_US = 8
 
 static Chunk chunks[CHUNKS];
 static int high, living;         /* chunks[high] and later were never in use; `living` chunks are in use now */
-static int idle_heads[CLASSES];  /* 1 + the index of a chunk; 0: none */
+static int idle_heads[2][CLASSES]; /* of chunks with pages, and of bare ones: 1 + the index of a chunk; 0: none */
 static uint16_t *index_of;       /* by granule of the area: 1 + the index of the chunk that starts there */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_mutex_t moving = PTHREAD_MUTEX_INITIALIZER; /* taken before `lock`: one mapping is replaced at a time */
@@ -78,8 +88,9 @@ static Allocator base;
 static pthread_cond_t change;    /* the nursery's thread waits for it */
 static volatile int is_on, is_child;
 static int has_work, is_heard;   /* there are chunks to give back; the thread wants to know of new demand */
-static size_t idle_most, drafts_most, largest;
-static uint64_t idle_bytes, used_bytes, private_bytes, reused, added, missed;
+static size_t idle_most, drafts_most, largest, warm_most; /* warm: of idle chunks with pages */
+static size_t pages_left;        /* bytes of pages that allocations may make until the nursery's thread looks again */
+static uint64_t idle_bytes, bare_bytes, used_bytes, private_bytes, reused, added, missed;
 
 /* What is asked for, by class; times are in milliseconds. */
 static struct {
@@ -124,8 +135,9 @@ static int class_of(size_t *length) {
 static size_t length_of(int class) { return (size_t)(16 + class % 16) << (class / 16 + 12); }
 
 static int is_our_file(void) {
-    struct stat now;
-    return fstat(setup.fd, &now) == 0 && (uint64_t)now.st_dev == setup.device && (uint64_t)now.st_ino == setup.inode;
+    struct statx now;
+    return !syscall(SYS_statx, setup.fd, "", AT_EMPTY_PATH, STATX_INO, &now) && now.stx_ino == setup.inode &&
+           makedev(now.stx_dev_major, now.stx_dev_minor) == setup.device;
 }
 
 static Chunk *starting_at(const void *place) {
@@ -150,18 +162,28 @@ static int class_of_chunk(const Chunk *c) {
     return class_of(&length);
 }
 
+static uint64_t *bytes_like(const Chunk *c) { return c->is_bare ? &bare_bytes : &idle_bytes; }
+
 static void put_idle(Chunk *c) {
-    int class = class_of_chunk(c), *head = &idle_heads[class];
+    int class = class_of_chunk(c), *head = &idle_heads[c->is_bare][class];
     c->state = IDLE, c->since = now_ms();
     c->next = *head, *head = 1 + (int)(c - chunks);
-    idle_bytes += c->length, demand[class].idle++;
+    *bytes_like(c) += c->length, demand[class].idle++;
 }
 
 static void take_idle(Chunk *c) {
-    int class = class_of_chunk(c), *at = &idle_heads[class], index = 1 + (int)(c - chunks);
+    int class = class_of_chunk(c), *at = &idle_heads[c->is_bare][class], index = 1 + (int)(c - chunks);
     while (*at != index) at = &chunks[*at - 1].next;
     *at = c->next;
-    idle_bytes -= c->length, demand[class].idle--;
+    *bytes_like(c) -= c->length, demand[class].idle--;
+}
+
+/* An idle chunk of a class, or of the next; one with pages if there is one. Returns 1 + its index, or 0. */
+static int idle_of(int class) {
+    for (int is_bare = 0; is_bare < 2; is_bare++)
+        for (int each = class; each < class + 2; each++)
+            if (idle_heads[is_bare][each]) return idle_heads[is_bare][each];
+    return 0;
 }
 
 /* One chunk of any length that is in use may be idle. */
@@ -171,7 +193,8 @@ static size_t idle_allowed(uint64_t now) {
 }
 
 static int is_too_much(uint64_t now) {
-    return idle_bytes && (idle_bytes > idle_allowed(now) || used_bytes + idle_bytes > drafts_most);
+    uint64_t all = idle_bytes + bare_bytes;
+    return all && (all > idle_allowed(now) || used_bytes + all > drafts_most);
 }
 
 /* -- demand; the caller holds the lock */
@@ -187,8 +210,8 @@ static void note_demand(int class, int is_missed) {
     uint64_t now = now_ms();
     demand[class].used = now;
     if (class >= top || now - top_used > LATELY_MS) top = class, top_used = now;
-    if (now < demand[class].quiet || !idle_most || used_bytes + idle_bytes + length_of(class) > drafts_most) return;
-    int is_last = !idle_heads[class] && !idle_heads[class + 1];
+    if (now < demand[class].quiet || !idle_most || used_bytes + idle_bytes + bare_bytes + length_of(class) > drafts_most) return;
+    int is_last = !idle_of(class);
     if (is_missed) want(class, ++demand[class].missing);
     else if (is_last && now >= demand[class].quiet + LATELY_MS) want(class, 1); /* ahead of need, unless that was in vain */
 }
@@ -232,46 +255,57 @@ static int make_pages(uintptr_t start, size_t length) {
     return 1;
 }
 
-static void *from_standby(size_t size) {
-    int class = class_of(&size), is_made;
-    pthread_mutex_lock(&lock);
-    Chunk *c = standby ? &chunks[standby - 1] : NULL;
-    if (!c || !is_on || class >= CLASSES || c->length <= size || !is_our_file()) c = NULL;
-    if (c) standby = 0, c->state = USED, c->length = size, used_bytes += size, reused++, missed--;
-    pthread_mutex_unlock(&lock);
-    if (!c) return NULL;
-    is_made = make_pages(c->start, size);
+/* Make the pages of a chunk that was bare, and return its address; NULL if that is not possible. */
+static void *with_pages(Chunk *c) {
+    size_t size = c->length;
+    int is_made = make_pages(c->start, size);
     pthread_mutex_lock(&lock);
     if (!is_made && c->state == MOVING) { /* a fork makes it private */
         c->state = DROPPED;
     } else if (!is_made) {
         *(c->state == PRIVATE ? &private_bytes : &used_bytes) -= size;
         c->state = GONE;
+    } else {
+        c->is_bare = 0;
     }
     wake();
     pthread_mutex_unlock(&lock);
     return is_made ? (void *)c->start : NULL;
 }
 
+static void *from_standby(size_t size) {
+    int class = class_of(&size);
+    pthread_mutex_lock(&lock);
+    Chunk *c = standby ? &chunks[standby - 1] : NULL;
+    if (!c || !is_on || class >= CLASSES || c->length <= size || !is_our_file()) c = NULL;
+    if (c) standby = 0, c->state = USED, c->length = size, used_bytes += size, reused++, missed--;
+    pthread_mutex_unlock(&lock);
+    return c ? with_pages(c) : NULL;
+}
+
 /* -- what NumPy calls */
 
 static void *chunk_for(size_t size, int is_demand) {
     if (!is_on || size < SMALLEST || size > largest) return NULL;
-    int class = class_of(&size), index;
+    int class = class_of(&size), is_bare = 0;
     if (class + 1 >= CLASSES) return NULL;
     pthread_mutex_lock(&lock);
-    index = idle_heads[class] ? idle_heads[class] : idle_heads[class + 1];
-    if (index) {
-        Chunk *c = &chunks[index - 1];
+    int index = idle_of(class);
+    Chunk *c = index ? &chunks[index - 1] : NULL;
+    /* Zeros may never be touched, so no pages are made for them. */
+    if (c && c->is_bare && (!is_demand || c->length > pages_left || !is_our_file())) c = NULL;
+    if (c) {
         take_idle(c);
+        is_bare = c->is_bare;
+        if (is_bare) pages_left -= c->length;
         c->state = USED, used_bytes += c->length, reused++;
         demand[class_of_chunk(c)].used = now_ms();
     } else {
         missed++;
     }
-    if (is_demand) note_demand(class, !index);
+    if (is_demand) note_demand(class, !c);
     pthread_mutex_unlock(&lock);
-    return index ? (void *)chunks[index - 1].start : NULL;
+    return is_bare ? with_pages(c) : c ? (void *)c->start : NULL;
 }
 
 static void *born_malloc(void *ctx, size_t size) {
@@ -309,9 +343,19 @@ static void born_free(void *ctx, void *place, size_t size) {
     if (c && is_child) {
         madvise((void *)c->start, c->length, MADV_DONTNEED);
     } else if (c && c->state == USED) {
+        int is_emptied = 1;
+        if (idle_bytes + c->length > warm_most) {
+            c->state = EMPTYING;
+            pthread_mutex_unlock(&lock);
+            is_emptied = !madvise((void *)c->start, c->length, MADV_REMOVE);
+            pthread_mutex_lock(&lock);
+            c->is_bare = 1;
+            if (is_emptied) pages_left += c->length;
+        }
         used_bytes -= c->length;
-        put_idle(c);
-        if (is_too_much(c->since)) wake();
+        if (is_emptied) put_idle(c);
+        else c->state = GONE;
+        if (!is_emptied || is_too_much(c->since)) wake();
     } else if (c && c->state == MOVING) {
         c->state = DROPPED;
     } else if (c && c->state == PRIVATE) {
@@ -411,16 +455,16 @@ int born_begin(const Setup *given, uint16_t *granules, const Handler *numpys) {
     pthread_mutex_lock(&lock);
     setup = *given, index_of = granules, base = numpys->allocator, high = 0;
     memset(demand, 0, sizeof demand);
-    idle_most = drafts_most = largest = all_wanted = top = has_work = is_heard = 0;
+    idle_most = drafts_most = largest = warm_most = pages_left = all_wanted = top = has_work = is_heard = 0;
     reused = added = missed = top_used = 0, standby = 0;
     pthread_mutex_unlock(&lock);
     is_on = 1;
     return 1;
 }
 
-void born_limit(size_t drafts, size_t idle, size_t one) {
+void born_limit(size_t drafts, size_t idle, size_t one, size_t warm, size_t pages) {
     pthread_mutex_lock(&lock);
-    drafts_most = drafts, idle_most = is_on ? idle : 0, largest = one;
+    drafts_most = drafts, idle_most = is_on ? idle : 0, largest = one, warm_most = warm, pages_left = pages;
     pthread_mutex_unlock(&lock);
 }
 
@@ -459,7 +503,7 @@ size_t born_wanted(void) {
     for (int class = 0; class < CLASSES && all_wanted && !length; class++) {
         if (!demand[class].wanted) continue;
         size_t one = length_of(class);
-        int fits = is_on && used_bytes + idle_bytes + one <= drafts_most && now - demand[class].used <= LATELY_MS &&
+        int fits = is_on && used_bytes + idle_bytes + bare_bytes + one <= drafts_most && now - demand[class].used <= LATELY_MS &&
                    (demand[class].idle + 1) * one <= idle_allowed(now);
         int taken = fits ? 1 : demand[class].wanted;
         all_wanted -= taken, demand[class].wanted -= taken;
@@ -479,8 +523,8 @@ int born_end(void) {
     return is_empty;
 }
 
-/* Add a mapped chunk, which is idle or, if it has no pages, the one on standby. Returns 0 if there are too many. */
-int born_add(uintptr_t start, size_t length, int is_standby, int is_large) {
+/* Add a mapped chunk, which is idle or the one on standby. Returns 0 if there are too many. */
+int born_add(uintptr_t start, size_t length, int is_bare, int is_standby, int is_large) {
     int i = 0;
     pthread_mutex_lock(&lock);
     if (living == high) i = high;
@@ -488,10 +532,11 @@ int born_add(uintptr_t start, size_t length, int is_standby, int is_large) {
     int fits = i < CHUNKS && is_on && !(is_standby && standby);
     if (fits) {
         if (i == high) high++;
-        chunks[i] = (Chunk){start, length, IDLE, 0, 0, 0};
+        chunks[i] = (Chunk){start, length, IDLE, 0, 0, is_bare, 0};
         index_of[(start - setup.area) >> GRANULE_BITS] = (uint16_t)(i + 1);
         living++, added++;
-        if (is_standby) chunks[i].state = STANDBY, standby = i + 1, makes_large = is_large;
+        if (is_bare) makes_large = is_large;
+        if (is_standby) chunks[i].state = STANDBY, standby = i + 1;
         else put_idle(&chunks[i]);
     }
     pthread_mutex_unlock(&lock);
@@ -541,8 +586,9 @@ int born_make_private(uintptr_t address, size_t length, uint64_t *start, uint64_
 }
 
 /* Take out a chunk that is gone, or an idle one: any if `all`, else one that is older than `most_ms`, or the oldest while
- * they are too much. Of a class that is in use, one chunk is kept at any age. Returns its address, or 0. */
-uintptr_t born_take_gone(uint64_t most_ms, int all) {
+ * they are too much. Of a class that is in use, one chunk is kept at any age. Returns its address, or 0; `is_bare` tells
+ * whether it may lack pages. */
+uintptr_t born_take_gone(uint64_t most_ms, int all, int *is_bare) {
     Chunk *found = NULL;
     uintptr_t start = 0;
     pthread_mutex_lock(&lock);
@@ -563,7 +609,7 @@ uintptr_t born_take_gone(uint64_t most_ms, int all) {
         demand[class_of_chunk(found)].quiet = now + (found->length >> QUIET_BITS);
     if (found) {
         if (found->state == IDLE) take_idle(found);
-        start = found->start;
+        start = found->start, *is_bare = found->is_bare;
         found->state = NONE, found->is_kept = 0, living--;
         index_of[(start - setup.area) >> GRANULE_BITS] = 0;
     }
@@ -583,7 +629,7 @@ int born_is_used(int n, uint64_t *start, uint64_t *whole) {
 
 void born_figures(uint64_t *to) {
     pthread_mutex_lock(&lock);
-    uint64_t now[] = {used_bytes, idle_bytes, private_bytes, reused, added, missed, (uint64_t)living};
+    uint64_t now[] = {used_bytes, idle_bytes, bare_bytes, private_bytes, reused, added, missed, (uint64_t)living};
     memcpy(to, now, sizeof now);
     pthread_mutex_unlock(&lock);
 }

@@ -12,6 +12,8 @@ from dask_shm_plugin.table.layout import BLOCKS
 from dask_shm_plugin.units import LARGE
 
 _MAX_IDLE_BYTES = 32 << 20
+_MAX_WARM_BYTES = 4 << 20
+"""Idle chunks with pages: more would show in the peak of a computation. The others are bare."""
 _MAX_CHUNK_BYTES = 1 << 30
 """Larger arrays lie in ordinary memory: their pages exist only once they are touched."""
 _MAX_STANDBY_BYTES = 4 << 30
@@ -25,14 +27,19 @@ _MAX_ROWS = BLOCKS // 2
 
 
 class Limits(NamedTuple):
-    """Bytes that all chunks, the idle ones, and one chunk may have."""
+    """Bytes that all chunks, the idle ones, one chunk, and the idle ones with pages may have.
+
+    ``pages`` are the bytes of pages that allocations may make for bare chunks until the limits are set again.
+    """
 
     drafts: int
     idle: int
     largest: int
+    warm: int
+    pages: int
 
 
-NOTHING = Limits(0, 0, 0)
+NOTHING = Limits(0, 0, 0, 0, 0)
 
 
 def why_not_here() -> str | None:
@@ -64,7 +71,7 @@ def limits_in_blocks(arena: Arena) -> Limits:
         room = max(0, int(now.capacity * _FULL) - now.used + arena.budget.drafts())
     except (SharedMemoryError, OSError):
         return NOTHING
-    return Limits(room, min(room, _MAX_IDLE_BYTES), room)
+    return Limits(room, min(room, _MAX_IDLE_BYTES), room, min(room, _MAX_WARM_BYTES), _pages(arena, now.resident))
 
 
 def room_on_standby(arena: Arena) -> int:
@@ -103,4 +110,12 @@ def limits_of(arena: Arena, memory_limit: int) -> Limits:
     left = int(memory_limit * _SHORT) - (own - arena.budget.drafts())
     drafts = max(0, min(now.capacity // (2 * workers), memory_limit // 2, left))
     is_full = now.used > now.capacity * _FULL or own > memory_limit * _SHORT
-    return Limits(drafts, 0 if is_full else min(drafts, _MAX_IDLE_BYTES), min(drafts // 2, _MAX_CHUNK_BYTES))
+    idle, warm = (0 if is_full else min(drafts, most) for most in (_MAX_IDLE_BYTES, _MAX_WARM_BYTES))
+    return Limits(drafts, idle, min(drafts // 2, _MAX_CHUNK_BYTES), warm, _pages(arena, now.resident))
+
+
+def _pages(arena: Arena, resident: int) -> int:
+    """Return the bytes of pages that this process may make without asking: its part of half of what the machine has left."""
+    if arena.budget.use(resident) > NEAR:
+        return 0
+    return max(0, limits.head_room()) // (2 * arena.budget.count_workers())

@@ -35,10 +35,13 @@ class Setup(ctypes.Structure):
 
 
 class Figures(NamedTuple):
-    """Bytes of chunks in use, idle, and copy-on-write; how often one was handed out, added, not had; their number."""
+    """Bytes of chunks in use, idle with and without pages, and copy-on-write; how often one was handed out, added, not had;
+    their number.
+    """
 
     used: int
     idle: int
+    bare: int
     private: int
     reused: int
     added: int
@@ -73,15 +76,17 @@ class Library(NamedTuple):
         """Begin with an empty area; return whether that is possible."""
         return bool(self.functions.born_begin(ctypes.byref(setup), granules, self.numpys_handler))
 
-    def take_gone(self, seconds: float, *, every: bool = False) -> int | None:
+    def take_gone(self, seconds: float, *, every: bool = False) -> tuple[int, bool] | None:
         """Take out a chunk that is gone, or idle for longer than ``seconds``, beyond the limit, or at all.
 
         Returns
         -------
-        int or None
-            Its address.
+        tuple of int and bool, or None
+            Its address, and whether it may lack pages.
         """
-        return self.functions.born_take_gone(int(seconds * 1000), every) or None
+        is_bare = ctypes.c_int()
+        address = self.functions.born_take_gone(int(seconds * 1000), every, ctypes.byref(is_bare))
+        return (address, bool(is_bare.value)) if address else None
 
     def used(self) -> Iterator[tuple[int, int]]:
         """Yield address and length of each chunk that is in use and shared; each is looked up when it is its turn."""
@@ -142,17 +147,17 @@ def _declare(functions: Any) -> None:
     size, pointer = ctypes.c_size_t, ctypes.c_void_p
     for name, result, arguments in (
         ("born_begin", ctypes.c_int, [pointer, pointer, pointer]),
-        ("born_limit", None, [size, size, size]),
+        ("born_limit", None, [size] * 5),
         ("born_stop", None, []),
         ("born_wait", None, [ctypes.c_uint64, ctypes.c_int]),
         ("born_wanted", size, []),
         ("born_end", ctypes.c_int, []),
         ("born_wake", None, []),
-        ("born_add", ctypes.c_int, [size, size, ctypes.c_int, ctypes.c_int]),
+        ("born_add", ctypes.c_int, [size, size, ctypes.c_int, ctypes.c_int, ctypes.c_int]),
         ("born_length", size, [size]),
         ("born_stands_by", ctypes.c_int, [ctypes.c_int]),
         ("born_make_private", ctypes.c_int, [size, size, pointer, pointer]),
-        ("born_take_gone", size, [ctypes.c_uint64, ctypes.c_int]),
+        ("born_take_gone", size, [ctypes.c_uint64, ctypes.c_int, pointer]),
         ("born_is_used", ctypes.c_int, [ctypes.c_int, pointer, pointer]),
         ("born_figures", None, [pointer]),
     ):

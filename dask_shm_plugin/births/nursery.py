@@ -54,15 +54,16 @@ class Sealed(enum.IntEnum):
 
 
 class _Chunk:
-    """A chunk: the reference to its draft or block, its place in the arena, whether it has pages, and whether it is sealed.
+    """A chunk: the reference to its draft or block, its place in the arena, whether it was on standby and is longer than its
+    array, and whether it is sealed.
 
     ``rest`` is the reference while that of a shorter draft takes its place, so that an interrupt does not drop it.
     """
 
-    __slots__ = ("extent", "has_pages", "hold", "is_sealed", "rest")
+    __slots__ = ("extent", "hold", "is_sealed", "is_standby", "rest")
 
-    def __init__(self, hold: Hold, extent: Extent, *, has_pages: bool) -> None:
-        self.hold, self.extent, self.has_pages, self.is_sealed = hold, extent, has_pages, False
+    def __init__(self, hold: Hold, extent: Extent, *, is_standby: bool) -> None:
+        self.hold, self.extent, self.is_standby, self.is_sealed = hold, extent, is_standby, False
         self.rest: Hold | None = None
 
 
@@ -98,6 +99,7 @@ class Nursery:
         self._adding, self._sealing = threading.RLock(), threading.RLock()
         self._is_stopped = self.is_over = False
         self._next_look = self._quiet_until = 0.0
+        self._warm = 0
         self._standby = Standby(library, arena, self._add_standby)
 
     def start(self) -> str | None:
@@ -138,9 +140,9 @@ class Nursery:
         self._give_back()
 
     def bytes_in_drafts(self) -> int:
-        """Return the bytes of all chunks that are not sealed."""
-        drafts = [one for one in list(self._chunks.values()) if one.has_pages and not one.is_sealed]
-        return sum(chunk.extent.length for chunk in drafts)
+        """Return the bytes of all chunks that have pages and are not sealed."""
+        drafts = [one for one in list(self._chunks.values()) if not (one.is_standby or one.is_sealed)]
+        return max(0, sum(chunk.extent.length for chunk in drafts) - self._library.figures().bare)
 
     def figures(self) -> Figures:
         """Return the figures of the library."""
@@ -174,7 +176,7 @@ class Nursery:
 
     @step("add chunk")
     def _add(self, length: int, *, is_standby: bool = False) -> None:
-        """Add an idle chunk, or one without pages on standby.
+        """Add an idle chunk, or one on standby; it is bare if it is on standby, or no more pages may be idle.
 
         Raises
         ------
@@ -184,15 +186,16 @@ class Nursery:
         bounds.insist_on_room(self._arena, length)
         # Stock Dask frees temporary arrays at once, so their pages must not add up over the phases of a computation.
         hold, extent = self._arena.reserve(length, stays_warm=False)
-        if not is_standby:
+        is_bare = is_standby or self._library.figures().idle + length > self._warm
+        if not is_bare:
             self._arena.pages.make(extent)
         address = self._area + extent.offset
-        self._chunks[address] = _Chunk(hold, extent, has_pages=not is_standby)
+        self._chunks[address] = _Chunk(hold, extent, is_standby=is_standby)
         self._arena.segment.map_shared_at(address, BLOCKS_FROM + extent.offset, length)
-        if not is_standby:
+        if not is_bare:
             # Pages exist, so a failure costs faults, not a crash.
             syscalls.populate_for_writing(address, length)
-        if not self._library.functions.born_add(address, length, is_standby, large_pages.are_served()):
+        if not self._library.functions.born_add(address, length, is_bare, is_standby, large_pages.are_served()):
             raise MappingRefused("there are too many chunks")
 
     def _add_standby(self, length: int) -> None:
@@ -201,20 +204,20 @@ class Nursery:
 
     def _fit_all(self) -> None:
         with self._sealing, contextlib.suppress(SharedMemoryError, OSError):  # the table may be full
-            for address in [address for address, chunk in list(self._chunks.items()) if not chunk.has_pages]:
+            for address in [address for address, chunk in list(self._chunks.items()) if chunk.is_standby]:
                 self._fit(address)
 
     def _fit(self, address: int) -> None:
         """Give back what is left of a chunk that was on standby, if it is not any more; the caller holds the lock."""
         chunk = self._chunks[address]
         length = self._library.functions.born_length(address)
-        if not chunk.has_pages and 0 < length < chunk.extent.length:
+        if chunk.is_standby and 0 < length < chunk.extent.length:
             # First the mapping goes, then the claim.
             syscalls.close_off(address + length, chunk.extent.length - length)
             chunk.rest = Hold()
             chunk.extent = self._arena.allocator.shorten(chunk.hold, chunk.extent, length, chunk.rest)
             chunk.hold = chunk.rest
-            chunk.has_pages = True
+            chunk.is_standby = False
 
     # -- called by whoever publishes
 
@@ -340,7 +343,7 @@ class Nursery:
         with self._sealing:
             gone = self._library.take_gone(self._idle_s, every=every or self._is_stopped)
             if gone is not None:
-                self._drop(gone)
+                self._drop(*gone)
             return gone is not None
 
     def _drop_strays(self) -> None:
@@ -348,11 +351,14 @@ class Nursery:
         with self._sealing:
             for address in list(self._chunks):
                 if not self._library.functions.born_length(address):
-                    self._drop(address)
+                    self._drop(address, is_bare=True)
 
     @step("drop chunk")
-    def _drop(self, address: int) -> None:
+    def _drop(self, address: int, is_bare: bool) -> None:
         ATLAS.remove(address)
+        if is_bare:
+            # Before the place is free: other processes may remember its pages.
+            self._arena.allocator.count_trim()
         # A draft that stays mapped could be written by two processes, so it is kept if it cannot be closed off.
         syscalls.close_off(address, self._chunks[address].extent.length)
         self._chunks.pop(address, None)
@@ -364,4 +370,5 @@ class Nursery:
             limits = bounds.limits_of(self._arena, self._memory_limit)
         else:
             limits = bounds.limits_in_blocks(self._arena)
+        self._warm = limits.warm
         self._library.functions.born_limit(*limits)

@@ -267,6 +267,7 @@ def test_a_full_arena_gets_the_idle_chunks_back(nursery: Nursery, arena: Arena) 
 def test_idle_chunks_are_bounded_and_age(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     """They have a bound, which one chunk may exceed, and stay for a second or the time of `shm.warm`."""
     monkeypatch.setattr(bounds, "_MAX_IDLE_BYTES", 2 * MIB)
+    monkeypatch.setattr(bounds, "_MAX_WARM_BYTES", 2 * MIB)
     with births(arena, warm=0.2) as nursery:
         assert nursery._idle_s == 0.2
         nursery._idle_s = 3600.0  # none ages before the bound was seen
@@ -274,9 +275,42 @@ def test_idle_chunks_are_bounded_and_age(arena: Arena, monkeypatch: pytest.Monke
         arrays.clear()
         wait_until(lambda: figures().idle == 2 * MIB, "idle chunks are bounded")
         newborn(np.ones, 8 * MIB, np.uint8)
-        wait_until(lambda: figures().idle == 8 * MIB, "the others make room")
+        wait_until(lambda: (figures().bare, figures().idle) == (8 * MIB, 0), "the others make room")
         nursery._idle_s = 0.2
         wait_until(lambda: arena.stats().used == 0, "idle chunks are given back")
+
+
+def test_idle_chunks_beyond_the_bound_have_no_pages(nursery: Nursery, arena: Arena) -> None:
+    """The pages go when the array is freed, and are made again, in the same chunk, when the next one is allocated."""
+    array = newborn(np.ones, 8 * MIB, np.uint8)
+    address, resident = array.ctypes.data, arena.segment.resident
+    wait_until(lambda: figures().bare == 8 * MIB, "the next chunk is added, without pages")
+    with nursery._sealing, nursery._adding:  # the nursery's thread neither adds nor drops
+        del array
+        assert arena.segment.resident <= resident - 8 * MIB
+        assert figures().idle == 0
+        again = in_arena(np.ones, 8 * MIB, np.uint8)
+        assert again.ctypes.data == address
+        assert arena.segment.resident >= resident
+        assert again.all()
+    assert own_drafts(arena) == 8 * MIB
+
+
+def test_other_processes_look_again_for_the_pages_of_a_dropped_chunk(nursery: Nursery, arena: Arena) -> None:
+    """A process may have written there when the place was a block's, and it remembers that pages exist."""
+    newborn(np.ones, 8 * MIB, np.uint8)
+    before = arena._access.table.trims
+    nursery._idle_s = 0.0
+    wait_until(lambda: figures().living == 0, "the bare chunks are dropped")
+    assert arena._access.table.trims > before
+
+
+def test_where_no_pages_may_be_made_arrays_lie_in_ordinary_memory(nursery: Nursery, monkeypatch) -> None:
+    """A bare chunk stays bare while the machine has no memory left."""
+    newborn(np.ones, 8 * MIB, np.uint8)
+    monkeypatch.setattr(limits, "head_room", lambda: 0)
+    nursery._set_limits()
+    assert not is_born(in_arena(np.ones, 8 * MIB, np.uint8))
 
 
 def test_the_limit_of_a_worker_counts(arena: Arena) -> None:
@@ -289,7 +323,7 @@ def test_the_limit_of_a_worker_counts(arena: Arena) -> None:
         assert limits.largest == limits.drafts // 2
         newborn(np.ones, MIB, np.uint8)
     with births(arena, memory_limit=own):
-        assert bounds.limits_of(arena, own) == (0, 0, 0)
+        assert bounds.limits_of(arena, own)[:4] == (0, 0, 0, 0)
         assert not any(is_born(in_arena(np.ones, MIB, np.uint8)) for _ in range(5))
 
 

@@ -74,7 +74,7 @@ def is_born(array: np.ndarray) -> bool:
 
 def drafts(arena: Arena) -> int:
     """Return the bytes of all drafts and blocks of an arena, without idle chunks of this process."""
-    return _less_idle(lambda: arena.stats().used)
+    return _less_idle(lambda: arena.stats().used - figures().bare)
 
 
 def own_drafts(arena: Arena) -> int:
