@@ -102,10 +102,12 @@ class Node:
     ----------
     address
         Its address, which only the nodes of the same switch can reach.
+    port
+        The interface of the switch to which it is connected.
     """
 
-    def __init__(self, spaces: Namespaces, name: str, address: str) -> None:
-        self._spaces, self.name, self.address = spaces, name, address
+    def __init__(self, spaces: Namespaces, name: str, address: str, port: str) -> None:
+        self._spaces, self.name, self.address, self.port = spaces, name, address, port
         self._logs: list[tuple[str, Path]] = []
 
     def popen(self, *line: str, env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
@@ -126,6 +128,10 @@ class Node:
     def shape(self, *discipline: str) -> None:
         """Let ``tc`` slow down what the node sends."""
         self._spaces.run("tc", "qdisc", "add", "dev", "eth0", "root", *discipline)
+
+    def enlarge_packets(self, size: int) -> None:
+        """Let the node send packets of ``size`` bytes."""
+        self._spaces.run("ip", "link", "set", "eth0", "mtu", str(size))
 
     def arena_bytes(self) -> int:
         """Return the bytes of memory behind the arenas of the node."""
@@ -171,7 +177,11 @@ class Switch:
         self._spaces.run("ip", "link", "set", port, "master", "br0", "up")
         spaces.run("ip", "address", "add", f"{address}/24", "dev", "eth0")
         spaces.run("ip", "link", "set", "eth0", "up")
-        return Node(spaces, name, address)
+        return Node(spaces, name, address, port)
+
+    def popen(self, *line: str, **options: Any) -> subprocess.Popen[str]:
+        """Start a command in the namespaces of the switch; it ends with the switch."""
+        return subprocess.Popen(self._spaces.inside(line), text=True, **options)
 
     def _new(self, name: str, shm: str = "2g") -> Namespaces:
         spaces = Namespaces(name, shm)
