@@ -154,6 +154,8 @@ class Answers:
             published = await self._publisher.publish(key, wrapped.data, serialize, is_wanted=recipient.is_near)
             if isinstance(published, Published):
                 keep.append(published)
+                if not recipient.is_near:
+                    self._publisher.sent_away(key, published)
                 message, reason = recipient.message_for(published)
                 if reason is not None:
                     self._count_as_sent([key], reason)

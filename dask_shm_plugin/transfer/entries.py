@@ -10,8 +10,9 @@ from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.seams.worker_data import WorkerData
 from dask_shm_plugin.transfer.entry import Entry
 from dask_shm_plugin.values import aliases
+from dask_shm_plugin.values.codec import Published
 from dask_shm_plugin.values.handles import Handle
-from dask_shm_plugin.values.index import PublishedIndex
+from dask_shm_plugin.values.index import SENT, PublishedIndex
 
 
 class Listener(Protocol):
@@ -49,6 +50,7 @@ class Entries:
         self._listener = listener
         self._data = data
         self._index = PublishedIndex(arena, address)
+        self._sent = PublishedIndex(arena, SENT)
         self._entries: dict[Any, Entry] = {}
         self._adopting: dict[Any, Entry] = {}
         self._is_closed = False
@@ -104,6 +106,16 @@ class Entries:
         if is_same and entry.published is not None:
             entry.list(functools.partial(self._add_listing, key, entry.published.handle))
 
+    def list_as_sent(self, key: Any, published: Published) -> None:
+        """List a value that is sent to another node: if its version comes back from there, this copy is taken.
+
+        Unlike :meth:`list`, this does not say that the worker would send the same now.
+        """
+        self._sent.add(key, published.handle)
+        entry = self._entries.get(key)
+        if entry is None or entry.published is not published:
+            self._sent.remove(key)
+
     def _add_listing(self, key: Any, handle: Handle) -> None:
         self._index.add(key, handle)
         if self._listener is not None:
@@ -132,6 +144,7 @@ class Entries:
         entry = self._entries.pop(key, None)
         if entry is not None:
             entry.close()
+            self._sent.remove(key)
             if self._listener is not None:
                 self._listener.withdrawn(key)
 
@@ -142,6 +155,7 @@ class Entries:
         for key in list(self._entries):
             self.forget(key)
         self._index.clear()
+        self._sent.clear()
 
     def __iter__(self) -> Iterator[tuple[Any, Entry]]:
         return iter(list(self._entries.items()))

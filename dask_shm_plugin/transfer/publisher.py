@@ -139,6 +139,10 @@ class Publisher:
             return await serialize()
         return outcome
 
+    def sent_away(self, key: Any, published: Published) -> None:
+        """Note that a published value is sent to another node, from which its version may come back to this one."""
+        self._entries.list_as_sent(key, published)
+
     def answered(self, ask: Ask) -> None:
         """Note that an answer is over: list and adopt those of its published values that nothing else reaches."""
         entries = list(ask.entries.items())

@@ -61,10 +61,15 @@ def find(address: str, keys: Any) -> dict[Any, Handle]:
 
 LANDED = "landed"
 """Takes the place of the address where a value that came from another node is listed, before any worker stores it."""
+SENT = "sent"
+"""Takes its place where a value is listed that was sent to another node, even if its owner may have changed it since."""
 
 
 def find_at_home(arena: Arena, keys: Iterable[Any]) -> list[Handle]:
-    """Return the handles of some keys that any member of an arena has listed; they may be of several versions."""
+    """Return the handles of some keys that any member of an arena has listed; they may be of several versions.
+
+    Only a worker that has the value under its key can tell which version is the present one.
+    """
     found: list[Handle] = []
     with contextlib.suppress(Exception):  # see `_find`
         for data in _listed_at_home(arena, keys):
@@ -84,7 +89,8 @@ def _listed_at_home(arena: Arena, keys: Iterable[Any]) -> set[bytes]:
     found: set[bytes] = set()
     for key in filter(_is_plain, keys if listing else ()):
         text = repr(key)
-        found.update(directory.find_among(everyone, _name(LANDED, text)))
+        for place in (LANDED, SENT):
+            found.update(directory.find_among(everyone, _name(place, text)))
         for address, here in listing.items():
             found.update(directory.find_among(here, _name(address, text)))
     return found

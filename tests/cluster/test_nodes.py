@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
-from distributed import Client
+from distributed import Client, get_worker
 from moving import (
     NOISE,
     SIZE,
@@ -96,6 +99,89 @@ def test_each_node_receives_a_value_once(
 ) -> None:
     """The wire carries the value once to each other node, and each node has one copy, in its arena."""
     undisturbed(lambda: moved_once(two.cluster, two.clients[where], how, make, expected))
+
+
+def fetch_back(client: Client, seed: int) -> tuple[bool, list[tuple[int, bool]]]:
+    """Send a value that its owner may still change to b, and let the owner's neighbour have it from there."""
+    owner, neighbour, _ = of(client, "a")
+    other = of(client, "b")[0]
+    future = client.submit(aliased, seed, workers=[owner], pure=False)
+    assert client.submit(seen, future, workers=[other], pure=False).result() == (total(array(seed)), True)
+    is_missing = bool(client.run_on_scheduler(gather_on, neighbour, future.key, other))
+    figures = client.gather([client.submit(seen, future, workers=[one], pure=False) for one in (neighbour, other)])
+    client.run(drop_alias, workers=[owner])
+    return is_missing, figures
+
+
+def aliased(seed: int) -> Any:
+    """Make a value to which the worker keeps a reference."""
+    get_worker().alias = array(seed)
+    return get_worker().alias
+
+
+def drop_alias(dask_worker: Any) -> None:
+    """Drop that reference."""
+    del dask_worker.alias
+
+
+async def gather_on(worker: str, key: Any, holder: str, dask_scheduler: Any) -> Any:
+    """Let a worker fetch a value from a holder; return the keys that it has not got."""
+    return await dask_scheduler.gather_on_worker(worker, {key: [holder]})
+
+
+def test_a_value_does_not_come_back_to_its_node(two: Two) -> None:
+    """It is found in the arena, although its owner does not list it, because something else reaches it there."""
+    seed = random.randrange(1 << 30)
+    before = carried(two.cluster)
+    assert two.clients["elsewhere"](fetch_back, seed) == (False, [(total(array(seed)), True)] * 2)
+    after = carried(two.cluster)
+    by_wire = {name: (after[name] - before[name]) / SIZE for name in after}
+    assert by_wire == pytest.approx({"a": 0, "b": 1}, abs=NOISE)
+
+
+# ------------------------------------------------------------------------------------------------------ stopped senders
+
+
+def pass_by(client: Client, seed: int) -> tuple[bool, list[tuple[int, bool]]]:
+    """Let a worker of b ask a stopped worker for a value, and then its neighbour another one, which answers."""
+    (maker, stopped, third), (first, second, _) = of(client, "a"), of(client, "b")
+    future = client.submit(array, seed, workers=[maker], pure=False)
+    assert client.submit(seen, future, workers=[stopped], pure=False).result() == (total(array(seed)), True)
+    client.run(be_patient, 1000.0, workers=[second])
+    pid = client.run(os.getpid, workers=[stopped])[stopped]
+    client.run(os.kill, pid, signal.SIGSTOP, workers=[third])
+    waiting = Thread(target=lambda: client.run_on_scheduler(gather_on, first, future.key, stopped))
+    try:
+        waiting.start()
+        wait_until(lambda: client.run(is_asking, future.key, workers=[first])[first], "the first one asks")
+        is_missing = bool(client.run_on_scheduler(gather_on, second, future.key, maker))
+    finally:
+        client.run(os.kill, pid, signal.SIGCONT, workers=[third])
+        waiting.join()
+        client.run(be_patient, 10.0, workers=[second])
+    return is_missing, client.gather([client.submit(seen, future, workers=[one], pure=False) for one in of(client, "b")])
+
+
+def be_patient(seconds: float) -> None:
+    """Let a worker wait so long for its neighbours."""
+    from dask_shm_plugin.transfer import asking
+
+    asking._PATIENCE_S = seconds
+
+
+def is_asking(key: Any) -> bool:
+    """Return whether the worker of this process is asking another node for a key."""
+    from dask_shm_plugin.node import membership
+    from dask_shm_plugin.values import index
+
+    name = index.name_of("asking", key)
+    return any(arena.directory.find(arena.member, name) is not None for arena in membership.all_arenas())
+
+
+def test_a_neighbour_of_a_stopped_sender_is_not_waited_for(two: Two) -> None:
+    """The worker asks its own sender while the other one is still stopped."""
+    seed = random.randrange(1 << 30)
+    assert two.clients["elsewhere"](pass_by, seed) == (False, [(total(array(seed)), True)] * 3)
 
 
 # ---------------------------------------------------------------------------------------------------------- reused keys
