@@ -105,9 +105,9 @@ def run(asked: Any, count: int) -> list[dict[str, Any]]:
         for arm in arms:
             cluster = clusters[arm] = stack.enter_context(node_cluster())
             for number in range(count):
-                node = cluster.add("abcdefgh"[number], asked.workers, memory="4 GiB")
-                if asked.slow:
-                    slow_down(cluster, node)
+                cluster.add("abcdefgh"[number], asked.workers, memory="4 GiB")
+            for node in [cluster.head, *cluster.nodes.values()] if asked.slow else []:
+                slow_down(cluster, node)
             for where, node in (("here", cluster.nodes["a"]), ("elsewhere", cluster.head)):
                 drivers[arm, where] = cluster.driver(node)
                 drivers[arm, where](moves.begin, arm)

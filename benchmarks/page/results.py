@@ -18,6 +18,8 @@ COMMANDS = {
     "workloads": "workloads.py",
     "fanout": "fanout.py",
     "shuffles": "shuffles.py",
+    "nodes": "nodes.py",
+    "nodes_slow": "nodes.py --slow",
 }
 """The files, without their ending, and the scripts that write them."""
 

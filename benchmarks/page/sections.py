@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -237,6 +238,43 @@ def shuffles(results: Results) -> Lines:
     yield from table(["", *head], rows)
 
 
+def nodes(results: Results, name: str) -> Lines:
+    """Show what crosses the wires between nodes, how many copies each has, and how long it takes."""
+    result = results[name]
+    speed = "1 Gbit/s and 10 ms from each node to the others" if result["is_slow"] else "as fast as memory"
+    yield (
+        f"Wires {speed}; {result['workers']} workers on each node, {result['size'] / MIB:.0f} MiB, medians. *Received* and "
+        "*copies* are those of a node, in multiples of the array; where the first node differs, it stands before the others. "
+        "[Several nodes](concepts/nodes.md) explains it."
+    )
+    yield ""
+    cases: dict[tuple[int, str], dict[str, Any]] = {(one["nodes"], one["way"]): {} for one in result["results"]}
+    for one in result["results"]:
+        cases[one["nodes"], one["way"]][one["arm"]] = one
+    rows = [
+        [
+            f"{count} {'nodes' if count > 1 else 'node'}, {way}",
+            *(f"{one[arm]['seconds']['median']:.2f}" for arm in ARMS),
+            f"{one['plugin']['seconds']['median'] / one['stock']['seconds']['median']:.2f}",
+            *(f"{one[arm]['processor seconds']['median']:.2f}" for arm in ARMS),
+            *(_by_nodes(count, [one[arm]["received"]]) for arm in ARMS),
+            *(_by_nodes(count, [one[arm]["copies in the arena"], one[arm]["private copies"]]) for arm in ARMS),
+        ]
+        for (count, way), one in cases.items()
+        if (count, way) != (1, "fan")
+    ]
+    kinds = [
+        f"{kind}, {arm}" for kind in ("time, s", "processor, s", "received", "copies") for arm in ("stock", "plugin")
+    ]
+    yield from table(["", *kinds[:2], "ratio", *kinds[2:]], rows)
+
+
+def _by_nodes(count: int, figures: list[dict[str, Any]]) -> str:
+    """Return a sum of figures of the first node, and that of the other nodes if it differs."""
+    first, others = (f"{sum(one[node]['median'] for one in figures):.1f}" for node in ("first node", "other nodes"))
+    return first if count == 1 or first == others else f"{first}; {others}"
+
+
 def memory(results: Results) -> Lines:
     """Point to the other page on memory."""
     yield "What workers report through a longer piece of work, and what is really there, is told in"
@@ -259,6 +297,7 @@ SECTIONS: dict[str, dict[str, Callable[[Results], Iterable[str]]]] = {
     },
     "Tasks that share one value": {"fanout": fanout},
     "Shuffles and rechunks": {"shuffles": shuffles},
+    "Between nodes": {name: functools.partial(nodes, name=name) for name in ("nodes", "nodes_slow")},
     "Event loops, start-up, hashing": {"targets": loops_and_start},
     "Memory over time": {"": memory},
 }
