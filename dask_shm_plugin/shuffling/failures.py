@@ -1,4 +1,4 @@
-"""A failed shuffle keeps no shards: errors are kept by runs and by a worker's log, and their frames refer to shards."""
+"""Shards that are not needed any more are not kept: by errors in the log of a worker, or by tasks that wait."""
 
 from __future__ import annotations
 
@@ -27,16 +27,20 @@ def forget_tables(run: Any) -> None:
     replacement = Replacement(run, "_repartition_buffers", repartition)
 
 
-def forget_unwritten(buffer: Any) -> None:
-    """Let Dask's buffer drop shards that it cannot write to a file: the worker's log keeps the error."""
+def forget_written(buffer: Any) -> None:
+    """Let Dask's buffer drop shards when they are written to a file, or cannot be.
+
+    Dask's task that writes refers to the list until it writes again, and the worker's log keeps an error.
+    """
 
     async def process(name: str, shards: list[Any]) -> None:
         try:
             await replacement.old(name, shards)
         except Exception as error:
             forget_values(error)  # it is new, and all its frames have ended, except those that have the list
-            shards.clear()
             raise
+        finally:
+            shards.clear()
 
     replacement = Replacement(buffer, "_process", process)
 

@@ -9,7 +9,7 @@ from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.seams import shuffle as seams
 from dask_shm_plugin.seams.replacement import SharedReplacement
 from dask_shm_plugin.shuffling.assembly import Assembly
-from dask_shm_plugin.shuffling.failures import forget_unwritten
+from dask_shm_plugin.shuffling.failures import forget_written
 from dask_shm_plugin.shuffling.kept import Allowance, KeptShards
 from dask_shm_plugin.shuffling.restarts import Restart
 from dask_shm_plugin.shuffling.sending import Sender
@@ -57,7 +57,7 @@ class Shuffles:
         Sender(run, plugin, self._arena, self.is_on)
         buffer, allowance, restart = run._disk_buffer, None, None
         if isinstance(buffer, seams.DiskShardsBuffer):
-            forget_unwritten(buffer)
+            forget_written(buffer)
             if run.id in self._restarted:
                 return  # its outputs are read more than once, which files allow
             allowance, restart = self._allowance(buffer.memory_limiter), Restart(run, self._restarted.add)

@@ -159,7 +159,9 @@ def pass_by(client: Client, seed: int) -> tuple[bool, list[tuple[int, bool]]]:
         client.run(os.kill, pid, signal.SIGCONT, workers=[third])
         waiting.join()
         client.run(be_patient, 10.0, workers=[second])
-    return is_missing, client.gather([client.submit(seen, future, workers=[one], pure=False) for one in of(client, "b")])
+    return is_missing, client.gather(
+        [client.submit(seen, future, workers=[one], pure=False) for one in of(client, "b")]
+    )
 
 
 def be_patient(seconds: float) -> None:

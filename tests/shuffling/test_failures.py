@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from distributed.core import clean_exception, error_message
+from distributed.shuffle._disk import DiskShardsBuffer
 from distributed.shuffle._exceptions import P2PConsistencyError
+from distributed.shuffle._limiter import ResourceLimiter
 
 from dask_shm_plugin.seams import shuffle as seams
 from dask_shm_plugin.shuffling import sending, shuffles
-from dask_shm_plugin.shuffling.failures import forget_tables
+from dask_shm_plugin.shuffling.failures import forget_tables, forget_written
 from dask_shm_plugin.shuffling.parcels import Parcel
 from dask_shm_plugin.shuffling.sending import Sender
 
@@ -60,6 +65,26 @@ def test_parcels_that_a_failed_buffer_refuses_do_not_wait_to_be_sent() -> None:
         with pytest.raises(RuntimeError, match="failed"):
             await run._comm_buffer.write({"there": (0, parcel)})
         assert sender._few_wait.is_set()
+
+    asyncio.run(use())
+
+
+def test_shards_are_dropped_when_they_are_in_a_file(tmp_path: Path) -> None:
+    """Dask's task that has written them refers to them until it writes again: each worker would keep a block."""
+
+    async def use() -> None:
+        buffer = DiskShardsBuffer(str(tmp_path), lambda path: (path.read_bytes(), 1), ResourceLimiter(1 << 20))
+        forget_written(buffer)
+        array = np.arange(1000)
+        content, alive = array.tobytes(), weakref.ref(array)
+        await buffer.write({"0": [((0,), array)]})
+        del array
+        while not buffer.bytes_written:
+            await asyncio.sleep(0.001)
+        assert alive() is None
+        await buffer.flush()
+        assert content in buffer.read("0")
+        await buffer.close()
 
     asyncio.run(use())
 
