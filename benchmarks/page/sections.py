@@ -222,7 +222,8 @@ def shuffles(results: Results) -> Lines:
     """Show the processor time of shuffles and rechunks, and what of it is not the tasks' own."""
     yield (
         f"Ratios with the plugin over stock Dask, medians of {results['shuffles']['pairs']} pairs in fresh clusters. *Tasks alone* "
-        "is the processor time of the same tasks with hardly any data, and *net* the ratio without it."
+        "is the processor time of the same tasks with hardly any data, and *net* the ratio without it; with shards of 32 KiB, most of "
+        "it is that of messages, which the plugin saves, too. *Memory*: without Dask's files."
     )
     yield ""
     seconds = [("stock", "cpu"), ("plugin", "cpu"), ("stock", "own")]
