@@ -19,8 +19,8 @@ tasks
 
 Copies are the blocks in use in the arena of a node, and the growth of ``RssAnon`` of its workers, in multiples of the array.
 Processor time is that of all processes of all nodes; a virtual wire costs no other. ``--slow`` lets each node send 1 Gbit/s
-(``tc tbf``) with a delay of 10 ms (``wires.py``, which takes a part of a processor). ``--copying``
-adds an arm in which values are received into private memory and then copied into the arena, instead of being received there.
+(``tc tbf``) with a delay of 10 ms (``wires.py``, which takes a part of a processor). ``--copying`` adds an arm in which
+values are received into private memory and then copied into the arena, instead of being received there.
 """
 
 from __future__ import annotations

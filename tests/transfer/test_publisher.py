@@ -19,7 +19,7 @@ from dask_shm_plugin.seams.worker_data import WorkerData
 from dask_shm_plugin.transfer import adopter, publisher
 from dask_shm_plugin.transfer.adopter import Adopter
 from dask_shm_plugin.transfer.publisher import Publisher
-from dask_shm_plugin.values import codec, handles
+from dask_shm_plugin.values import codec, handles, index
 from dask_shm_plugin.values.codec import Published, Serialized
 from dask_shm_plugin.values.context import Context
 
@@ -167,6 +167,24 @@ async def test_one_object_under_two_keys_stays_private_and_one(arena, data):
     again = await ours.answer("x")
     assert again is not published
     assert handles.resolve(again.handle)[0] == 7
+    ours.close()
+
+
+@in_loop
+async def test_what_is_sent_to_another_node_is_found_by_its_version_until_it_is_forgotten(arena, data):
+    """Even if its owner may change it; a listing that comes too late does not stay."""
+    ours = Worker(arena, data, x=big())
+    alias = ours.data["x"]
+    published = await ours.answer("x")
+    ours.publisher.sent_away("x", published)
+    (found,) = index.find_at_home(arena, ["x"])
+    assert found.version == published.handle.version
+    np.testing.assert_array_equal(handles.resolve(found), alias)
+    assert not index.find("tcp://here", ["x"]), "it says nothing about what would be sent now"
+    del ours.data["x"]
+    assert not index.find_at_home(arena, ["x"])
+    ours.publisher.sent_away("x", published)
+    assert listed(arena) == 0
     ours.close()
 
 
