@@ -116,6 +116,7 @@ class Arena:
         self.in_use = threading.RLock()
         self.has_writeable_views = True
         self._upkeep: list[Callable[[], None]] = []
+        self._trims_soon = False
         self.member = self._join()
         self.holdings = Holdings(segment, self._mutex, self._access, self.member)
         self.allocator = Allocator(self._access, self.holdings, self.member, warm)
@@ -128,7 +129,7 @@ class Arena:
         self.labels = Labels(segment, self.member, self.holdings.references.knows)
         self._home = Home(self.arena_id, self.allocator, self.holdings, self.pages)
         self.receptions = Receptions(self._home, self._access, self.reserve)
-        self.budget.received = self.receptions.bytes_in_drafts
+        self.budget.received, self.budget.grown = self.receptions.bytes_in_drafts, self._trim_soon
         housekeeping.start(self._chores(), lambda: self.has_left)
 
     @classmethod
@@ -419,17 +420,24 @@ class Arena:
     def _chores(self) -> housekeeping.Chores:
         return housekeeping.Chores(
             wait=self.holdings.releases.wait,
-            is_behind=lambda: self.pages.are_behind,
+            is_behind=lambda: self.pages.are_behind or self._trims_soon,
             release=self.holdings.tidy,
             make_up=self._make_up,
             look_around=self._look_around,
             leave=self.finish_leaving,
         )
 
+    def _trim_soon(self) -> None:
+        self._trims_soon = True
+        self.holdings.releases.wake()
+
     def _make_up(self) -> None:
         if not self.is_damaged:
             with self.in_use:
                 self.pages.make_up()
+                if self._trims_soon:
+                    self._trims_soon = False
+                    self.trimmer.trim()
 
     def _look_around(self) -> None:
         self.holdings.references.release_ended_children()

@@ -23,6 +23,10 @@ Noted figures may be half a second old.
 """
 
 
+_GROWTH_BYTES = 8 << 20
+"""Bytes by which own memory grows before free pages of the arena are looked for."""
+
+
 class Budget:
     """The memory that the workers of one arena use, and the sum of their limits.
 
@@ -37,6 +41,10 @@ class Budget:
     ----------
     drafts
         Returns the bytes of this process's drafts that contain its arrays; they are its own memory.
+    grown
+        Called when the own memory of this process is found to have grown.
+    bare
+        Returns the bytes of its drafts that have no pages yet.
     received
         Returns the bytes of its drafts into which it receives.
 
@@ -49,7 +57,10 @@ class Budget:
     def __init__(self, access: GuardedTable, member: Member) -> None:
         self._access, self._member = access, member
         self._limits: dict[object, int] = {}
+        self._least = 0
+        self.grown: Callable[[], object] = int
         self.drafts: Callable[[], int] = int
+        self.bare: Callable[[], int] = int
         self.received: Callable[[], int] = int
 
     def set_limit(self, worker: object, limit: int | None) -> None:
@@ -89,8 +100,13 @@ class Budget:
         limit = sum(self._limits.values())
         drafts = self.drafts() + self.received()
         self._access.table.members.note_memory(self._member, private, min(limit, UNLIMITED))
-        self._access.table.members.note_drafts(self._member, drafts)
-        return private + drafts
+        self._access.table.members.note_drafts(self._member, drafts, self.bare())
+        own = private + drafts
+        self._least = min(self._least, own)
+        if own > self._least + _GROWTH_BYTES:
+            self._least = own
+            self.grown()
+        return own
 
     def use(self, pages: int = 0) -> float:
         """Return the fraction of the sum of all limits that is in use.
@@ -99,7 +115,7 @@ class Budget:
         ----------
         pages
             Bytes of the pages that the arena has or is about to have, free ones included. If it is less than the bytes
-            of all blocks and drafts, these count instead.
+            of all blocks and drafts that are to have pages, these count instead.
 
         Returns
         -------
@@ -110,7 +126,8 @@ class Budget:
         limit = sum(limit for _, _, limit in workers)
         if not 0 < limit < UNLIMITED:
             return 0.0
-        shared = max(pages, self._access.table.blocks.bytes_held())
+        table = self._access.table
+        shared = max(pages, table.blocks.bytes_held() - table.members.bare())
         use = (sum(private for _, private, _ in workers) + shared) / limit
         if use < NEAR:
             return use

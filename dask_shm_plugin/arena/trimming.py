@@ -1,8 +1,9 @@
 """Trimming: giving the pages of freed memory back to the operating system.
 
-As many bytes stay resident as drafts and blocks take now, or took at most within the last seconds (the high-water
-mark). Free pages are given back when they, or a new page, exceed the high-water mark by more than 8 MiB. So an arena
-has hardly more pages than it has used recently, and an idle arena has no free page.
+Drafts and blocks and the private memory of the workers take together as many bytes as they took at most within the last
+seconds (the high-water mark), or fewer. The difference may stay resident as free pages. They are given back when they, or
+a new page, exceed it by more than 8 MiB. So a node has hardly more memory than its work has needed recently, and an idle
+arena has no free page.
 """
 
 from __future__ import annotations
@@ -71,11 +72,12 @@ class Trimmer:
         self._is_refused = False
 
     def trim(self) -> None:
-        """Give free pages back that were not needed recently; all of them if the node or its workers run short."""
-        spare = max(0, self._most_used() - self._used())
-        is_short = spare and (limits.head_room() < spare or self._budget.use(self.pages()) > NEAR)
+        """Give free pages back whose bytes were not needed recently; all of them if the node or its workers run short."""
+        table, most = self._access.table, self._most_needed()
         # Processes forget which parts are mapped whenever pages were given back, which is not worth it for a few pages.
-        self._trim_to(spare + _SLACK_BYTES if spare and not is_short else 0)
+        spare = max(0, min(self._allowed(most) + _SLACK_BYTES, table.capacity - _held(table)))
+        is_short = most and (limits.head_room() < spare or self._budget.use(self.pages()) > NEAR)
+        self._trim_to(spare if most and not is_short else 0)
 
     def trim_all(self) -> None:
         """Give all free pages back to the operating system."""
@@ -89,10 +91,10 @@ class Trimmer:
         MemoryExhausted
             The pages would exceed the capacity, and the kernel takes no pages back.
         """
-        capacity, used, most = self._access.table.capacity, self._used(), self._most_used()
-        pages = self.pages() + missing
-        if pages > min(max(used, most) + _SLACK_BYTES, capacity):
-            self._trim_to(max(used, most) - used - missing)
+        capacity, pages = self._access.table.capacity, self.pages() + missing
+        allowed = self._allowed(self._most_needed())
+        if pages > min(_held(self._access.table) + allowed + _SLACK_BYTES, capacity):
+            self._trim_to(allowed - missing)
             if self._is_refused and pages > capacity:
                 raise MemoryExhausted(
                     "this kernel or sandbox takes no pages back (fallocate with FALLOC_FL_PUNCH_HOLE), and there are "
@@ -109,12 +111,13 @@ class Trimmer:
         while self._access.table.blocks.is_trimmed() and time.monotonic() < until:
             time.sleep(0.001)
 
-    def _most_used(self) -> int:
-        table = self._access.table
-        return min(table.most_used(time.monotonic(), self.warm), table.capacity)
+    def _most_needed(self) -> int:
+        return self._access.table.most_needed(time.monotonic(), self.warm)
 
-    def _used(self) -> int:
-        return int(np.sum(self._access.table.blocks.taken_by_now()[:, 1]))
+    def _allowed(self, most: int) -> int:
+        """Return the bytes that free pages may have: as many as are needed less now than at the high-water mark."""
+        table = self._access.table
+        return max(0, most - _held(table) - table.members.private())
 
     def give_back(self, extents: list[Extent]) -> None:
         """Give the pages of some extents back, as far as these are free; also pages that were reserved and never written.
@@ -154,6 +157,11 @@ class Trimmer:
                 self._allocator.abandon()
 
 
+def _held(table: Table) -> int:
+    """Return the bytes of pages that drafts and blocks have, or are to have."""
+    return int(np.sum(np.minimum(table.blocks.taken_by_now()[:, 1], np.uint64(table.span)))) - table.members.bare()
+
+
 def find(
     segment: Segment, table: Table, blocks_from: int, spare: int, stuck: Mapping[int, int] = MappingProxyType({})
 ) -> Extent | None:
@@ -177,7 +185,7 @@ def find(
     # extent is checked again under the mutex.
     taken = np.minimum(table.blocks.taken_by_now(), np.uint64(table.span))
     # Too low while drafts are written, so this test is skipped when everything is to be given back (``spare`` is zero).
-    free = segment.resident - table.reserved_bytes() - int(np.sum(taken[:, 1]))
+    free = segment.resident - table.reserved_bytes() - _held(table)
     if spare and free <= spare:
         return None
     at_most = min(_STEP_BYTES, round_up(free - spare)) if spare else _STEP_BYTES

@@ -118,7 +118,7 @@ class Nursery:
             syscalls.unmap(self._area, self._span)
             return "arrays that this process has allocated in an arena are still alive"
         _given[:] = [granules]
-        self._arena.budget.drafts = self.bytes_in_drafts
+        self._arena.budget.drafts, self._arena.budget.bare = self.bytes_in_drafts, self.bytes_without_pages
         self._set_limits()
         try:
             threading.Thread(target=self._run, name="dask-shm-born", daemon=True).start()
@@ -143,6 +143,11 @@ class Nursery:
         """Return the bytes of all chunks that have pages and are not sealed."""
         drafts = [one for one in list(self._chunks.values()) if not (one.is_standby or one.is_sealed)]
         return max(0, sum(chunk.extent.length for chunk in drafts) - self._library.figures().bare)
+
+    def bytes_without_pages(self) -> int:
+        """Return the bytes of all chunks that have no pages yet."""
+        standby = [chunk.extent.length for chunk in list(self._chunks.values()) if chunk.is_standby]
+        return self._library.figures().bare + sum(standby)
 
     def figures(self) -> Figures:
         """Return the figures of the library."""
@@ -326,7 +331,7 @@ class Nursery:
                 return False
             with contextlib.suppress(OSError):
                 syscalls.unmap(self._area, self._span)
-            self._arena.budget.drafts = int
+            self._arena.budget.drafts = self._arena.budget.bare = int
             self.is_over = True
             return True
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 from dask_shm_plugin.table import members, roles, tags
 from dask_shm_plugin.units import LARGE
 
-VERSION = 10
+VERSION = 11
 MAGIC = int.from_bytes(b"daskshm" + bytes([VERSION]), "little")
 
 SPREAD = 4

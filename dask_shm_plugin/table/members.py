@@ -9,6 +9,8 @@ import numpy.typing as npt
 
 SLOTS = 256
 _ENTRY = 8
+_MOST = 1 << 62
+"""Bound of sums, so that a stray write makes no number that does not fit a word."""
 WORDS = SLOTS * _ENTRY
 """Words of eight bytes that all entries take."""
 
@@ -31,7 +33,7 @@ class Members:
     ----------
     words
         ``WORDS`` words; per slot ``[incarnation | state, pid, start time, other shared memory, private memory, limit,
-        drafts, reserved]``. Memory and limit are in bytes, the start time in clock ticks since boot. The first word is
+        drafts, bare]``. Memory and limit are in bytes, the start time in clock ticks since boot. The first word is
         written last, and never becomes zero again.
     """
 
@@ -43,7 +45,7 @@ class Members:
     def add(self, member: Member, pid: int, started: int) -> None:
         """Enter a process, by pid and start time, in a vacant slot."""
         at = member.slot * _ENTRY
-        for n, word in enumerate((pid, started, 0, 0, 0, 0), 1):
+        for n, word in enumerate((pid, started, 0, 0, 0, 0, 0), 1):
             self._words[at + n] = word
         self._words[at] = member.incarnation << _STATE_BITS | _LIVE
 
@@ -85,9 +87,10 @@ class Members:
         at = member.slot * _ENTRY
         self._words[at + 4], self._words[at + 5] = private, limit
 
-    def note_drafts(self, member: Member, size: int) -> None:
-        """Note the bytes of a member's drafts that contain its own arrays. Needs no mutex."""
-        self._words[member.slot * _ENTRY + 6] = size
+    def note_drafts(self, member: Member, size: int, bare: int) -> None:
+        """Note the bytes of a member's drafts that contain its own arrays, and of those without pages. Needs no mutex."""
+        at = member.slot * _ENTRY
+        self._words[at + 6], self._words[at + 7] = size, bare
 
     def drafts(self, member: Member) -> int:
         """Return the bytes that a member has noted with :meth:`note_drafts`. Needs no mutex."""
@@ -97,6 +100,15 @@ class Members:
         """Return pid, private memory and limit, in bytes, of each member that has noted a limit other than zero."""
         entries = self._entries[self.slots()][:, [1, 4, 5]].tolist()
         return [(pid, private, limit) for pid, private, limit in entries if limit]
+
+    def private(self) -> int:
+        """Return the private memory that the workers have noted, in bytes."""
+        entries = self._entries[self.slots()]
+        return min(int(np.sum(entries[entries[:, 5] > 0, 4])), _MOST)
+
+    def bare(self) -> int:
+        """Return the bytes of drafts without pages that all members have noted."""
+        return min(int(np.sum(self._entries[self.slots(), 7])), _MOST)
 
     def slots(self) -> npt.NDArray[np.intp]:
         """Return the slots that are taken, in ascending order."""

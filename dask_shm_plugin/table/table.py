@@ -123,27 +123,28 @@ class Table:
         self._words[TRIMS_WORD] = (self._words[TRIMS_WORD] + 1) % (1 << 64)
 
     def note_use(self, used: int, now: float, period: float) -> None:
-        """Update the high-water mark: the most bytes used in the current period, and in the one before.
+        """Update the high-water mark: the most bytes needed in the current period, and in the one before.
 
         Parameters
         ----------
         used
-            Bytes that drafts and blocks take now.
+            Bytes that drafts and blocks take now; the private memory of the workers is added.
         now, period
             The time by a clock that all members share, and the length of a period, in seconds.
         """
+        needed = max(0, used - self.members.bare()) + self.members.private()
         began, most = self._words[MARK_WORD], self._words[MARK_WORD + 1]
         age = now - began / 1000
         if 0 <= age <= period:
-            if used > most:
-                self._words[MARK_WORD + 1] = used
+            if needed > most:
+                self._words[MARK_WORD + 1] = needed
         else:
-            self._words[MARK_WORD + 2] = most if 0 <= age <= 2 * period else used
-            self._words[MARK_WORD + 1] = used
+            self._words[MARK_WORD + 2] = most if 0 <= age <= 2 * period else needed
+            self._words[MARK_WORD + 1] = needed
             self._words[MARK_WORD] = int(now * 1000)
 
-    def most_used(self, now: float, period: float) -> int:
-        """Return the high-water mark: the most bytes that drafts and blocks took within the last one to two periods.
+    def most_needed(self, now: float, period: float) -> int:
+        """Return the high-water mark: the most bytes needed within the last one to two periods.
 
         Only reservations update it: it is zero if there were none in that time, although blocks may be in use. Needs no
         mutex, as an estimate. Parameters as for :meth:`note_use`.

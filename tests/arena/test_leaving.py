@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from other_processes import Process, publish, wait_until, wait_until_empty
 
-from dask_shm_plugin.arena import trimming
+from dask_shm_plugin.arena import housekeeping, trimming
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.exceptions import ArenaFull, ArenaUnavailable, SharedMemoryError
 from dask_shm_plugin.linux import limits
@@ -94,7 +94,7 @@ class TestTrimming:
         def use_less() -> bool:
             publish(arena, bytes(4 * MIB)).close()
             wait_until_empty(arena)
-            return arena._access.table.most_used(time.monotonic(), arena.trimmer.warm) == 4 * MIB
+            return arena._access.table.most_needed(time.monotonic(), arena.trimmer.warm) == 4 * MIB
 
         wait_until(use_less, "8 MiB were used some time ago")
         trims, resident = arena._access.table.trims, arena.stats().resident
@@ -110,6 +110,39 @@ class TestTrimming:
         wait_until(lambda: arena.stats().used == 16 * MIB, "the gap is free")
         with publish(arena, bytes(32 * MIB)):  # does not fit in the gap
             assert arena.stats().resident - before == 48 * MIB
+        high.close()
+
+    @pytest.mark.parametrize(("grown", "kept"), [(24, 16), (48, 8)])
+    def test_free_pages_go_as_the_private_memory_of_workers_grows(
+        self, make: Callable[..., Arena], monkeypatch: pytest.MonkeyPatch, grown: int, kept: int
+    ) -> None:
+        """The node has hardly more memory than it needed at the high-water mark; nobody waits for the look of each second."""
+        monkeypatch.setattr(housekeeping, "_INTERVAL_S", 1000)
+        arena = make(1000, 64 * MIB)
+        arena.budget.set_limit("worker", 1 << 40)
+        before = arena.stats().resident
+        publish(arena, bytes(32 * MIB)).close()
+        wait_until_empty(arena)
+        arena.trimmer.trim()
+        assert arena.stats().resident - before == 32 * MIB
+        private = np.ones(grown * MIB, np.uint8)
+        arena.budget.measure()
+        wait_until(lambda: abs(arena.stats().resident - before - kept * MIB) <= MIB, "free pages went")
+        del private
+
+    def test_new_pages_replace_free_ones_when_private_memory_has_grown(self, make: Callable[..., Arena]) -> None:
+        """A process that makes pages looks for itself."""
+        arena = make(1000, 64 * MIB)
+        arena.budget.set_limit("worker", 1 << 40)
+        before = arena.stats().resident
+        low, high = publish(arena, bytes(16 * MIB)), publish(arena, bytes(16 * MIB))
+        low.close()
+        wait_until(lambda: arena.stats().used == 16 * MIB, "the gap is free")
+        private = np.ones(15 * MIB, np.uint8)
+        arena.budget.measure()
+        with publish(arena, bytes(20 * MIB)):  # does not fit in the gap
+            assert (arena.stats().resident - before) / MIB <= 16 + 20 + 8
+        del private
         high.close()
 
     def test_no_free_page_stays_if_the_machine_is_short_of_memory(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from births import KIB, MIB, births, drafts, figures, in_arena, in_thread, is_born, library, newborn, own_drafts
-from other_processes import wait_until
+from other_processes import publish, wait_until
 
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.births import bounds, switch
@@ -294,6 +294,22 @@ def test_idle_chunks_beyond_the_bound_have_no_pages(nursery: Nursery, arena: Are
         assert arena.segment.resident >= resident
         assert again.all()
     assert own_drafts(arena) == 8 * MIB
+
+
+def test_chunks_without_pages_do_not_hide_free_pages(arena: Arena) -> None:
+    """Pages beyond those of drafts and blocks are free, but these drafts have none."""
+    arena.trimmer.warm = 0
+    before = arena.stats().resident
+    with births(arena):
+        arrays = [newborn(np.ones, 8 * MIB, np.uint8) for _ in range(2)]
+        block = publish(arena, bytes(8 * MIB))
+        arrays.clear()
+        block.close()
+        arena.holdings.tidy()
+        assert figures().bare >= 16 * MIB
+        arena.budget.measure()
+        arena.trimmer.trim()
+        assert arena.stats().resident - before < MIB
 
 
 def test_other_processes_look_again_for_the_pages_of_a_dropped_chunk(nursery: Nursery, arena: Arena) -> None:

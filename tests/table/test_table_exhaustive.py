@@ -37,7 +37,7 @@ PLACES = np.array(
 SIZES = [at + 3 for at in _BLOCK]
 AT = {int(place): n for n, place in enumerate(PLACES)}
 TIMES = [at + 6 for at in _BLOCK]
-IGNORED = {at + n for at in _MEMBER for n in range(1, 7)} | {*SIZES, *TIMES}
+IGNORED = {at + n for at in _MEMBER for n in range(1, 8)} | {*SIZES, *TIMES}
 """Words that no operation reads: pids and start times, figures of memory, sizes, times of reservation."""
 
 Words = tuple[int, ...]
