@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import psutil
 from distributed import Client, Future, LocalCluster, wait
 from machine import make
 from remote import Remote, remote
@@ -66,6 +67,11 @@ class Site:
 
         [arena] = stats(self.client).values()
         return arena
+
+    def processor_time(self) -> float:
+        """Return the processor time that the workers have taken so far, in seconds."""
+        times = [psutil.Process(pid).cpu_times() for pid in self.processes[1:]]
+        return sum(one.user + one.system for one in times)
 
     def settle(self, *, blocks_too: bool = False) -> None:
         """Collect garbage everywhere, and wait until no worker has data (and no block is in use)."""

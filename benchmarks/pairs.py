@@ -31,7 +31,7 @@ SPEC = Spec(has_amm=True)
 
 Round = dict[str, float]
 Pair = dict[str, Round]
-"""What each of the two clusters took for the same piece of work."""
+"""What each of the clusters took for the same piece of work."""
 
 
 def keep(client: Client, seed: int, **sizes: Any) -> tuple[Any, ...]:
@@ -70,6 +70,10 @@ class Arm:
         self._site, self._watches_memory = site, watches_memory
         self.shared = machine.shared()
 
+    def processor_time(self) -> float:
+        """Return the processor time that the workers have taken so far, in seconds."""
+        return self._site.processor_time()
+
     def round(self, work: Work, seed: int) -> tuple[Round, Any]:
         """Do a piece of work, and return its figures and its answer."""
         self._site.settle()
@@ -107,13 +111,15 @@ def arguments(description: str | None, works: Works, pairs: int) -> tuple[argpar
     return asked, [quick if asked.quick else usual for usual, quick in works if usual.name in asked.only]
 
 
-def both(number: int, work: Work, ask: Callable[[str, Work, int], tuple[Round, Any]]) -> Pair:
-    """Let both arms do a piece of work in turn; end with an error if their answers differ."""
-    done = {arm: ask(arm, work, number + 1) for arm in in_turn(number, ARMS)}
+def both(
+    number: int, work: Work, ask: Callable[[str, Work, int], tuple[Round, Any]], arms: Sequence[str] = ARMS
+) -> Pair:
+    """Let all arms do a piece of work in turn; end with an error if their answers differ."""
+    done = {arm: ask(arm, work, number + 1) for arm in in_turn(number, arms)}
     answers = [answer for _, answer in done.values()]
-    if answers[0] != answers[1]:
+    if any(answer != answers[0] for answer in answers):
         raise SystemExit(f"{work.name}: the plugin changes the result: {str(answers)[:1000]}")
-    return {arm: done[arm][0] for arm in ARMS}
+    return {arm: done[arm][0] for arm in arms}
 
 
 def measure(works: Sequence[Work], pairs: int, *, watches_memory: bool = True) -> dict[str, list[Pair]]:
@@ -130,7 +136,7 @@ def measure(works: Sequence[Work], pairs: int, *, watches_memory: bool = True) -
 
 def medians(pairs: list[Pair]) -> dict[str, dict[str, report.Spread]]:
     """Return the median and the spread of every figure of each arm."""
-    return {arm: {f: report.spread(one[arm][f] for one in pairs) for f in pairs[0][arm]} for arm in ARMS}
+    return {arm: {f: report.spread(one[arm][f] for one in pairs) for f in pairs[0][arm]} for arm in pairs[0]}
 
 
 def ratios(pairs: list[Pair], over: str, under: str, figure: str = "seconds") -> list[float]:

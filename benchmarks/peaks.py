@@ -1,12 +1,14 @@
-"""The most memory that a piece of work takes in a fresh cluster, with the plugin and with stock Dask.
+"""The most memory that a piece of work takes in a fresh cluster: stock, with the plugin, and with the plugin without births.
 
     pip install -e '.[benchmark]'
     python benchmarks/peaks.py [--quick] [--pairs 5] [--only NAME ...] [--json PATH]
 
 The peak is the highest growth of ``Shmem`` of the machine and of the private memory of the client and all workers together,
 read every 20 ms, since the fresh cluster was idle: it includes the preparation of the work and the plugin's own tables.
-"over" is the peak with the plugin over the peak without it, the median of all pairs, with the least and the most. "idle" is
-the growth of ``Shmem`` that is left ten seconds after the work has released everything, in the first round only.
+"over stock" and "over off" are the peak with the plugin over that of the other two, within a round: the median, the least
+and the most. "time" and "cpu", of the workers and with the preparation, are ratios of the same kind. "idle" is the growth of
+``Shmem`` that is left ten seconds after the work has released everything, in the first round only. Before each work 2 GiB
+are written and freed, for the reason that `shuffles.py` gives.
 
 The works are those of `workflows.py`, `workloads.py` and `tax.py`, and besides
 
@@ -40,10 +42,15 @@ import workflows
 import workloads
 from distributed import Client, wait
 from machine import MIB
-from pairs import ARMS, SPEC, Pair, Round, Work, work
+from pairs import SPEC, Pair, Round, Work, work
 from remote import remote
 
 IDLE = 10.0
+ARMS = {
+    "stock": SPEC._replace(with_plugin=False),
+    "off": SPEC._replace(born="off"),
+    "plugin": SPEC._replace(born="auto"),
+}
 
 
 def rechunk(client: Client, x: da.Array) -> int:
@@ -174,22 +181,45 @@ def collect(cluster: pairs.Arm) -> None:
     gc.collect()
 
 
+def measured(cluster: pairs.Arm, work: Work, seed: int) -> tuple[Round, Any]:
+    """Do a piece of work, and return its figures and its answer."""
+    machine.touch_memory()
+    before = cluster.processor_time()
+    figures, answer = cluster.round(work, seed)
+    return {**figures, "cpu": cluster.processor_time() - before}, answer
+
+
 def peak(arm: str, work: Work, seed: int) -> tuple[Round, Any]:
     """Do a piece of work in a fresh cluster, and return its figures and its answer."""
-    with remote(pairs.arm, SPEC._replace(with_plugin=arm == "plugin")) as cluster:
+    with remote(pairs.arm, ARMS[arm]) as cluster:
         before = machine.shared()
-        figures, answer = cluster.ask(pairs.Arm.round, work, seed)
+        figures, answer = cluster.ask(measured, work, seed)
         cluster.ask(collect)  # joblib keeps what it has scattered in a reference cycle
         time.sleep(IDLE if seed == 1 else 0)
         return {**figures, "idle": machine.shared() - before}, answer
 
 
 def compared(done: list[Pair]) -> dict[str, Any]:
-    """Return the medians, the ratios within pairs, and the shared memory that was left."""
-    idle = {arm: [one[arm].pop("idle") for one in done] for arm in ARMS}
-    over = report.spread(pairs.ratios(done, "plugin", "stock", "together"))
-    time_over = report.spread(pairs.ratios(done, "plugin", "stock"))
-    return {**pairs.medians(done), "idle": idle["plugin"][0], "over": over, "time_over": time_over}
+    """Return the medians, the ratios within rounds, and the shared memory that was left."""
+    idle = [one[arm].pop("idle") for one in done for arm in ARMS]
+    over = {
+        f"{figure}_over_{other}": report.spread(pairs.ratios(done, "plugin", other, figure))
+        for figure in ("together", "seconds", "cpu")
+        for other in ("stock", "off")
+    }
+    return {**pairs.medians(done), "idle": idle[list(ARMS).index("plugin")], **over}
+
+
+def row(name: str, one: dict[str, Any]) -> list[str]:
+    """Return a row of the table."""
+    peaks = [report.mib(one[arm]["together"]["median"]) for arm in ARMS]
+    over = [
+        f"{one[f'together_over_{other}'][part]:.2f}" for other in ("stock", "off") for part in ("median", "min", "max")
+    ]
+    ratios = [
+        f"{one[f'{figure}_over_{other}']['median']:.2f}" for figure in ("seconds", "cpu") for other in ("stock", "off")
+    ]
+    return [name, *peaks, *over, *ratios, report.mib(one["idle"])]
 
 
 def main() -> None:
@@ -198,14 +228,14 @@ def main() -> None:
     result = report.head(asked, *workloads.PACKAGES, "xgboost", pairs=asked.pairs, summary={})
     rows = []
     for each in chosen:
-        one = compared([pairs.both(number, each, peak) for number in range(asked.pairs)])
+        one = compared([pairs.both(number, each, peak, tuple(ARMS)) for number in range(asked.pairs)])
         result["summary"][each.name] = one
-        peaks = [report.mib(one[arm]["together"]["median"]) for arm in ARMS]
-        over = [f"{one['over'][part]:.2f}" for part in ("median", "min", "max")]
-        rows.append([each.name, *peaks, *over, report.mib(one["idle"]), f"{one['time_over']['median']:.2f}"])
+        rows.append(row(each.name, one))
         print(*rows[-1], sep=", ", file=sys.stderr)
-    report.write(asked.json, result)
-    report.table(["medians", "stock, MiB", "plugin, MiB", "over", "least", "most", "idle, MiB", "time over"], rows)
+        report.write(asked.json, result)
+    over = ["over stock", "least", "most", "over off", "least", "most"]
+    ratios = ["time over stock", "over off", "cpu over stock", "over off"]
+    report.table(["medians", *(f"{arm}, MiB" for arm in ARMS), *over, *ratios, "idle, MiB"], rows)
 
 
 if __name__ == "__main__":

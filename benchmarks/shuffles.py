@@ -38,7 +38,6 @@ import machine
 import numpy as np
 import pairs
 import pandas as pd
-import psutil
 import report
 from clusters import Site
 from distributed import Client, wait
@@ -51,7 +50,6 @@ FIGURES = ("cpu", "net", "seconds", "together")
 KEYS = 1 << 22
 TINY = {"side": 256, "rows": 64}
 """Sizes of hardly any data, in as many chunks or partitions."""
-TOUCHED_BYTES = 2 << 30
 TARGETS = {"rechunk": 0.5, "shuffle": 0.75, "merge": 0.8}
 """The highest wanted ratios of processor time."""
 
@@ -128,14 +126,14 @@ def measured(cluster: pairs.Arm, work: Work, seed: int) -> tuple[Round, Any]:
     with dask.config.set({**P2P, "distributed.p2p.storage.disk": work.sizes["disk"]}):
         prepared = dask.persist(work.prepare(site.client, seed, **work.sizes))[0]
         wait(prepared)
-        np.ones(TOUCHED_BYTES, np.uint8)
+        machine.touch_memory()
         watch = machine.Watch(
             lambda: (machine.shared() - shared, machine.private(site.processes) - private), pairs.EVERY
         )
-        before = cpu(site)
+        before = site.processor_time()
         result = move(prepared).persist()
         wait(result)
-        spent = cpu(site) - before
+        spent = site.processor_time() - before
     looks = watch.stop()
     figures = {"cpu": spent, "own": own, "net": spent - own}
     figures |= {"seconds": looks[-1, 0] - looks[0, 0], "together": looks[:, 1:].sum(axis=1).max()}
@@ -148,19 +146,13 @@ def tasks_alone(site: Site, work: Work) -> float:
     with dask.config.set({**P2P, "distributed.p2p.storage.disk": work.sizes["disk"]}):
         prepared = dask.persist(work.prepare(site.client, 0, **sizes))[0]
         wait(prepared)
-        before = cpu(site)
+        before = site.processor_time()
         result = work.do[0](prepared).persist()
         wait(result)
-        spent = cpu(site) - before
+        spent = site.processor_time() - before
     del prepared, result
     site.settle(blocks_too=True)
     return spent
-
-
-def cpu(site: Site) -> float:
-    """Return the processor time of all workers, in seconds."""
-    times = [psutil.Process(pid).cpu_times() for pid in site.processes[1:]]
-    return sum(one.user + one.system for one in times)
 
 
 def both_ways(name: str, do: Any, prepare: Callable[..., Any], **sizes: tuple[Any, Any]) -> list[tuple[Work, Work]]:

@@ -6,7 +6,8 @@
 One worker makes a value, and two others use it and keep it. Once everything is settled, "maker" is the growth of that
 worker's own memory, and "reader" that of the worse one of the others: anonymous memory (``RssAnon``) and drafts, in
 multiples of the value. So 0 is a value that lies in the arena only, and 1 a private copy. The memory of temporary objects
-may show, too. Values whose libraries are not installed are left out.
+may show, too. Values whose libraries are not installed are left out
+(``pip install sparse geopandas polars`` for those that the benchmarks need for nothing else).
 """
 
 from __future__ import annotations
@@ -118,6 +119,13 @@ def fitted(name: str, rows: int = 32) -> Callable[[int], Any]:
     return make
 
 
+def geometries(n: int) -> Any:
+    """Return points, which are objects of a C library."""
+    import geopandas
+
+    return geopandas.GeoSeries(geopandas.points_from_xy(doubles(n // 16), doubles(n // 16)))
+
+
 def xarray(kind: str) -> Callable[[int], Any]:
     """Return a maker of one of xarray's values."""
 
@@ -187,6 +195,9 @@ VALUES: dict[str, Callable[[int], Any]] = {
     "scipy csc_array": sparse("csc"),
     "scipy coo_array": sparse("coo"),
     "scipy bsr_array": sparse("bsr"),
+    "sparse COO": lambda n: __import__("sparse").COO.from_numpy(np.where((x := doubles(n // 2)) < 0.9, x, 0)),
+    "geopandas GeoSeries": geometries,
+    "polars DataFrame": lambda n: __import__("polars").DataFrame({"x": doubles(n)}),
     "xarray DataArray": xarray("DataArray"),
     "xarray Dataset": xarray("Dataset"),
     "xarray Variable": xarray("Variable"),

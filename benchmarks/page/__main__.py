@@ -3,8 +3,8 @@
     python benchmarks/page [--results FOLDER] [--page PATH] [--text-only]
 
 The folder of results has the files that `one_copy.py`, `targets`, `peers`, `tax.py`, `workflows.py`, `workloads.py`,
-`fanout.py`, `shuffles.py` and `nodes.py` write with ``--json``; each may be missing. To draw the pictures beside the page
-needs matplotlib (``pip install -e '.[benchmark]'``).
+`fanout.py`, `shuffles.py`, `born.py`, `types_of_values.py`, `peaks.py` and `nodes.py` write with ``--json``; each may be
+missing. To draw the pictures beside the page needs matplotlib (``pip install -e '.[benchmark]'``).
 """
 
 from __future__ import annotations

@@ -18,6 +18,9 @@ COMMANDS = {
     "workloads": "workloads.py",
     "fanout": "fanout.py",
     "shuffles": "shuffles.py",
+    "born": "born.py",
+    "types_of_values": "types_of_values.py",
+    "peaks": "peaks.py",
     "nodes": "nodes.py",
     "nodes_slow": "nodes.py --slow",
 }

@@ -239,6 +239,56 @@ def shuffles(results: Results) -> Lines:
     yield from table(["", *head], rows)
 
 
+def born(results: Results) -> Lines:
+    """Show NumPy's memory from the arena: expressions, first fetches, a chain of operations."""
+    yield "Medians. *Born*: the arrays of tasks are allocated in the arena; *off*: they are not. [Arrays that are born in the"
+    yield from ("arena](concepts/born.md) explains it.", "")
+    rows = [[one["what"], with_unit(one["value"], one["unit"])] for one in results["born"]["figures"]]
+    yield from table(["", "measured"], rows)
+
+
+def types_of_values(results: Results) -> Lines:
+    """Show the private memory that each type of value takes."""
+    yield (
+        "What the process that has made a value and the worse one of two readers take for themselves, in multiples of the value: "
+        "0 is a value that lies in the arena only, 1 a private copy. *Off*: without births."
+    )
+    yield ""
+    rows = [
+        [name, *(f"{max(0, one[arm][who]):.1f}" for arm in ("on", "off") for who in ("maker", "reader"))]
+        for name, one in results["types_of_values"]["types"].items()
+    ]
+    yield from table(["", "maker", "reader", "maker, off", "reader, off"], rows)
+
+
+def peaks(results: Results) -> Lines:
+    """Show the most memory of each work in a fresh cluster."""
+    yield (
+        f"Medians of {results['peaks']['pairs']} rounds, each in fresh clusters: shared memory and the private memory of workers "
+        "and client together. *Off*: without births. Ratios are those of rounds, with the least and the most."
+    )
+    yield ""
+    rows = [
+        [
+            title,
+            *(f"{one[arm]['together']['median'] / MIB:,.0f}" for arm in ("stock", "off", "plugin")),
+            *(_spread(one[f"together_over_{other}"]) for other in ("stock", "off")),
+            *(
+                f"{one[f'{figure}_over_{other}']['median']:.2f}"
+                for figure in ("seconds", "cpu")
+                for other in ("stock", "off")
+            ),
+        ]
+        for title, one in summary(results, "peaks").items()
+    ]
+    head = ["stock Dask, MiB", "off, MiB", "plugin, MiB", "peak over stock", "over off"]
+    yield from table(["", *head, "time over stock", "over off", "processor over stock", "over off"], rows)
+
+
+def _spread(one: dict[str, float]) -> str:
+    return f"{one['median']:.2f} ({one['min']:.2f} to {one['max']:.2f})"
+
+
 def nodes(results: Results, name: str) -> Lines:
     """Show what crosses the wires between nodes, how many copies each has, and how long it takes."""
     result = results[name]
@@ -298,6 +348,9 @@ SECTIONS: dict[str, dict[str, Callable[[Results], Iterable[str]]]] = {
     },
     "Tasks that share one value": {"fanout": fanout},
     "Shuffles and rechunks": {"shuffles": shuffles},
+    "Born in the arena": {"born": born},
+    "One copy, by type": {"types_of_values": types_of_values},
+    "Peak memory": {"peaks": peaks},
     "Between nodes": {name: functools.partial(nodes, name=name) for name in ("nodes", "nodes_slow")},
     "Event loops, start-up, hashing": {"targets": loops_and_start},
     "Memory over time": {"": memory},

@@ -114,6 +114,35 @@ def test_a_fork_from_c_keeps_writes_apart(parent: Process) -> None:
     assert parent("pagemap.is_written(one.ctypes.data, one.nbytes)")
 
 
+def test_forks_while_another_thread_frees_large_arrays(parent: Process) -> None:
+    """A chunk loses its pages when its array is freed, without any lock: no array is older or newer than it should be."""
+    parent("""
+        wrong, is_over = [], threading.Event()
+        def churn():
+            for number in range(1 << 20):
+                large = [in_arena(np.full, 8 << 20, (number + n) % 251, np.uint8) for n in range(2)]
+                born = sum(map(is_born, large))
+                if any((one != (number + n) % 251).any() for n, one in enumerate(large)): wrong.append(number)
+                del large
+                if is_over.is_set(): return seen.append((number, born))
+        (told, yes), seen = os.pipe(), []
+        churning = threading.Thread(target=churn)
+        churning.start()
+        for number in range(10):
+            kept = newborn(np.full, 8 << 20, number, np.uint8)
+            if os.fork() == 0:
+                kept += 1
+                os.write(yes, b"good" if (kept == number + 1).all() else b"bad")
+                os._exit(0)
+            kept[:9] = 255
+            if os.read(told, 9) != b"good" or not (kept[9:] == number).all(): wrong.append(-number)
+        is_over.set(); churning.join()
+        os.close(told); os.close(yes)
+    """)
+    assert parent("wrong") == []
+    assert parent("seen[0][0] > 10 and figures().reused > 20")
+
+
 def test_another_member_maps_a_born_array(parent: Process, member: Callable[[str], Process]) -> None:
     """It sees the sealed bytes, and not what the owner writes afterwards."""
     other = member(JOIN)

@@ -212,7 +212,7 @@ def hold(x: np.ndarray, name: str, then: Any = None) -> Any:
 def test_a_value_in_use_during_a_fetch_is_adopted_later(three: Client) -> None:
     """The worker must not wait for another request to adopt it: none comes, because all others have the value."""
     a, b, c = addresses(three)
-    made = three.submit(array, fresh(), workers=[a], pure=False)
+    made = three.submit(outside, array, fresh(), workers=[a], pure=False)
     using = three.submit(hold, made, made.key, workers=[a], pure=False)
     Event(f"{made.key}-begun", client=three).wait(30)
     see_on(three, made, [b, c])

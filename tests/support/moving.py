@@ -149,7 +149,7 @@ def idle(client: Client) -> int:
     """Return the bytes of all workers' chunks that wait for an array."""
     from dask_shm_plugin.births import switch
 
-    return sum(figures.idle for figures in client.run(switch.figures).values() if figures is not None)
+    return sum(figures.idle + figures.bare for figures in client.run(switch.figures).values() if figures is not None)
 
 
 KEPT: list[Any] = []
