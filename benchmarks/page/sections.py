@@ -265,7 +265,8 @@ def peaks(results: Results) -> Lines:
     """Show the most memory of each work in a fresh cluster."""
     yield (
         f"Medians of {results['peaks']['pairs']} rounds, each in fresh clusters: shared memory and the private memory of workers "
-        "and client together. *Off*: without births. Ratios are those of rounds, with the least and the most."
+        "and client together. *Plugin*: with `shm.born: auto`, *off*: without births. Ratios are those of rounds, with the least "
+        "and the most."
     )
     yield ""
     rows = [
