@@ -332,6 +332,8 @@ class Nursery:
             with contextlib.suppress(OSError):
                 syscalls.unmap(self._area, self._span)
             self._arena.budget.drafts = self._arena.budget.bare = int
+            with contextlib.suppress(SharedMemoryError, OSError):  # as when this process has left the arena
+                self._arena.budget.measure()
             self.is_over = True
             return True
 

@@ -312,6 +312,15 @@ def test_chunks_without_pages_do_not_hide_free_pages(arena: Arena) -> None:
         assert arena.stats().resident - before < MIB
 
 
+def test_the_end_of_births_leaves_no_figure_behind(arena: Arena) -> None:
+    """What was noted of chunks without pages would hide memory in use for as long as the process is a member."""
+    with births(arena):
+        newborn(np.ones, 8 * MIB, np.uint8)
+        arena.budget.measure()
+        assert arena._access.table.members.bare() >= 8 * MIB
+    assert arena._access.table.members.bare() == 0
+
+
 def test_other_processes_look_again_for_the_pages_of_a_dropped_chunk(nursery: Nursery, arena: Arena) -> None:
     """A process may have written there when the place was a block's, and it remembers that pages exist."""
     newborn(np.ones, 8 * MIB, np.uint8)
