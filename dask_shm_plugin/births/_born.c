@@ -70,7 +70,7 @@ typedef struct {
     size_t length;
     int state, next;             /* next: of the idle chunks of the same class, the oldest last */
     int is_kept;                 /* a forked child does not get it */
-    int is_bare;                 /* it has no pages */
+    int is_bare, is_emptied;     /* it has no pages; it had some, which others may remember */
     uint64_t since;              /* when it became idle, in milliseconds */
 } Chunk;
 
@@ -260,13 +260,13 @@ static void *with_pages(Chunk *c) {
     size_t size = c->length;
     int is_made = make_pages(c->start, size);
     pthread_mutex_lock(&lock);
+    if (is_made) c->is_bare = c->is_emptied = 0;
+    else pages_left = 0, reused--, missed++;
     if (!is_made && c->state == MOVING) { /* a fork makes it private */
         c->state = DROPPED;
     } else if (!is_made) {
         *(c->state == PRIVATE ? &private_bytes : &used_bytes) -= size;
         c->state = GONE;
-    } else {
-        c->is_bare = 0;
     }
     wake();
     pthread_mutex_unlock(&lock);
@@ -303,7 +303,7 @@ static void *chunk_for(size_t size, int is_demand) {
     } else {
         missed++;
     }
-    if (is_demand) note_demand(class, !c);
+    if (is_demand) note_demand(class, !index);
     pthread_mutex_unlock(&lock);
     return is_bare ? with_pages(c) : c ? (void *)c->start : NULL;
 }
@@ -349,7 +349,7 @@ static void born_free(void *ctx, void *place, size_t size) {
             pthread_mutex_unlock(&lock);
             is_emptied = !madvise((void *)c->start, c->length, MADV_REMOVE);
             pthread_mutex_lock(&lock);
-            c->is_bare = 1;
+            c->is_bare = c->is_emptied = 1;
             if (is_emptied) pages_left += c->length;
         }
         used_bytes -= c->length;
@@ -523,8 +523,8 @@ int born_end(void) {
     return is_empty;
 }
 
-/* Add a mapped chunk, which is idle or the one on standby. Returns 0 if there are too many. */
-int born_add(uintptr_t start, size_t length, int is_bare, int is_standby, int is_large) {
+/* Add a mapped chunk without pages, which is idle or the one on standby. Returns 0 if there are too many. */
+int born_add(uintptr_t start, size_t length, int is_standby, int is_large) {
     int i = 0;
     pthread_mutex_lock(&lock);
     if (living == high) i = high;
@@ -532,10 +532,10 @@ int born_add(uintptr_t start, size_t length, int is_bare, int is_standby, int is
     int fits = i < CHUNKS && is_on && !(is_standby && standby);
     if (fits) {
         if (i == high) high++;
-        chunks[i] = (Chunk){start, length, IDLE, 0, 0, is_bare, 0};
+        chunks[i] = (Chunk){.start = start, .length = length, .state = IDLE, .is_bare = 1};
         index_of[(start - setup.area) >> GRANULE_BITS] = (uint16_t)(i + 1);
         living++, added++;
-        if (is_bare) makes_large = is_large;
+        makes_large = is_large;
         if (is_standby) chunks[i].state = STANDBY, standby = i + 1;
         else put_idle(&chunks[i]);
     }
@@ -586,9 +586,9 @@ int born_make_private(uintptr_t address, size_t length, uint64_t *start, uint64_
 }
 
 /* Take out a chunk that is gone, or an idle one: any if `all`, else one that is older than `most_ms`, or the oldest while
- * they are too much. Of a class that is in use, one chunk is kept at any age. Returns its address, or 0; `is_bare` tells
- * whether it may lack pages. */
-uintptr_t born_take_gone(uint64_t most_ms, int all, int *is_bare) {
+ * they are too much. Of a class that is in use, one chunk is kept at any age. Returns its address, or 0; `is_emptied` tells
+ * whether others may remember pages that it lacks. */
+uintptr_t born_take_gone(uint64_t most_ms, int all, int *is_emptied) {
     Chunk *found = NULL;
     uintptr_t start = 0;
     pthread_mutex_lock(&lock);
@@ -609,7 +609,7 @@ uintptr_t born_take_gone(uint64_t most_ms, int all, int *is_bare) {
         demand[class_of_chunk(found)].quiet = now + (found->length >> QUIET_BITS);
     if (found) {
         if (found->state == IDLE) take_idle(found);
-        start = found->start, *is_bare = found->is_bare;
+        start = found->start, *is_emptied = found->is_emptied;
         found->state = NONE, found->is_kept = 0, living--;
         index_of[(start - setup.area) >> GRANULE_BITS] = 0;
     }

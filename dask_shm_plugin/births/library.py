@@ -82,11 +82,11 @@ class Library(NamedTuple):
         Returns
         -------
         tuple of int and bool, or None
-            Its address, and whether it may lack pages.
+            Its address, and whether pages were taken from it that are not there again.
         """
-        is_bare = ctypes.c_int()
-        address = self.functions.born_take_gone(int(seconds * 1000), every, ctypes.byref(is_bare))
-        return (address, bool(is_bare.value)) if address else None
+        is_emptied = ctypes.c_int()
+        address = self.functions.born_take_gone(int(seconds * 1000), every, ctypes.byref(is_emptied))
+        return (address, bool(is_emptied.value)) if address else None
 
     def used(self) -> Iterator[tuple[int, int]]:
         """Yield address and length of each chunk that is in use and shared; each is looked up when it is its turn."""
@@ -153,7 +153,7 @@ def _declare(functions: Any) -> None:
         ("born_wanted", size, []),
         ("born_end", ctypes.c_int, []),
         ("born_wake", None, []),
-        ("born_add", ctypes.c_int, [size, size, ctypes.c_int, ctypes.c_int, ctypes.c_int]),
+        ("born_add", ctypes.c_int, [size, size, ctypes.c_int, ctypes.c_int]),
         ("born_length", size, [size]),
         ("born_stands_by", ctypes.c_int, [ctypes.c_int]),
         ("born_make_private", ctypes.c_int, [size, size, pointer, pointer]),

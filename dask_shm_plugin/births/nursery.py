@@ -99,7 +99,6 @@ class Nursery:
         self._adding, self._sealing = threading.RLock(), threading.RLock()
         self._is_stopped = self.is_over = False
         self._next_look = self._quiet_until = 0.0
-        self._warm = 0
         self._standby = Standby(library, arena, self._add_standby)
 
     def start(self) -> str | None:
@@ -181,7 +180,7 @@ class Nursery:
 
     @step("add chunk")
     def _add(self, length: int, *, is_standby: bool = False) -> None:
-        """Add an idle chunk, or one on standby; it is bare if it is on standby, or no more pages may be idle.
+        """Add a bare chunk, idle or on standby; the allocation that takes it makes its pages.
 
         Raises
         ------
@@ -191,16 +190,10 @@ class Nursery:
         bounds.insist_on_room(self._arena, length)
         # Stock Dask frees temporary arrays at once, so their pages must not add up over the phases of a computation.
         hold, extent = self._arena.reserve(length, stays_warm=False)
-        is_bare = is_standby or self._library.figures().idle + length > self._warm
-        if not is_bare:
-            self._arena.pages.make(extent)
         address = self._area + extent.offset
         self._chunks[address] = _Chunk(hold, extent, is_standby=is_standby)
         self._arena.segment.map_shared_at(address, BLOCKS_FROM + extent.offset, length)
-        if not is_bare:
-            # Pages exist, so a failure costs faults, not a crash.
-            syscalls.populate_for_writing(address, length)
-        if not self._library.functions.born_add(address, length, is_bare, is_standby, large_pages.are_served()):
+        if not self._library.functions.born_add(address, length, is_standby, large_pages.are_served()):
             raise MappingRefused("there are too many chunks")
 
     def _add_standby(self, length: int) -> None:
@@ -358,12 +351,12 @@ class Nursery:
         with self._sealing:
             for address in list(self._chunks):
                 if not self._library.functions.born_length(address):
-                    self._drop(address, is_bare=True)
+                    self._drop(address, is_emptied=True)
 
     @step("drop chunk")
-    def _drop(self, address: int, is_bare: bool) -> None:
+    def _drop(self, address: int, is_emptied: bool) -> None:
         ATLAS.remove(address)
-        if is_bare:
+        if is_emptied:
             # Before the place is free: other processes may remember its pages.
             self._arena.allocator.count_trim()
         # A draft that stays mapped could be written by two processes, so it is kept if it cannot be closed off.
@@ -377,5 +370,4 @@ class Nursery:
             limits = bounds.limits_of(self._arena, self._memory_limit)
         else:
             limits = bounds.limits_in_blocks(self._arena)
-        self._warm = limits.warm
         self._library.functions.born_limit(*limits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import ctypes
+import errno
 import shutil
 import subprocess
 import threading
@@ -19,7 +20,6 @@ from other_processes import publish, wait_until
 from dask_shm_plugin.arena.arena import Arena
 from dask_shm_plugin.births import bounds, switch
 from dask_shm_plugin.births.nursery import _QUIET_S, Nursery
-from dask_shm_plugin.exceptions import NoHeadRoom
 from dask_shm_plugin.linux import limits
 
 CAPACITY = 64 * MIB
@@ -40,7 +40,7 @@ def test_the_first_array_of_a_size_is_not_born_and_those_that_follow_are(nursery
     assert not is_born(first)
     kept = []
     for _ in range(8):
-        wait_until(lambda: figures().idle, "a chunk is added")
+        wait_until(lambda: figures().bare, "a chunk is added")
         kept.append(in_arena(np.ones, MIB, np.uint8))
     assert all(map(is_born, kept))
 
@@ -52,9 +52,9 @@ def test_as_many_chunks_are_added_as_were_missed_at_once(nursery: Nursery) -> No
             pair = [in_arena(np.ones, MIB, np.uint8) for _ in range(2)]
             del pair
         assert figures().missed == 100
-    wait_until(lambda: figures().idle >= 2 * MIB, "two chunks are added")
+    wait_until(lambda: figures().bare >= 2 * MIB, "two chunks are added")
     time.sleep(0.1)
-    assert figures().idle <= 3 * MIB, "one may have been wanted before the second array of the first pair"
+    assert figures().bare <= 3 * MIB, "one may have been wanted before the second array of the first pair"
 
 
 def test_a_chunk_stays_idle_while_its_size_is_in_use(nursery: Nursery) -> None:
@@ -140,7 +140,7 @@ def test_chunks_are_handed_out_and_added_without_the_gil(nursery: Nursery) -> No
     assert place
     assert figures().used == 0
     handler.free(None, place, MIB)
-    wait_until(lambda: figures().idle, "a chunk is added")
+    wait_until(lambda: figures().bare, "a chunk is added")
     place = handler.malloc(None, MIB)
     assert figures().used == MIB
     handler.free(None, place, MIB)
@@ -331,11 +331,16 @@ def test_other_processes_look_again_for_the_pages_of_a_dropped_chunk(nursery: Nu
 
 
 def test_where_no_pages_may_be_made_arrays_lie_in_ordinary_memory(nursery: Nursery, monkeypatch) -> None:
-    """A bare chunk stays bare while the machine has no memory left."""
-    newborn(np.ones, 8 * MIB, np.uint8)
+    """A bare chunk stays bare while the machine has no memory left, and no other is added."""
+    array = newborn(np.ones, 8 * MIB, np.uint8)
+    wait_until(lambda: figures().bare, "the next chunk is added")
+    before = figures()
     monkeypatch.setattr(limits, "head_room", lambda: 0)
     nursery._set_limits()
-    assert not is_born(in_arena(np.ones, 8 * MIB, np.uint8))
+    assert not any(is_born(in_arena(np.ones, 8 * MIB, np.uint8)) for _ in range(5))
+    time.sleep(0.1)
+    assert (figures().added, figures().missed) == (before.added, before.missed + 5)
+    assert array.all()
 
 
 def test_the_limit_of_a_worker_counts(arena: Arena) -> None:
@@ -356,11 +361,11 @@ def test_without_memory_arrays_are_allocated_as_usual(nursery: Nursery, arena: A
     """A failure is silent, and no chunk is added for a while."""
     tries = []
 
-    def refuse(extent):
-        tries.append(extent)
-        raise NoHeadRoom("none")
+    def refuse(address, offset, length):
+        tries.append(length)
+        raise OSError(errno.ENOMEM, "none")
 
-    monkeypatch.setattr(arena.pages, "make", refuse)
+    monkeypatch.setattr(arena.segment, "map_shared_at", refuse)
     started = time.monotonic()
     for _ in range(20):
         assert not is_born(in_arena(np.ones, MIB, np.uint8))

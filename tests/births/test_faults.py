@@ -145,17 +145,40 @@ def test_without_the_arenas_descriptor_a_child_has_no_drafts(bearer: Process, ho
 # -- interruptions and failures
 
 
+def test_pages_that_cannot_be_made_are_not_tried_again_at_once(in_small_shm: Process) -> None:
+    """No allocation ends in SIGBUS: on a full tmpfs arrays lie in ordinary memory until the memory is looked at again."""
+    in_small_shm("""
+        import contextlib; from births import *
+        arena = Arena.create(8 << 20, warm=1 << 20)
+        assert switch.switch_on(arena, None, 3600) is None
+        array = newborn(np.ones, 1 << 20, np.uint8)
+        wait_until(lambda: figures().bare, "the next chunk is added")
+        with switch._nursery._adding, switch._nursery._sealing:
+            file = os.open("/dev/shm/of somebody else", os.O_CREAT | os.O_WRONLY)
+            with contextlib.suppress(OSError):
+                while os.write(file, bytes(4096)):
+                    pass
+            before = figures()
+            tried = [in_arena(np.ones, 1 << 20, np.uint8) for _ in range(5)]
+            after = figures()
+        """)
+    assert in_small_shm("not any(map(is_born, tried)) and all(map(np.all, tried))")
+    assert in_small_shm("after.missed - before.missed, after.reused - before.reused") == (5, 0)
+    in_small_shm("os.ftruncate(file, 0); tried.clear(); newborn(np.ones, 1 << 20, np.uint8); array = None; gc.collect()")
+    in_small_shm("switch.switch_off(arena); wait_until(lambda: arena.stats().used == 0, 'all is free')")
+
+
 def test_a_chunk_that_is_being_added_when_births_end(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     """The addresses are reserved until it is dropped."""
-    make, is_inside, may_go = arena.pages.make, threading.Event(), threading.Event()
+    map_at, is_inside, may_go = arena.segment.map_shared_at, threading.Event(), threading.Event()
 
-    def make_slowly(extent) -> None:
-        make(extent)
+    def map_slowly(address: int, offset: int, length: int) -> None:
+        map_at(address, offset, length)
         is_inside.set()
         may_go.wait(10)
 
     with births(arena) as nursery:
-        monkeypatch.setattr(arena.pages, "make", make_slowly)
+        monkeypatch.setattr(arena.segment, "map_shared_at", map_slowly)
         switch.allocate_here()
         try:
             np.ones(MIB, np.uint8)
