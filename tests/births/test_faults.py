@@ -164,7 +164,9 @@ def test_pages_that_cannot_be_made_are_not_tried_again_at_once(in_small_shm: Pro
         """)
     assert in_small_shm("not any(map(is_born, tried)) and all(map(np.all, tried))")
     assert in_small_shm("after.missed - before.missed, after.reused - before.reused") == (5, 0)
-    in_small_shm("os.ftruncate(file, 0); tried.clear(); newborn(np.ones, 1 << 20, np.uint8); array = None; gc.collect()")
+    in_small_shm(
+        "os.ftruncate(file, 0); tried.clear(); newborn(np.ones, 1 << 20, np.uint8); array = None; gc.collect()"
+    )
     in_small_shm("switch.switch_off(arena); wait_until(lambda: arena.stats().used == 0, 'all is free')")
 
 
