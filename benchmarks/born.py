@@ -3,15 +3,16 @@
 NumPy alone: expressions on arrays of several sizes, in the environment that Dask's nanny gives to its workers
 (``MALLOC_TRIM_THRESHOLD_``), with NumPy's own allocator and with the arena's. Time is that of the processor.
 
-Clusters of two workers: the first fetch of a new array by the other worker, which reads one element of every page; and a
-chain of operations on a Dask array of chunks of 8 MiB. All work in turn. Time is that of the wall and of the workers'
-processor.
+Clusters of two workers: the first fetch of a new array by the other worker, which reads nothing, or one element of every
+page; and a chain of operations on a Dask array of chunks of 8 MiB. All work in turn. Time is that of the wall and of the
+workers' processor.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import os
 import resource
 import time
@@ -27,11 +28,11 @@ from machine import MIB
 from remote import Remote, remote
 
 SIZES_KIB = (160, 256, 512, 800, 2048, 16384)
-FETCHES_MIB = (1, 8, 64, 256)
+FETCHES_MIB = (1, 8, 64, 256, 1024)
 ARMS: dict[str, Spec] = {
-    "stock": Spec(with_plugin=False, workers=2, memory_limit="4 GiB"),
-    "off": Spec(workers=2, memory_limit="4 GiB", capacity="4 GiB", born="off"),
-    "born": Spec(workers=2, memory_limit="4 GiB", capacity="4 GiB", born="on"),
+    "stock": Spec(with_plugin=False, workers=2, memory_limit="8 GiB"),
+    "off": Spec(workers=2, memory_limit="8 GiB", capacity="10 GiB", born="off"),
+    "born": Spec(workers=2, memory_limit="8 GiB", capacity="10 GiB", born="on"),
 }
 Used = tuple[float, float, float]
 """Seconds of the wall and of the processor, and the number of page faults."""
@@ -105,14 +106,14 @@ def numpy_alone(rounds: int, seconds: float) -> list[dict[str, Any]]:
 # -- clusters
 
 
-def fetch(site: Site, number: int, size: int) -> Used:
+def fetch(site: Site, number: int, size: int, read: Callable[[Any], Any] = machine.read_pages) -> Used:
     """Let one worker make an array and the other fetch and read it; the first array of a size is not born."""
     a, b = site.workers
     for before in range(2):
         site.put_on(a, number + 2000 + 1000 * before, size)
         time.sleep(0.2)
     future = site.put_on(a, number + 1000, size)
-    return _used(site, lambda: site.read_on(b, future, machine.read_pages))
+    return _used(site, lambda: site.read_on(b, future, read))
 
 
 def chain(site: Site, number: int, size: int) -> Used:
@@ -155,7 +156,10 @@ def with_clusters(rounds: int, fetches: tuple[int, ...], chained: int) -> list[d
         sites: dict[str, Remote] = {
             name: stack.enter_context(remote(clusters.site, spec)) for name, spec in ARMS.items()
         }
-        works = [(f"first fetch, {size} MiB", fetch, size * MIB) for size in fetches]
+        fetch_only = functools.partial(fetch, read=len)
+        works: list[tuple[str, Callable[..., Used], int]] = [("first fetch, 8 bytes", fetch_only, 8)]
+        works += [(f"first fetch, {size} MiB", fetch_only, size * MIB) for size in fetches]
+        works += [(f"first fetch and reading, {size} MiB", fetch, size * MIB) for size in fetches]
         works.append((f"chain of operations, {chained} MiB", chain, chained * MIB))
         for what, do, size in works:
             took = take_turns(

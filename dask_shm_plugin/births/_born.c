@@ -75,6 +75,7 @@ typedef struct {
 } Chunk;
 
 enum { CHUNKS = 4096, CLASSES = 16 * 48, GRANULE_BITS = 16, SMALLEST = 128 << 10, ZERO_MOST = 4 << 20 };
+enum { LATELY_MS = 1000, PER_MIB_BITS = 18 }; /* a number of bytes >> 18 is 4 ms for each MiB */
 enum { LARGE = 2 << 20, STANDBY_SMALLEST = 1 << 20, STEP = 64 << 20, FAIR_US = 8000 };
 
 static Chunk chunks[CHUNKS];
@@ -100,8 +101,6 @@ static struct {
 } demand[CLASSES];
 static int all_wanted, top;      /* top: the largest class of late */
 static uint64_t top_used;
-
-enum { LATELY_MS = 1000, QUIET_BITS = 18 };
 
 static uint64_t now_ms(void) {
     struct timespec t;
@@ -133,6 +132,9 @@ static int class_of(size_t *length) {
 }
 
 static size_t length_of(int class) { return (size_t)(16 + class % 16) << (class / 16 + 12); }
+
+/* How long a class counts as in use after an array was asked for: a task that fills a large one takes its time. */
+static uint64_t lately(int class) { return LATELY_MS + (length_of(class) >> PER_MIB_BITS); }
 
 static int is_our_file(void) {
     struct statx now;
@@ -188,7 +190,7 @@ static int idle_of(int class) {
 
 /* One chunk of any length that is in use may be idle. */
 static size_t idle_allowed(uint64_t now) {
-    size_t one = now - top_used <= LATELY_MS ? length_of(top) : 0;
+    size_t one = now - top_used <= lately(top) ? length_of(top) : 0;
     return idle_most && idle_most < one ? one : idle_most;
 }
 
@@ -209,7 +211,7 @@ static void want(int class, int count) {
 static void note_demand(int class, int is_missed) {
     uint64_t now = now_ms();
     demand[class].used = now;
-    if (class >= top || now - top_used > LATELY_MS) top = class, top_used = now;
+    if (class >= top || now - top_used > lately(top)) top = class, top_used = now;
     if (now < demand[class].quiet || !idle_most || used_bytes + idle_bytes + bare_bytes + length_of(class) > drafts_most) return;
     int is_last = !idle_of(class);
     if (is_missed) want(class, ++demand[class].missing);
@@ -503,7 +505,7 @@ size_t born_wanted(void) {
     for (int class = 0; class < CLASSES && all_wanted && !length; class++) {
         if (!demand[class].wanted) continue;
         size_t one = length_of(class);
-        int fits = is_on && used_bytes + idle_bytes + bare_bytes + one <= drafts_most && now - demand[class].used <= LATELY_MS &&
+        int fits = is_on && used_bytes + idle_bytes + bare_bytes + one <= drafts_most && now - demand[class].used <= lately(class) &&
                    (demand[class].idle + 1) * one <= idle_allowed(now);
         int taken = fits ? 1 : demand[class].wanted;
         all_wanted -= taken, demand[class].wanted -= taken;
@@ -601,12 +603,13 @@ uintptr_t born_take_gone(uint64_t most_ms, int all, int *is_emptied) {
             break;
         }
         if (c->state != IDLE || (found && found->since <= c->since)) continue;
-        int is_old = now - c->since > most_ms && (c->next || now - demand[class_of_chunk(c)].used > most_ms);
+        int is_used = now - demand[class_of_chunk(c)].used <= most_ms + (c->length >> PER_MIB_BITS);
+        int is_old = now - c->since > most_ms && (c->next || !is_used);
         if (all || too_much || is_old) found = c;
     }
     /* What was added in vain is not added again at once: 4 ms for each MiB, many times what its pages cost. */
     if (found && found->state == IDLE && too_much && !all)
-        demand[class_of_chunk(found)].quiet = now + (found->length >> QUIET_BITS);
+        demand[class_of_chunk(found)].quiet = now + (found->length >> PER_MIB_BITS);
     if (found) {
         if (found->state == IDLE) take_idle(found);
         start = found->start, *is_emptied = found->is_emptied;

@@ -68,6 +68,17 @@ def test_a_chunk_stays_idle_while_its_size_is_in_use(nursery: Nursery) -> None:
     assert figures().added <= added + 1
 
 
+def test_a_large_chunk_stays_idle_while_a_task_may_be_filling_its_array() -> None:
+    """It has no pages, so it takes room in the arena only. A size is in use for a second and 4 ms for each MiB."""
+    arena = Arena.create(1024 * MIB, warm=MIB)
+    with births(arena):
+        in_arena(np.empty, 256 * MIB, np.uint8)
+        time.sleep(1.5)
+        assert is_born(in_arena(np.empty, 256 * MIB, np.uint8))
+        wait_until(lambda: figures().living == 0, "it is given back")
+    arena.close()
+
+
 def test_chunks_are_used_again_and_have_little_more_than_the_size(nursery: Nursery, arena: Arena) -> None:
     """A chunk is at most an eighth larger than its array, also when it is used again."""
     for size in range(128 * KIB, 4 * MIB, 99_991):
