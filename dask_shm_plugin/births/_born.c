@@ -75,7 +75,7 @@ typedef struct {
 } Chunk;
 
 enum { CHUNKS = 4096, CLASSES = 16 * 48, GRANULE_BITS = 16, SMALLEST = 128 << 10, ZERO_MOST = 4 << 20 };
-enum { LATELY_MS = 1000, PER_MIB_BITS = 18 }; /* a number of bytes >> 18 is 4 ms for each MiB */
+enum { LATELY_MS = 1000, QUIET_MS = 20, PER_MIB_BITS = 18 }; /* a number of bytes >> 18 is 4 ms for each MiB */
 enum { LARGE = 2 << 20, STANDBY_SMALLEST = 1 << 20, STEP = 64 << 20, FAIR_US = 8000 };
 
 static Chunk chunks[CHUNKS];
@@ -607,9 +607,8 @@ uintptr_t born_take_gone(uint64_t most_ms, int all, int *is_emptied) {
         int is_old = now - c->since > most_ms && (c->next || !is_used);
         if (all || too_much || is_old) found = c;
     }
-    /* What was added in vain is not added again at once: 4 ms for each MiB, many times what its pages cost. */
-    if (found && found->state == IDLE && too_much && !all)
-        demand[class_of_chunk(found)].quiet = now + (found->length >> PER_MIB_BITS);
+    /* What was added in vain is not added again at once. */
+    if (found && found->state == IDLE && too_much && !all) demand[class_of_chunk(found)].quiet = now + QUIET_MS;
     if (found) {
         if (found->state == IDLE) take_idle(found);
         start = found->start, *is_emptied = found->is_emptied;
