@@ -241,10 +241,14 @@ def shuffles(results: Results) -> Lines:
 
 def born(results: Results) -> Lines:
     """Show NumPy's memory from the arena: expressions, first fetches, a chain of operations."""
-    yield "Medians. *Born*: the arrays of tasks are allocated in the arena; *off*: they are not. [Arrays that are born in the"
+    yield "Medians. *Born*: the arrays of tasks are allocated in the arena; *off*: they are not. The time of expressions is the"
+    yield "processor's. A fetch reads nothing, or one element of every page. [Arrays that are born in the"
     yield from ("arena](concepts/born.md) explains it.", "")
-    rows = [[one["what"], with_unit(one["value"], one["unit"])] for one in results["born"]["figures"]]
-    yield from table(["", "measured"], rows)
+    values = {one["what"]: with_unit(one["value"], one["unit"]) for one in results["born"]["figures"]}
+    arms, kinds = ("stock", "off", "born"), {"": "", "processor, ": ", processor", "page faults, ": ", page faults"}
+    works = [what.removesuffix(": stock") for what in values if what.endswith(": stock")]
+    rows = [[work, *(values.get(f"{work}: {kind}{arm}", "") for kind in kinds for arm in arms)] for work in works]
+    yield from table(["", *(arm + after for after in kinds.values() for arm in arms)], rows)
 
 
 def types_of_values(results: Results) -> Lines:

@@ -422,7 +422,7 @@ class Arena:
             wait=self.holdings.releases.wait,
             is_behind=lambda: self.pages.are_behind or self._trims_soon,
             release=self.holdings.tidy,
-            make_up=self._make_up,
+            catch_up=self._catch_up,
             look_around=self._look_around,
             leave=self.finish_leaving,
         )
@@ -431,7 +431,7 @@ class Arena:
         self._trims_soon = True
         self.holdings.releases.wake()
 
-    def _make_up(self) -> None:
+    def _catch_up(self) -> None:
         if not self.is_damaged:
             with self.in_use:
                 self.pages.make_up()

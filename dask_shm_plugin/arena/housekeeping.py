@@ -25,11 +25,11 @@ class Chores(NamedTuple):
     wait
         Waits until there are references to release, for so many seconds at most.
     is_behind
-        Tells whether small pages are left that could be made large.
+        Tells whether there is work for ``catch_up``.
     release
         Releases the references that have lost their hold; called in each turn.
-    make_up
-        Makes some pages large; called at most ten times a second.
+    catch_up
+        Makes some pages large, and trims if that is due; called at most ten times a second.
     look_around
         Does the work that is due once a second.
     leave
@@ -39,7 +39,7 @@ class Chores(NamedTuple):
     wait: Callable[[float], None]
     is_behind: Callable[[], bool]
     release: Callable[[], object]
-    make_up: Callable[[], None]
+    catch_up: Callable[[], None]
     look_around: Callable[[], None]
     leave: Callable[[], None]
 
@@ -57,7 +57,7 @@ def _run(chores: Chores, is_over: Callable[[], bool]) -> None:
             chores.release()
             if time.monotonic() - last_made >= _SHORT_INTERVAL_S:
                 last_made = time.monotonic()
-                chores.make_up()
+                chores.catch_up()
             if time.monotonic() - last >= _INTERVAL_S:
                 last = time.monotonic()
                 chores.look_around()
