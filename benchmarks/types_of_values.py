@@ -106,7 +106,7 @@ def fitted(name: str, rows: int = 32) -> Callable[[int], Any]:
         return {
             "neighbors": lambda: neighbors.KNeighborsClassifier(algorithm="brute").fit(x, y),
             "tree": lambda: neighbors.KDTree(x[:, :3].copy()),
-            "ridge": lambda: linear_model.Ridge().fit(x.T, x.T),
+            "ridge": lambda: linear_model.Ridge().fit(x.T, np.eye(rows)),
             "pipeline": lambda: pipeline.make_pipeline(
                 preprocessing.StandardScaler(), neighbors.KNeighborsClassifier(algorithm="brute")
             ).fit(x, y),

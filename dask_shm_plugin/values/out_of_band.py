@@ -105,13 +105,14 @@ def _pandas(value: Any, is_mapped: IsMapped) -> Any:
 
 def _columns(value: Any) -> list[Any]:
     """Return the arrays of a pandas object, including those of its index."""
+    import pandas
+
     manager = getattr(value, "_mgr", None)
-    if manager is None:
-        levels = getattr(value, "levels", None)  # of a MultiIndex
-        return (
-            [value._values] if levels is None and hasattr(value, "_values") else [one._values for one in levels or ()]
-        )
-    return [*manager.arrays, *_columns(value.index)]
+    if manager is not None:
+        return [*manager.arrays, *_columns(value.index)]
+    indexes = value.levels if isinstance(value, pandas.MultiIndex) else [value]
+    # A RangeIndex would make an array, and keep it; even `hasattr` makes it.
+    return [one._values for one in indexes if not isinstance(one, pandas.RangeIndex) and hasattr(one, "_values")]
 
 
 def _has_dates(column: Any) -> bool:

@@ -1,0 +1,36 @@
+"""Looking at a value that is about to be serialized changes nothing in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dask_shm_plugin.values.describe import describe
+from dask_shm_plugin.values.out_of_band import keep_out_of_band
+
+ROWS = 10_000
+VALUES = {
+    "Series": pd.Series(np.arange(ROWS)),
+    "DataFrame": pd.DataFrame({"x": np.arange(ROWS)}),
+    "DataFrame with dates": pd.DataFrame({"x": np.arange(ROWS).view("M8[ns]")}),
+    "RangeIndex": pd.RangeIndex(ROWS),
+    "MultiIndex": pd.MultiIndex(levels=[pd.RangeIndex(ROWS)], codes=[np.arange(ROWS)]),
+}
+
+
+@pytest.mark.parametrize("is_mapped", [False, True])
+@pytest.mark.parametrize("name", VALUES)
+def test_no_array_is_made_for_a_range(name: str, is_mapped: bool) -> None:
+    """Pandas would keep it: 8 bytes for each row, which a worker of stock Dask does not have."""
+    value = VALUES[name].copy()
+    keep_out_of_band(value, lambda address, length: is_mapped)
+    describe(value)
+    assert not any(isinstance(made, np.ndarray) for made in _cache(value).values())
+
+
+def _cache(value: Any) -> dict[str, Any]:
+    index = getattr(value, "index", value)
+    return index.levels[0]._cache if isinstance(index, pd.MultiIndex) else index._cache
