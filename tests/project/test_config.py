@@ -55,7 +55,7 @@ def test_the_repr_tells_all_settings():
 def test_defaults_survive_a_temporary_setting(monkeypatch):
     """Dask forgets a namespace that was first set temporarily; the plugin's defaults still apply."""
     SharedMemoryPlugin()
-    monkeypatch.delitem(dask.config.config, "shm")
+    monkeypatch.delitem(dask.config.config, "shm", raising=False)
     assert config.options({}).threshold == 1 << 20
 
 
