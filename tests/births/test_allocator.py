@@ -285,8 +285,12 @@ def test_idle_chunks_are_bounded_and_age(arena: Arena, monkeypatch: pytest.Monke
         arrays = [newborn(np.ones, MIB, np.uint8) for _ in range(5)]
         arrays.clear()
         wait_until(lambda: figures().idle == 2 * MIB, "idle chunks are bounded")
-        newborn(np.ones, 8 * MIB, np.uint8)
-        wait_until(lambda: (figures().bare, figures().idle) == (8 * MIB, 0), "the others make room")
+
+        def make_room() -> bool:
+            newborn(np.ones, 8 * MIB, np.uint8)  # while this size is in use, and no longer
+            return (figures().bare, figures().idle) == (8 * MIB, 0)
+
+        wait_until(make_room, "the others make room")
         nursery._idle_s = 0.2
         wait_until(lambda: arena.stats().used == 0, "idle chunks are given back")
 
