@@ -284,7 +284,9 @@ def test_idle_chunks_are_bounded_and_age(arena: Arena, monkeypatch: pytest.Monke
         nursery._idle_s = 3600.0  # none ages before the bound was seen
         arrays = [newborn(np.ones, MIB, np.uint8) for _ in range(5)]
         arrays.clear()
-        wait_until(lambda: figures().idle + figures().bare == 2 * MIB, "idle chunks are bounded, with pages and without")
+        wait_until(
+            lambda: figures().idle + figures().bare == 2 * MIB, "idle chunks are bounded, with pages and without"
+        )
 
         def make_room() -> bool:
             newborn(np.ones, 8 * MIB, np.uint8)  # while this size is in use, and no longer
