@@ -263,7 +263,7 @@ static void *with_pages(Chunk *c) {
     int is_made = make_pages(c->start, size);
     pthread_mutex_lock(&lock);
     if (is_made) c->is_bare = c->is_emptied = 0;
-    else pages_left = 0, reused--, missed++;
+    else c->is_emptied = 1, pages_left = 0, reused--, missed++; /* what fails may take pages that nobody has touched */
     if (!is_made && c->state == MOVING) { /* a fork makes it private */
         c->state = DROPPED;
     } else if (!is_made) {

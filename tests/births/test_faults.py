@@ -158,12 +158,13 @@ def test_pages_that_cannot_be_made_are_not_tried_again_at_once(in_small_shm: Pro
             with contextlib.suppress(OSError):
                 while os.write(file, bytes(4096)):
                     pass
-            before = figures()
+            before, trims = figures(), arena._access.table.trims
             tried = [in_arena(np.ones, 1 << 20, np.uint8) for _ in range(5)]
             after = figures()
         """)
     assert in_small_shm("not any(map(is_born, tried)) and all(map(np.all, tried))")
     assert in_small_shm("after.missed - before.missed, after.reused - before.reused") == (5, 0)
+    in_small_shm("wait_until(lambda: arena._access.table.trims > trims, 'others look again for pages')")
     in_small_shm(
         "os.ftruncate(file, 0); tried.clear(); newborn(np.ones, 1 << 20, np.uint8); array = None; gc.collect()"
     )
